@@ -1,0 +1,51 @@
+# Every target sets the checkout up first; that takes no time when there is nothing to do.
+SHELL := /bin/sh
+MAKEFLAGS += --no-print-directory
+PYTHON := .venv/bin/python
+
+.PHONY: help setup up down status logs demo nightly replay test lint clean
+.DEFAULT_GOAL := help
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup:  ## Install what is needed into .venv (again in no time)
+	@command -v python3 >/dev/null || { echo "python3 is missing: install Python 3.11 or newer" >&2; exit 1; }
+	@python3 tools/setup.py
+
+up: setup  ## Start the stack: MQTT broker, Kafka, bridge, streaming jobs
+	@$(PYTHON) -m stack up
+
+down: setup  ## Stop the stack
+	@$(PYTHON) -m stack down
+
+status: setup  ## Show what runs
+	@$(PYTHON) -m stack status
+
+logs: setup  ## Follow the logs of the stack
+	@$(PYTHON) -m stack logs --follow
+
+demo: setup  ## The whole chain, once, checked: METERS=1000 SPEED=600, or LOG=file FORMAT=dsmr|p1mon|sparkfun
+	@$(PYTHON) -m stack.demo $(if $(LOG),--log "$(LOG)" $(if $(FORMAT),--format "$(FORMAT)")) \
+	  $(if $(METERS),--meters "$(METERS)") $(if $(SPEED),--speed "$(SPEED)")
+
+nightly: setup  ## The night's reports of a day: DATE=2026-01-31
+	@$(if $(DATE),,echo "Which day? make nightly DATE=2026-01-31" >&2; exit 2)
+	@$(PYTHON) -m batch_jobs --date "$(DATE)"
+
+replay: setup  ## Replay: ARGS="run --tape … --meters 1000", ARGS=--help
+	@$(PYTHON) -m replay $(if $(ARGS),$(ARGS),--help)
+
+test: setup  ## All tests; METER_LOGS= names a folder of real logs
+	@$(if $(METER_LOGS),METER_LOGS="$(METER_LOGS)") $(PYTHON) -m pytest $(ARGS)
+
+lint: setup  ## Style, format, types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+clean: setup  ## Remove data/ (asks first)
+	@test -d data || { echo "There is no data/."; exit 0; }; \
+	$(PYTHON) -m stack down && \
+	printf "Remove all of data/ (%s)? [y/N] " "$$(du -sh data | cut -f1)" && read answer && \
+	case "$$answer" in y|Y|yes) rm -rf data && echo "Removed." ;; *) echo "Kept." ;; esac

@@ -1,0 +1,196 @@
+"""Energy per meter and local day, from the registers: one wide row a meter.
+
+Reads: readings of the UTC days that the local day can touch, and of the week before the last of each UTC day (a meter
+that was silent for longer begins anew); registry (fuse, phases, nominal voltage, interval, time zone).
+Writes: daily_consumption_v1, a row for each meter with readings and each that the registry expects.
+Key: meter_id, date.
+Energy: the steps of `lake/delta_engine.py` that end in the day, from the last accepted reading at or before local
+midnight. A reading exactly at midnight ends the earlier day; where there is none, the whole step across midnight counts
+to the day in which it ends (validated intervals interpolate). The days of a series add up to its register exactly.
+`<register>_from_wh` is the value the day is counted from, `<register>_to_wh` the last in it; gaps, resets and the like
+count the times at which any register has such a step.
+Quality: `missing`, no energy known · `measured` · `incomplete`, energy of another time or none for part of the day: no
+reading before the day, a gap across one of its midnights, a reset or a meter exchange.
+Lateness: the night sees a late reading in its place; run the date again when readings of it came after its night.
+Duplicates: of one (meter_id, observed_at) the first received counts; impossible clocks are left out.
+Restart: run it again; the date is replaced as a whole.
+"""
+
+import datetime
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from lake import delta_engine
+from lake.nightly import BatchJob, command, day_s, only_believable, per_shard, with_local_day, with_silent
+from lake.reading import utc_days
+from lake.seen_before import with_seen
+from schemas import tables
+from schemas.closed_lists import ACCEPTED_DELTAS, DeltaReason
+
+KNOWN = ["phases", "nominal_mv", "fuse_a", "interval_s"]
+REGISTERS_WH = [f"{register}_wh" for register in tables.REGISTERS]
+VALUES = [*REGISTERS_WH, "equipment_id"]
+DAYS_BEFORE = 7
+"""How long a meter may be silent and its energy still be found: a week without a reading is a broken meter."""
+EVENING_H = 2
+"""Hours before the day that are read whole, so that a wild value at midnight is not what the day is counted from."""
+COUNTS = {
+    "gaps": DeltaReason.GAP,
+    "resets": DeltaReason.RESET,
+    "rollovers": DeltaReason.ROLLOVER,
+    "exchanges": DeltaReason.METER_EXCHANGE,
+    "implausible": DeltaReason.IMPLAUSIBLE,
+}
+NUMBERS = ["readings", "duplicates", "conflicts", *COUNTS]
+SPANS = [f"{register}_{end}_wh" for register in tables.REGISTERS for end in ("from", "to")]
+DAYS = pa.schema(
+    [
+        pa.field("meter_id", pa.string()),
+        *[pa.field(name, tables.TIMESTAMP) for name in ("from_at", "to_at")],
+        *[pa.field(name, pa.int64()) for name in [*REGISTERS_WH, *SPANS, *NUMBERS]],
+        pa.field("is_whole", pa.bool_()),
+    ]
+)
+
+
+class Quality(StrEnum):
+    """What a day's energy is worth."""
+
+    MEASURED = "measured"
+    INCOMPLETE = "incomplete"
+    MISSING = "missing"
+
+
+def days(readings: pl.DataFrame) -> pl.DataFrame:
+    """Energy and counts per meter, columns `DAYS`.
+
+    Args:
+        readings: up to the end of the day, with the columns of the registry, day_start and day_end.
+    """
+    marked = with_seen(
+        delta_engine.with_limits(readings), readings.clear(), ["meter_id", "observed_at"], VALUES
+    )  # fmt: skip
+    done = delta_engine.steps(marked, pl.DataFrame(schema=delta_engine.BASELINE)).steps
+    edges = readings.group_by("meter_id").agg(pl.col("day_start", "day_end", "interval_s").first())
+    at, reason = pl.col("observed_at"), pl.col("reason")
+    in_day = (at > pl.col("day_start")) & (at <= pl.col("day_end"))
+    steps_of_day = done.join(edges, on="meter_id").filter(in_day).sort("meter_id", "observed_at")
+    is_accepted = reason.is_in([accepted.value for accepted in ACCEPTED_DELTAS])
+    is_first = reason == DeltaReason.FIRST.value
+    since_at = pl.coalesce("previous_at", "observed_at")
+    energies, spans = [], []
+    for register in tables.REGISTERS:
+        mine = (pl.col("register") == register) & is_accepted
+        counted = mine & ~is_first
+        energies.append(pl.when(counted.any()).then(pl.col("delta_wh").filter(counted).sum()).alias(f"{register}_wh"))
+        spans.append(pl.coalesce("previous_wh", "wh").filter(mine).first().alias(f"{register}_from_wh"))
+        spans.append(pl.col("wh").filter(mine).last().alias(f"{register}_to_wh"))
+    crosses = (reason == DeltaReason.GAP.value) & (pl.col("previous_at") < pl.col("day_start"))
+    breaks = is_first | crosses | reason.is_in([DeltaReason.RESET.value, DeltaReason.METER_EXCHANGE.value])
+    left_s = (pl.col("day_end").first() - at.filter(is_accepted).max()).dt.total_seconds()
+    ends_early = (left_s > delta_engine.GAP_FACTOR * pl.col("interval_s").first()).fill_null(False)
+    energy = steps_of_day.group_by("meter_id").agg(
+        *energies,
+        *spans,
+        *[at.filter(reason == kind.value).n_unique().alias(name) for name, kind in COUNTS.items()],
+        from_at=since_at.filter(is_accepted).min(),
+        to_at=at.filter(is_accepted).max(),
+        is_whole=~(breaks.any() | ends_early),
+    )
+    seen = pl.col("seen")
+    counts = (
+        marked.filter(in_day)
+        .group_by("meter_id")
+        .agg(
+            readings=seen.is_null().sum(),
+            duplicates=(seen == DeltaReason.DUPLICATE.value).sum(),
+            conflicts=(seen == DeltaReason.CONFLICT.value).sum(),
+        )
+    )
+    return counts.join(energy, on="meter_id", how="left")
+
+
+def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date) -> DataFrame:
+    """A day's energy; see the module."""
+    columns = ["meter_id", "observed_at", "run_id", "topic", "partition", "offset", *VALUES]
+    readings = with_local_day(only_believable(lake["readings"]), registry, date, *KNOWN).select(
+        *columns, *KNOWN, "day_start", "day_end"
+    )
+    evening = F.col("day_start") - F.expr(f"interval {EVENING_H} hours")
+    earliest = F.lit(utc_days(date)[0].isoformat()).cast("timestamp")  # no local evening is before: files are skipped
+    near = readings.where(F.col("observed_at") >= earliest).where(
+        (F.col("observed_at") > evening) & (F.col("observed_at") <= F.col("day_end"))
+    )
+    results = per_shard(
+        near.unionByName(_last_of_each_day(readings.where(F.col("observed_at") <= evening))), days, DAYS
+    )
+    imports, exports = _sum("import_t1_wh", "import_t2_wh"), _sum("export_t1_wh", "export_t2_wh")
+    is_known = F.coalesce(*REGISTERS_WH).isNotNull()
+    quality = (
+        F.when(~is_known, Quality.MISSING.value)
+        .when(F.col("is_whole"), Quality.MEASURED.value)
+        .otherwise(Quality.INCOMPLETE.value)
+    )
+    return (
+        with_silent(results, registry.select("meter_id"), registry, date, "usage_point_id", "interval_s")
+        .fillna(0, NUMBERS)
+        .withColumn("import_wh", imports)
+        .withColumn("export_wh", exports)
+        .select(
+            "meter_id",
+            "usage_point_id",
+            "day_start",
+            "day_end",
+            *REGISTERS_WH,
+            "import_wh",
+            "export_wh",
+            _kwh("import_wh").alias("import_kwh"),
+            _kwh("export_wh").alias("export_kwh"),
+            "from_at",
+            "to_at",
+            *SPANS,
+            "readings",
+            F.floor(day_s() / F.col("interval_s")).alias("expected_readings"),
+            *NUMBERS[1:],
+            quality.alias("quality"),
+        )
+    )
+
+
+def _last_of_each_day(readings: DataFrame) -> DataFrame:
+    """The last reading with a register per meter and UTC day: enough for a baseline, also where one of them is wild."""
+    newest = F.struct("observed_at", -F.col("partition"), -F.col("offset"))  # of duplicates the first received
+    return (
+        readings.where(F.coalesce(*REGISTERS_WH).isNotNull())
+        .groupBy("meter_id", F.to_date("observed_at"))
+        .agg(F.max_by(F.struct(*readings.columns), newest).alias("last"))
+        .select("last.*")
+    )
+
+
+def _sum(one: str, other: str) -> Column:
+    """Sum of two registers, null where both are absent."""
+    both = F.coalesce(F.col(one), F.lit(0)) + F.coalesce(F.col(other), F.lit(0))
+    return F.when(F.coalesce(one, other).isNotNull(), both)
+
+
+def _kwh(wh: str) -> Column:
+    return (F.col(wh).cast("decimal(18,0)") / 1000).cast("decimal(18,3)")
+
+
+JOB = BatchJob(name=Path(__file__).stem, version=1, reads={"readings": DAYS_BEFORE}, transform=transform)
+
+
+def main() -> None:
+    """Command line."""
+    command([JOB])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Events of meters → life cycle of alarms. Pure functions over Polars frames.
+
+One alarm per meter and alarm type at a time; start and clear close each other; repeats are counted on the open alarm.
+alarm_id = f(meter, type, begin), so that reprocessing writes the same row (domain reference, section 5).
+"""
+
+import hashlib
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import polars as pl
+
+import schemas
+from lake.delta_engine import BUCKETS, STAMP
+from schemas import tables
+from schemas.closed_lists import AlarmSource, AlarmState, Bucket, DeltaReason, Edge, EventAction, QuarantineReason
+
+OPEN = pl.Schema(
+    {
+        "meter_id": pl.String(),
+        "alarm_type": pl.String(),
+        "alarm_id": pl.String(),
+        "severity": pl.String(),
+        "raised_at": STAMP,
+        "repeat_count": pl.Int64(),
+        "changed_at": STAMP,
+        "is_open": pl.Boolean(),
+    }
+)
+"""State: the newest alarm of each meter and type, also when it is cleared, so that a late event finds it."""
+ALARMS = tables.polars_schema(tables.ALARMS)
+KEY = ["meter_id", "alarm_type"]
+LEVELS = {"1": Edge.RAISE.value, "0": Edge.CLEAR.value}
+VISIBLE = ("alarm_id", "is_open", "repeat_count")
+"""What makes a row of the table when it changes."""
+
+
+class Result(NamedTuple):
+    """What `lives` returns.
+
+    Attributes:
+        alarms: one row per change, columns `ALARMS`; the newest row of an alarm_id is its state.
+        open: the new state, columns `OPEN`.
+        events: the events with `bucket` and `why`.
+    """
+
+    alarms: pl.DataFrame
+    open: pl.DataFrame
+    events: pl.DataFrame
+
+
+def code_table() -> pl.DataFrame:
+    """The event code tables: (dialect, dialect_version, source_table, code) → type, edge, severity, tier, action."""
+    return pl.read_csv(Path(schemas.__file__).parent / "events" / "codes.csv", infer_schema=False)
+
+
+def with_meaning(events: pl.DataFrame) -> pl.DataFrame:
+    """Decodes by (dialect, version, code), never by code alone; a table row of version `*` serves every version.
+
+    Returns:
+        The events with event_type, alarm_type, edge, severity, tier, action; all null where no table has the code.
+    """
+    codes = code_table()
+    of = ["dialect", "source_table", "code"]
+    meaning = [name for name in codes.columns if name not in [*of, "dialect_version"]]
+    exact = events.join(
+        codes.filter(pl.col("dialect_version") != "*"), on=[*of, "dialect_version"], how="left", maintain_order="left"
+    )
+    any_version = events.join(
+        codes.filter(pl.col("dialect_version") == "*").drop("dialect_version"),
+        on=of,
+        how="left",
+        maintain_order="left",
+    )
+    return exact.with_columns(*[pl.coalesce(name, any_version[name]).alias(name) for name in meaning])
+
+
+def alarm_id(meter_id: str, alarm_type: str, raised_at: datetime) -> str:
+    """Name of an alarm by meter, type and begin."""
+    text = f"{meter_id}|{alarm_type}|{raised_at.isoformat()}"
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def lives(events: pl.DataFrame, open_alarms: pl.DataFrame) -> Result:
+    """Moves the alarms by a batch of events.
+
+    Args:
+        events: columns of the event, arrival_at, partition, offset, `seen` (null for an original), `event_at` (the
+            meter's clock, or the arrival where that is impossible).
+        open_alarms: the state so far, columns `OPEN`.
+    """
+    named = with_meaning(events)
+    is_known = pl.col("action").is_not_null()
+    named = named.with_columns(
+        why=pl.when(pl.col("seen").is_not_null())
+        .then(pl.col("seen"))
+        .when(~is_known)
+        .then(pl.lit(QuarantineReason.UNKNOWN_CODE.value))
+        .when((pl.col("edge") == Edge.LEVEL.value) & ~pl.col("argument").is_in(list(LEVELS)).fill_null(False))
+        .then(pl.lit(QuarantineReason.UNKNOWN_ARGUMENT.value))
+    )
+    moving = named.filter(pl.col("why").is_null() & (pl.col("action") == EventAction.RAISE.value))
+    moving = moving.sort(*KEY, "event_at", "partition", "offset")
+    state = {(row["meter_id"], row["alarm_type"]): row for row in open_alarms.to_dicts()}
+    changes: list[dict[str, Any]] = []
+    late: list[tuple[int, int]] = []
+    for event in moving.iter_rows(named=True):
+        key = (event["meter_id"], event["alarm_type"])
+        last = state.get(key)
+        if last and event["event_at"] < last["changed_at"]:
+            late.append((event["partition"], event["offset"]))
+            continue
+        moved = _moved(last, event)
+        state[key] = moved
+        if moved["alarm_id"] and (not last or any(moved[name] != last[name] for name in VISIBLE)):
+            changes.append(
+                {
+                    **moved,
+                    "state": (AlarmState.ACTIVE if moved["is_open"] else AlarmState.CLEARED).value,
+                    "cleared_at": None if moved["is_open"] else event["event_at"],
+                    "source": AlarmSource.METER_EVENT.value,
+                    "run_id": event["run_id"],
+                    "updated_at": event["arrival_at"],
+                }
+            )
+    was_late = pl.DataFrame(late, schema={"partition": pl.Int64, "offset": pl.Int64}, orient="row").with_columns(
+        is_late=pl.lit(True)
+    )
+    judged = (
+        named.join(was_late, on=["partition", "offset"], how="left")
+        .with_columns(
+            why=pl.when(pl.col("is_late").fill_null(False))
+            .then(pl.lit(DeltaReason.OUT_OF_ORDER.value))
+            .otherwise(pl.col("why"))
+        )
+        .with_columns(
+            bucket=pl.col("why").replace_strict(
+                BUCKETS,
+                default=Bucket.STORED.value,
+                return_dtype=pl.String,
+            )
+        )
+    )
+    return Result(
+        pl.DataFrame(changes, schema=ALARMS) if changes else pl.DataFrame(schema=ALARMS),
+        pl.DataFrame(list(state.values()), schema=OPEN) if state else pl.DataFrame(schema=OPEN),
+        judged,
+    )
+
+
+def _moved(last: dict[str, Any] | None, event: dict[str, Any]) -> dict[str, Any]:
+    """The state of an alarm after an event."""
+    edge = event["edge"]
+    if edge == Edge.LEVEL.value:
+        edge = LEVELS[event["argument"]]
+    is_open = bool(last and last["is_open"])
+    if edge == Edge.RAISE.value and is_open and last:
+        return {**last, "repeat_count": last["repeat_count"] + 1, "changed_at": event["event_at"]}
+    if edge == Edge.RAISE.value:
+        return {
+            "meter_id": event["meter_id"],
+            "alarm_type": event["alarm_type"],
+            "alarm_id": alarm_id(event["meter_id"], event["alarm_type"], event["event_at"]),
+            "severity": event["severity"],
+            "raised_at": event["event_at"],
+            "repeat_count": 0,
+            "changed_at": event["event_at"],
+            "is_open": True,
+        }
+    if is_open and last:
+        return {**last, "is_open": False, "changed_at": event["event_at"]}
+    if last:  # cleared already: only an older raise has to know that it was cleared again
+        return {**last, "changed_at": event["event_at"]}
+    return {  # a clear before any raise: remembered, so that an older raise is seen to be late
+        "meter_id": event["meter_id"],
+        "alarm_type": event["alarm_type"],
+        "alarm_id": None,
+        "severity": None,
+        "raised_at": None,
+        "repeat_count": 0,
+        "changed_at": event["event_at"],
+        "is_open": False,
+    }

@@ -1,0 +1,311 @@
+"""Cumulative registers → energy, step by step: the rules of the domain reference, section 3.
+
+Pure functions over Polars frames, the same for the stream, the night and the tests. Records that were seen before are
+marked already (`lake/seen_before.py`). Where a whole series is plain (times rise, values do not fall, no step is
+too large, the box stays) it is differenced by columns; the others go through `walk`, one reading at a time, which is
+the definition.
+
+The invariant, under every fault: over the accepted readings of a segment, rollovers unrolled, the sum of delta_wh is
+the last value minus the segment's start.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from schemas.closed_lists import ACCEPTED_DELTAS, Bucket, DeltaReason, QuarantineReason
+from schemas.tables import CONSUMPTION_DELTAS, REGISTERS, polars_schema
+
+STAMP = pl.Datetime("us", "UTC")
+PHASE_VOLTAGE_V = 230  # the plausible maximum takes the nominal voltage where the registry has none
+GAP_FACTOR = 1.5  # a span of one and a half expected intervals has lost a reading; jitter stays below
+UNKNOWN_LIMIT_WH = 1_000  # how near to 0 or to a rollover counts as near, where no fuse is known
+MIN_REGISTER_DIGITS = 6  # no register in Wh is smaller than 1,000 kWh
+
+BASELINE = pl.Schema(
+    {
+        "meter_id": pl.String(),
+        "register": pl.String(),
+        "previous_at": STAMP,
+        "previous_wh": pl.Int64(),
+        "segment_id": pl.String(),
+        "equipment_id": pl.String(),
+        "run_id": pl.String(),
+    }
+)
+"""State: the last accepted value of each register."""
+STEPS = pl.Schema({**polars_schema(CONSUMPTION_DELTAS), "partition": pl.Int64(), "offset": pl.Int64()})
+KEY = ["meter_id", "register"]
+UNPLACED = (DeltaReason.DUPLICATE, DeltaReason.CONFLICT, DeltaReason.OUT_OF_ORDER)
+"""Reasons of records that have no place in their series: what stood before them depends on how batches were cut."""
+BUCKETS = {
+    DeltaReason.DUPLICATE.value: Bucket.DUPLICATE.value,
+    DeltaReason.OUT_OF_ORDER.value: Bucket.LATE.value,
+    DeltaReason.CONFLICT.value: Bucket.QUARANTINED.value,
+    DeltaReason.IMPLAUSIBLE.value: Bucket.QUARANTINED.value,
+    QuarantineReason.UNKNOWN_CODE.value: Bucket.QUARANTINED.value,
+    QuarantineReason.UNKNOWN_ARGUMENT.value: Bucket.QUARANTINED.value,
+}
+"""Bucket of the books of a record that was not stored, by its reason."""
+
+
+class Result(NamedTuple):
+    """What `steps` returns.
+
+    Attributes:
+        steps: one row per reading and register with a value, columns `STEPS`.
+        baseline: the new state, columns `BASELINE`.
+    """
+
+    steps: pl.DataFrame
+    baseline: pl.DataFrame
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is known of one meter.
+
+    Attributes:
+        max_w: the most power that its fuses let through, W; null is unknown, then no step is too large.
+        interval_s: seconds between readings; null is unknown, then no step is a gap.
+        quantum_wh: the register's step: in 0.1 kWh steps it jumps 100 Wh in a moment.
+    """
+
+    max_w: int | None
+    interval_s: int | None
+    quantum_wh: int
+
+    def step_wh(self, span_s: float) -> float | None:
+        """The largest plausible step over a span, Wh."""
+        return None if self.max_w is None else self.max_w * span_s / 3600 + self.quantum_wh
+
+
+def with_limits(readings: pl.DataFrame) -> pl.DataFrame:
+    """Adds `max_w`, `interval_s` and `quantum_wh` from the registry's columns, null where they are absent.
+
+    Plausible maximum: fuse A × phases × V (domain reference, section 3).
+    """
+    phases = pl.col("phases").str.split(",").list.len()
+    volts = pl.coalesce(pl.col("nominal_mv") / 1000, pl.lit(PHASE_VOLTAGE_V))
+    return readings.with_columns(
+        max_w=(pl.col("fuse_a") * phases * volts).cast(pl.Int64),
+        quantum_wh=pl.lit(1, pl.Int64),
+    )
+
+
+def segment_id(meter_id: str, register: str, start: datetime) -> str:
+    """Name of a segment: its meter, register and begin, so that reprocessing gives the same."""
+    return f"{meter_id}/{register}/{start:%Y%m%dT%H%M%S.%fZ}"
+
+
+def walk(baseline: dict[str, Any] | None, rows: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
+    """The definition: one register of one meter, originals in the order of observed_at.
+
+    Args:
+        baseline: `BASELINE` columns, or None where the register has no accepted value.
+        rows: meter_id, register, observed_at, wh, equipment_id.
+        limits: what is known of the meter.
+
+    Returns:
+        For each row previous_at, previous_wh, delta_wh, reason, segment_id; accepted rows become the baseline of the
+        next, the others leave it as it is.
+    """
+    out = []
+    last = dict(baseline) if baseline else None
+    for row in rows:
+        delta, segment = None, None
+        if last is None:
+            reason, delta = DeltaReason.FIRST, 0
+            segment = segment_id(row["meter_id"], row["register"], row["observed_at"])
+        elif row["observed_at"] < last["previous_at"]:
+            reason = DeltaReason.OUT_OF_ORDER
+        elif row["observed_at"] == last["previous_at"]:
+            reason = DeltaReason.DUPLICATE if row["wh"] == last["previous_wh"] else DeltaReason.CONFLICT
+        else:
+            reason, delta = _step(last, row, limits)
+            new_segment = reason in (DeltaReason.METER_EXCHANGE, DeltaReason.RESET)
+            segment = (
+                segment_id(row["meter_id"], row["register"], row["observed_at"]) if new_segment else last["segment_id"]
+            )
+        before = last if last and reason not in UNPLACED else {}  # a record without a place has no step
+        out.append(
+            {
+                "previous_at": before.get("previous_at"),
+                "previous_wh": before.get("previous_wh"),
+                "delta_wh": delta,
+                "reason": reason.value,
+                "segment_id": segment or before.get("segment_id"),
+            }
+        )
+        if reason in ACCEPTED_DELTAS:
+            last = {
+                "previous_at": row["observed_at"],
+                "previous_wh": row["wh"],
+                "segment_id": segment,
+                "equipment_id": row["equipment_id"] or (last or {}).get("equipment_id"),
+            }
+    return out
+
+
+def _step(last: dict[str, Any], row: dict[str, Any], limits: Limits) -> tuple[DeltaReason, int | None]:
+    """Reason and energy of a step forward in time."""
+    if row["equipment_id"] and last["equipment_id"] and row["equipment_id"] != last["equipment_id"]:
+        return DeltaReason.METER_EXCHANGE, 0
+    span_s = (row["observed_at"] - last["previous_at"]).total_seconds()
+    before, value = last["previous_wh"], row["wh"]
+    limit = limits.step_wh(span_s)
+    if value >= before:
+        if limit is not None and value - before > limit:
+            return DeltaReason.IMPLAUSIBLE, None
+        is_gap = limits.interval_s is not None and span_s > GAP_FACTOR * limits.interval_s
+        return (DeltaReason.GAP if is_gap else DeltaReason.OK), value - before
+    near = UNKNOWN_LIMIT_WH if limit is None else limit
+    full = 10 ** max(len(str(before)), MIN_REGISTER_DIGITS)
+    if value >= 0 and full - before + value <= near:
+        return DeltaReason.ROLLOVER, full - before + value
+    if 0 <= value <= near and value < before / 2:
+        return DeltaReason.RESET, value
+    return DeltaReason.IMPLAUSIBLE, None
+
+
+def steps(readings: pl.DataFrame, baseline: pl.DataFrame) -> Result:
+    """Steps of all registers of all meters.
+
+    Args:
+        readings: of `with_limits`: meter_id, observed_at, run_id, equipment_id, partition, offset, seen, max_w,
+            interval_s, quantum_wh and `<register>_wh` of each register.
+        baseline: the state so far, columns `BASELINE`.
+    """
+    named = {f"{register}_wh": register for register in REGISTERS}
+    kept = ["meter_id", "observed_at", "run_id", "equipment_id", "partition", "offset", "seen", "max_w", "interval_s"]
+    long = (
+        readings.select(*kept, "quantum_wh", *named)
+        .rename(named)
+        .unpivot(on=list(REGISTERS), index=[*kept, "quantum_wh"], variable_name="register", value_name="wh")
+        .filter(pl.col("wh").is_not_null())
+        .with_columns(equipment_id=pl.col("equipment_id").replace("", None))
+        .join(baseline.select(*KEY, "previous_at", "previous_wh", "segment_id", box="equipment_id"), on=KEY, how="left")
+    )
+    is_unplaced = pl.col("seen").is_not_null() | (pl.col("observed_at") <= pl.col("previous_at")).fill_null(False)
+    is_same_time = pl.col("observed_at") == pl.col("previous_at")
+    unplaced = long.filter(is_unplaced).with_columns(
+        reason=pl.when(pl.col("seen").is_not_null())
+        .then(pl.col("seen"))
+        .when(is_same_time & (pl.col("wh") == pl.col("previous_wh")))
+        .then(pl.lit(DeltaReason.DUPLICATE.value))
+        .when(is_same_time)
+        .then(pl.lit(DeltaReason.CONFLICT.value))
+        .otherwise(pl.lit(DeltaReason.OUT_OF_ORDER.value)),
+        delta_wh=pl.lit(None, pl.Int64),
+        previous_at=pl.lit(None, STAMP),
+        previous_wh=pl.lit(None, pl.Int64),
+        segment_id=pl.lit(None, pl.String),
+    )
+    series = long.filter(~is_unplaced).sort(*KEY, "observed_at")
+    at, wh = pl.col("observed_at"), pl.col("wh")
+    series = series.with_columns(
+        before_at=at.shift(1).over(KEY).fill_null(pl.col("previous_at")),
+        before_wh=wh.shift(1).over(KEY).fill_null(pl.col("previous_wh")),
+        before_box=pl.col("equipment_id").shift(1).over(KEY).fill_null(pl.col("box")),
+        first_at=pl.when(pl.col("previous_at").is_null()).then(at.first().over(KEY)),
+    )
+    span_s = (at - pl.col("before_at")).dt.total_microseconds() / 1e6
+    too_much = (wh - pl.col("before_wh")) > pl.col("max_w") * span_s / 3600 + pl.col("quantum_wh")
+    plain = (
+        pl.col("before_at").is_null()
+        | (
+            (at > pl.col("before_at"))
+            & (wh >= pl.col("before_wh"))
+            & ~too_much.fill_null(False)
+            & ~(pl.col("equipment_id") != pl.col("before_box")).fill_null(False)
+            & (pl.col("equipment_id").is_null() == pl.col("before_box").is_null())
+        )
+    )  # fmt: skip
+    series = series.with_columns(plain=plain.all().over(KEY), span_s=span_s)
+    is_gap = (pl.col("span_s") > GAP_FACTOR * pl.col("interval_s")).fill_null(False)
+    reason = (
+        pl.when(pl.col("before_at").is_null())
+        .then(pl.lit(DeltaReason.FIRST.value))
+        .when(is_gap)
+        .then(pl.lit(DeltaReason.GAP.value))
+        .otherwise(pl.lit(DeltaReason.OK.value))
+    )
+    start = pl.format(
+        "{}/{}/{}", "meter_id", "register", pl.col("first_at").dt.strftime("%Y%m%dT%H%M%S%.6fZ")
+    )  # as segment_id()
+    easy = series.filter("plain").with_columns(
+        reason=reason,
+        delta_wh=(wh - pl.col("before_wh")).fill_null(0),
+        segment_id=pl.coalesce("segment_id", start),
+        previous_at=pl.col("before_at"),
+        previous_wh=pl.col("before_wh"),
+    )
+    walked = [_walked(group) for group in series.filter(~pl.col("plain")).partition_by(KEY, maintain_order=True)]
+    done = pl.concat([frame.select(STEPS.keys()).cast(STEPS) for frame in [easy, unplaced, *walked]])
+    accepted = done.filter(pl.col("reason").is_in([reason.value for reason in ACCEPTED_DELTAS]))
+    boxes = baseline.select(*KEY, box="equipment_id")
+    newest = (
+        accepted.sort(*KEY, "observed_at")
+        .group_by(KEY)
+        .agg(
+            previous_at=pl.col("observed_at").last(),
+            previous_wh=pl.col("wh").last(),
+            segment_id=pl.col("segment_id").last(),
+            equipment_id=pl.col("equipment_id").drop_nulls().last(),
+            run_id=pl.col("run_id").last(),
+        )
+        .join(boxes, on=KEY, how="left")
+        .with_columns(equipment_id=pl.coalesce("equipment_id", "box"))
+        .select(BASELINE.keys())
+    )
+    kept_baseline = baseline.join(newest, on=KEY, how="anti").select(BASELINE.keys())
+    return Result(done, pl.concat([kept_baseline, newest]).cast(BASELINE))
+
+
+def _walked(group: pl.DataFrame) -> pl.DataFrame:
+    rows = group.to_dicts()
+    first = rows[0]
+    baseline = {**first, "equipment_id": first["box"]} if first["previous_at"] else None
+    limits = Limits(first["max_w"], first["interval_s"], first["quantum_wh"])
+    walked = [{**row, **step} for row, step in zip(rows, walk(baseline, rows, limits), strict=True)]
+    return pl.DataFrame(walked, schema=group.schema | STEPS)
+
+
+def with_bucket(readings: pl.DataFrame, done: pl.DataFrame) -> pl.DataFrame:
+    """Puts each record into one bucket of the books, by the reasons of its registers.
+
+    A duplicate or conflict is one as a whole. A record with a wild register is quarantined, one that is too old or
+    known to all its registers is late; the rest, also one without any register, is stored.
+
+    Args:
+        readings: with partition, offset, seen.
+        done: steps of them.
+
+    Returns:
+        The readings with `bucket` and `why` (a DeltaReason, null where stored).
+    """
+    place = ["partition", "offset"]
+    wild = pl.col("reason").is_in([DeltaReason.IMPLAUSIBLE.value, DeltaReason.CONFLICT.value])
+    each = done.group_by(place).agg(
+        wild=pl.col("reason").filter(wild).first(),
+        old=pl.col("reason").is_in([DeltaReason.OUT_OF_ORDER.value, DeltaReason.DUPLICATE.value]).all(),
+        same=(pl.col("reason") == DeltaReason.DUPLICATE.value).all(),
+    )
+    whys = (
+        pl.when(pl.col("seen").is_not_null())
+        .then(pl.col("seen"))
+        .when(pl.col("wild").is_not_null())
+        .then(pl.col("wild"))
+        .when(pl.col("same").fill_null(False))
+        .then(pl.lit(DeltaReason.DUPLICATE.value))
+        .when(pl.col("old").fill_null(False))
+        .then(pl.lit(DeltaReason.OUT_OF_ORDER.value))
+    )
+    return (
+        readings.join(each, on=place, how="left")
+        .with_columns(why=whys)
+        .with_columns(bucket=pl.col("why").replace_strict(BUCKETS, default=Bucket.STORED.value, return_dtype=pl.String))
+        .drop("wild", "old", "same")
+    )

@@ -1,0 +1,245 @@
+"""Running nightly jobs: the lake's tables → transform → a report, for one local day.
+
+A report's date is the local day at the usage point: `registry.time_zone`, UTC where none is known, so a day has 23, 24
+or 25 hours. Two views of its edges: a reading ends the time it speaks of, so one exactly at midnight belongs to the
+earlier day (`is_read_in_day`); a window or an event begins, so at midnight it belongs to the later (`is_begun_in_day`).
+
+A job reads the UTC days that its local day can touch and a finite number before them, writes one date only, and gives
+the same rows when it is run again on the same lake.
+"""
+
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from typing import Annotated
+from zoneinfo import available_timezones
+
+import polars as pl
+import pyarrow as pa
+import typer
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from rich.console import Console
+
+from lake.decoding import impossible_clock, spark_schema
+from lake.publishing import publish_report
+from lake.reading import read_registry, read_table, utc_days
+from lake.session import spark_session, uri
+from lake.streaming import StreamSettings
+from schemas.errors import ConfigError, ContractBroken, MeterstreamError
+from schemas.tables import TABLES, report_path
+
+SHARDS = 32
+"""Groups of meters a night is cut into: one must fit into a task's memory, and each costs some milliseconds."""
+DEFAULT_ZONE = "UTC"
+
+Transform = Callable[[Mapping[str, DataFrame], DataFrame, datetime.date], DataFrame]
+
+
+@dataclass(frozen=True)
+class BatchJob:
+    """One nightly job.
+
+    Attributes:
+        name: its module's name: report, CLI word.
+        version: raised when columns of the report change their meaning; part of the report's name.
+        reads: lake table or report → how many days before the local day it needs. Of a table the UTC days that the
+            local day can touch are read too, of a report the day itself.
+        transform: (tables by name, registry, local day) → the report's rows; pure, runs on static frames too.
+    """
+
+    name: str
+    version: int
+    reads: Mapping[str, int]
+    transform: Transform
+
+    @property
+    def report(self) -> str:
+        """Name of what it writes."""
+        return f"{self.name}_v{self.version}"
+
+
+def in_order(jobs: Iterable[BatchJob]) -> list[BatchJob]:
+    """The jobs so that each comes after those whose reports it reads, else by name.
+
+    Raises:
+        ContractBroken: jobs read each other in a circle.
+    """
+    by_report = {job.report: job for job in sorted(jobs, key=lambda job: job.name)}
+    graph = {report: [read for read in job.reads if read in by_report] for report, job in by_report.items()}
+    try:
+        return [by_report[report] for report in TopologicalSorter(graph).static_order()]
+    except CycleError as error:
+        msg = f"jobs read each other in a circle: {' → '.join(error.args[1])}"
+        raise ContractBroken(msg) from error
+
+
+def midnight(day: datetime.date, time_zone: Column) -> Column:
+    """When a local day begins, as UTC; where clocks jump over midnight, the moment of the jump."""
+    return F.to_utc_timestamp(F.lit(day.isoformat()), F.coalesce(time_zone, F.lit(DEFAULT_ZONE)))
+
+
+def with_local_day(rows: DataFrame, registry: DataFrame, date: datetime.date, *known: str) -> DataFrame:
+    """Adds `day_start` and `day_end` of the local day where each row's meter stands.
+
+    Args:
+        rows: has meter_id.
+        registry: one row per meter.
+        date: the local day.
+        known: columns of the registry to add too; null for a meter that it does not have.
+    """
+    zone = F.col("time_zone")
+    edges = {"day_start": midnight(date, zone), "day_end": midnight(date + datetime.timedelta(days=1), zone)}
+    fleet = registry.select("meter_id", *known, *[edge.alias(name) for name, edge in edges.items()])
+    nowhere = F.lit(None).cast("string")  # a meter that the registry does not have
+    return rows.join(F.broadcast(fleet), "meter_id", "left").withColumns(
+        {
+            "day_start": F.coalesce("day_start", midnight(date, nowhere)),
+            "day_end": F.coalesce("day_end", midnight(date + datetime.timedelta(days=1), nowhere)),
+        }
+    )
+
+
+def is_read_in_day(at: str) -> Column:
+    """True where a reading ends a time of the local day: after its midnight, the next midnight included."""
+    return (F.col(at) > F.col("day_start")) & (F.col(at) <= F.col("day_end"))
+
+
+def is_begun_in_day(at: str) -> Column:
+    """True where something began in the local day: its midnight included."""
+    return (F.col(at) >= F.col("day_start")) & (F.col(at) < F.col("day_end"))
+
+
+def day_s() -> Column:
+    """Length of the local day, s."""
+    return F.unix_seconds("day_end") - F.unix_seconds("day_start")
+
+
+def only_believable(readings: DataFrame) -> DataFrame:
+    """Readings whose clock can be right; the stream has quarantined the others."""
+    defaults = StreamSettings.model_fields
+    is_impossible = impossible_clock(defaults["max_ahead_s"].default, defaults["max_behind_s"].default)
+    return readings.where(~F.coalesce(is_impossible, F.lit(False)))
+
+
+def with_silent(
+    rows: DataFrame, expected: DataFrame, registry: DataFrame, date: datetime.date, *known: str
+) -> DataFrame:
+    """Adds rows of nulls for what the registry expects on the day and nothing came from.
+
+    Args:
+        rows: has the columns of `expected`; all rows are kept, those of unknown meters too.
+        expected: the keys that must be there, meter_id among them.
+        registry: one row per meter; one whose validity does not touch the day is not expected.
+        date: the local day.
+        known: columns of the registry to add.
+    """
+    both = rows.withColumn("has_rows", F.lit(True)).join(expected, expected.columns, "full")
+    is_there = F.coalesce(F.col("valid_from") < F.col("day_end"), F.lit(True)) & F.coalesce(
+        F.col("valid_to") > F.col("day_start"), F.lit(True)
+    )
+    return (
+        with_local_day(both, registry, date, "valid_from", "valid_to", *known)
+        .where(F.col("has_rows") | is_there)
+        .drop("has_rows", "valid_from", "valid_to")
+    )
+
+
+def per_shard(rows: DataFrame, engine: Callable[[pl.DataFrame], pl.DataFrame], output: pa.Schema) -> DataFrame:
+    """Runs a Polars function over each group of meters.
+
+    Args:
+        rows: has meter_id.
+        engine: all rows of some meters → rows with the columns of `output`.
+        output: names and types of what it gives.
+    """
+
+    def run(shard: pa.Table) -> pa.Table:
+        frame = pl.from_arrow(shard.drop_columns(["shard"]))
+        if not isinstance(frame, pl.DataFrame):
+            msg = "an Arrow table gave no frame"
+            raise ContractBroken(msg)
+        return engine(frame).select(output.names).to_arrow().cast(output)
+
+    sharded = rows.withColumn("shard", F.crc32(F.col("meter_id").cast("binary")) % SHARDS)
+    return sharded.groupBy("shard").applyInArrow(run, spark_schema(output))
+
+
+def _read(session: SparkSession, name: str, date: datetime.date, days_before: int) -> DataFrame:
+    earlier = [date - datetime.timedelta(days=days) for days in range(days_before, 0, -1)]
+    if name in TABLES:
+        return read_table(session, name, sorted({*earlier, *utc_days(date)}))
+    folders = [report_path(name) / f"date={day.isoformat()}" for day in [*earlier, date]]
+    parts = [uri(part) for folder in folders for part in folder.glob("*.parquet")]
+    if not parts:
+        msg = f"report {name} has nothing for {date.isoformat()}: run its job for that date first"
+        raise ConfigError(msg)
+    return session.read.parquet(*parts)
+
+
+def publish(session: SparkSession, job: BatchJob, date: datetime.date) -> int:
+    """Replaces one date of a job's report.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        ConfigError: the registry names a time zone that does not exist, or a report that is read is not there.
+    """
+    registry = read_registry(session)
+    zones = {row.time_zone for row in registry.select("time_zone").distinct().collect()} - {None}
+    if unknown := sorted(zones - available_timezones()):
+        msg = f"registry: no such time zone: {', '.join(unknown)}"
+        raise ConfigError(msg)
+    tables = {name: _read(session, name, date, days) for name, days in job.reads.items()}
+    return publish_report(job.transform(tables, registry, date), job.report, date.isoformat())
+
+
+def run(jobs: Iterable[BatchJob], date: datetime.date, as_json: bool = False) -> None:
+    """Runs the jobs one after the other, in the order of what they read and write, and says rows and seconds of each.
+
+    Raises:
+        ConfigError: see `publish`.
+    """
+    ordered = in_order(jobs)
+    console = Console(stderr=as_json, highlight=False)
+    day = date.isoformat()
+    with console.status(f"{day}: starting Spark"):
+        session = spark_session("meterstream-night-" + "-".join(job.name for job in ordered))
+    try:
+        for job in ordered:
+            started = time.monotonic()
+            with console.status(f"{day}: {job.name}"):
+                rows = publish(session, job, date)
+            took_s = time.monotonic() - started
+            if as_json:
+                line = {"report": job.report, "date": day, "rows": rows, "seconds": round(took_s, 3)}
+                sys.stdout.write(json.dumps(line) + "\n")
+            else:
+                console.print(f"{day}  {job.report:<24} {rows:>10,} rows {took_s:>7.1f} s")
+    finally:
+        session.stop()
+
+
+def command(jobs: list[BatchJob]) -> None:
+    """The command line of one job, or of all in one session."""
+
+    def main(
+        date: Annotated[datetime.datetime, typer.Option(formats=["%Y-%m-%d"], help="Local day of the report.")],
+        as_json: Annotated[bool, typer.Option("--json", help="One JSON object per job on standard output.")] = False,
+    ) -> None:
+        try:
+            run(jobs, date.date(), as_json)
+        except ConfigError as error:
+            sys.stderr.write(f"error: {error}\n")
+            raise typer.Exit(2) from error
+        except MeterstreamError as error:
+            sys.stderr.write(f"error: {error}\n")
+            raise typer.Exit(1) from error
+
+    main.__doc__ = f"Writes the reports of one local day: {', '.join(job.name for job in jobs)}."
+    typer.run(main)

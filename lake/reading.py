@@ -1,0 +1,52 @@
+"""Reading tables back: by plain globs, so that we see what everyone sees."""
+
+from datetime import date, timedelta
+
+import polars as pl
+import pyarrow as pa
+from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+
+from lake.decoding import spark_schema
+from lake.session import uri
+from schemas.tables import TABLES, table_path
+
+
+def read_table(session: SparkSession, table: str, dates: list[date] | None = None) -> DataFrame:
+    """Rows of a lake table; empty where nothing was written yet.
+
+    Args:
+        session: whose frame it will be.
+        table: a name in `schemas.tables.TABLES`.
+        dates: UTC days to read; all of them if None.
+    """
+    folders = (
+        sorted(table_path(table).glob("date=*"))
+        if dates is None
+        else [table_path(table) / f"date={day.isoformat()}" for day in dates]
+    )
+    parts = [uri(part) for folder in folders for part in folder.glob("*.parquet")]
+    schema = spark_schema(TABLES[table])
+    if not parts:
+        return session.createDataFrame([], schema)
+    return session.read.schema(schema).parquet(*parts)
+
+
+def read_registry(session: SparkSession) -> DataFrame:
+    """The newest row of each meter in the registry."""
+    newest = Window.partitionBy("meter_id").orderBy(F.col("valid_from").desc_nulls_last(), "usage_point_id")
+    ranked = read_table(session, "registry").withColumn("rank", F.row_number().over(newest))
+    return ranked.where(F.col("rank") == 1).drop("rank")
+
+
+def busiest_day(stamps: pa.ChunkedArray, time_zone: str) -> date:
+    """The local day with the most of these times; the first of equals."""
+    local = pl.Series("at", stamps).dt.convert_time_zone(time_zone).dt.date()
+    counts = local.value_counts().sort("count", "at", descending=[True, False])
+    day: date = counts.get_column("at")[0]
+    return day
+
+
+def utc_days(local_day: date) -> list[date]:
+    """The UTC days that a local day anywhere on earth can touch."""
+    return [local_day + timedelta(days=shift) for shift in (-1, 0, 1)]

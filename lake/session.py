@@ -1,0 +1,42 @@
+"""The Spark session of every job: UTC, few shuffle partitions, Python workers of this environment."""
+
+import os
+import sys
+from pathlib import Path
+
+from pyspark.sql import SparkSession
+
+from schemas.tables import home
+
+
+def uri(path: Path) -> str:
+    """A local path as Spark takes it: `Path.as_uri` would turn the = of `date=` into %3D, which Spark keeps."""
+    return f"file://{path}"
+
+
+def spark_session(name: str, **options: str) -> SparkSession:
+    """The session, made once per process; under spark-submit it takes what was submitted.
+
+    Args:
+        name: shown by Spark as the application's name.
+        options: Spark options with `_` for `.`, over the defaults here.
+    """
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    os.environ.setdefault("POLARS_MAX_THREADS", "1")  # a task has one core
+    builder = SparkSession.builder.appName(name)
+    defaults = {
+        "spark.sql.session.timeZone": "UTC",
+        "spark.sql.shuffle.partitions": "2",
+        "spark.sql.adaptive.enabled": "false",  # its extra stages cost more than they save on batches of seconds
+        "spark.sql.execution.arrow.maxRecordsPerBatch": "100000",
+        "spark.sql.streaming.numRecentProgressUpdates": "50",
+        "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+        "spark.sql.warehouse.dir": str(home() / "tmp" / "warehouse"),
+        "spark.scheduler.mode": "FAIR",
+        "spark.ui.enabled": "false",
+    }
+    for option, value in (defaults | {k.replace("_", "."): v for k, v in options.items()}).items():
+        builder = builder.config(option, value)
+    session = builder.getOrCreate()
+    session.sparkContext.setLogLevel("ERROR")
+    return session

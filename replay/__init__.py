@@ -1,0 +1,1 @@
+"""Historical logs and simulations → the stream that N meters would send."""

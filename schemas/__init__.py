@@ -1,0 +1,1 @@
+"""The contract: topics, Avro schemas, tables, code tables, closed lists. Imports nothing else of the project."""

@@ -1,0 +1,114 @@
+"""Closed lists. A new word is added here first, never written as a literal elsewhere."""
+
+from enum import StrEnum
+
+
+class DeadLetterReason(StrEnum):
+    """Why bytes could not be taken."""
+
+    BAD_TOPIC = "bad_topic"
+    UNKNOWN_ENCODING = "unknown_encoding"
+    NOT_FRAMED = "not_framed"
+    UNKNOWN_SCHEMA_ID = "unknown_schema_id"
+    WRONG_ENTITY = "wrong_entity"
+    UNDECODABLE = "undecodable"
+    TRAILING_BYTES = "trailing_bytes"
+    INVALID_JSON = "invalid_json"
+    INVALID_TELEGRAM = "invalid_telegram"
+    METER_ID_MISMATCH = "meter_id_mismatch"
+    TOO_LARGE = "too_large"
+    RUN_ID_REFUSED = "run_id_refused"
+
+
+class Bucket(StrEnum):
+    """Where the books put one input record: received is the sum of these."""
+
+    STORED = "stored"
+    DUPLICATE = "duplicate"
+    LATE = "late"
+    QUARANTINED = "quarantined"
+    INVALID = "invalid"
+
+
+class DeltaReason(StrEnum):
+    """Why a register step has the energy it has (domain reference, section 3)."""
+
+    FIRST = "first"
+    OK = "ok"
+    GAP = "gap"
+    ROLLOVER = "rollover"
+    METER_EXCHANGE = "meter_exchange"
+    RESET = "reset"
+    DUPLICATE = "duplicate"
+    CONFLICT = "conflict"
+    OUT_OF_ORDER = "out_of_order"
+    IMPLAUSIBLE = "implausible"
+
+
+ACCEPTED_DELTAS = (
+    DeltaReason.FIRST,
+    DeltaReason.OK,
+    DeltaReason.GAP,
+    DeltaReason.ROLLOVER,
+    DeltaReason.METER_EXCHANGE,
+    DeltaReason.RESET,
+)
+
+
+class QuarantineReason(StrEnum):
+    """Why a decoded record is kept apart."""
+
+    IMPOSSIBLE_CLOCK = "impossible_clock"
+    CONFLICT = "conflict"
+    IMPLAUSIBLE = "implausible"
+    UNKNOWN_CODE = "unknown_code"
+    UNKNOWN_ARGUMENT = "unknown_argument"
+
+
+class Band(StrEnum):
+    """Where a voltage lies against the limits of its jurisdiction."""
+
+    NORMAL = "normal"
+    LOW = "low"
+    HIGH = "high"
+    VERY_LOW = "very_low"
+    VERY_HIGH = "very_high"
+
+
+class Severity(StrEnum):
+    """Severity of an event type, as in the plan's table."""
+
+    INFO = "info"
+    CAUTION = "caution"
+    ERROR = "error"
+
+
+class EventAction(StrEnum):
+    """What the nuisance table says to do with an event."""
+
+    RAISE = "raise"
+    COUNT = "count"
+    DROP = "drop"
+
+
+class Edge(StrEnum):
+    """How an event moves its alarm: `level` takes the argument (1 raises, 0 clears)."""
+
+    RAISE = "raise"
+    CLEAR = "clear"
+    LEVEL = "level"
+    NONE = "none"
+
+
+class AlarmState(StrEnum):
+    """State of an alarm."""
+
+    ACTIVE = "active"
+    CLEARED = "cleared"
+
+
+class AlarmSource(StrEnum):
+    """What an alarm was made from."""
+
+    METER_EVENT = "meter_event"
+    DERIVED = "derived"

@@ -1,0 +1,39 @@
+"""One root; each child is named for what the caller has to do."""
+
+
+class MeterstreamError(Exception):
+    """Root of every error that the project raises on purpose."""
+
+
+class ConfigError(MeterstreamError):
+    """The operator has to change a setting or an argument; exit 2."""
+
+
+class RetryLater(MeterstreamError):
+    """Nothing is wrong with the input; try the same again when the other side is back."""
+
+
+class InvalidMessage(MeterstreamError):
+    """The bytes cannot be taken: dead-letter them with the reason and go on.
+
+    Attributes:
+        reason: one of `schemas.closed_lists.DeadLetterReason`.
+        detail: what was wrong, for a person.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class BadLog(MeterstreamError):
+    """A log file has a line that its format does not allow; mend the file or ask to keep going."""
+
+
+class ContractBroken(MeterstreamError):
+    """A promise between our own parts does not hold: a bug, stop and report."""
+
+
+class StateLost(MeterstreamError):
+    """State that a query relies on is gone; follow the repair that the message names."""

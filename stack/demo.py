@@ -1,0 +1,281 @@
+"""The whole chain, once, for real, and the proof that nothing was lost: `make demo`.
+
+logs → replay → MQTT → bridge → Kafka → Spark streaming jobs → lake → nightly batch → Parquet reports, in a stack and a
+data folder of its own.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from lake.reading import busiest_day
+from replay.__main__ import played, simulated
+from replay.importers import import_log
+from replay.run import Ledger, run_folder
+from replay.tape import read_tape
+from schemas.errors import ConfigError, MeterstreamError, RetryLater
+from schemas.settings import load
+from schemas.tables import glob_of, home, report_path, table_path
+from schemas.topics import INGESTED
+from stack import proof
+from stack.native import ROOT, SUPERVISOR, NativeStack, StackSettings
+
+console = Console(highlight=False)
+SEED = 1
+DAY = date(2016, 6, 15)
+DRAIN_S = 600.0  # for what the replay is ahead of the bridge, on a slow machine
+STREAMING_DRAIN_S = 900.0
+TRIES = 3  # the driver may be killed while it drains: it is started again and drains then
+
+
+def main(
+    meters: Annotated[int, typer.Option(help="How many meters the simulated grid has.", min=1)] = 1_000,
+    log: Annotated[
+        Path | None, typer.Option(help="Play a log of your own instead.", exists=True, dir_okay=False)
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="Its format: one of `replay formats`.")] = None,
+    timezone: Annotated[str | None, typer.Option(help="Of the log's local stamps, if not the format's.")] = None,
+    speed: Annotated[str, typer.Option(help="600: an hour in six seconds; max: flat out.")] = "600",
+    folder: Annotated[Path, typer.Option(help="Emptied at the start, kept at the end.")] = ROOT / "data" / "demo",
+) -> None:
+    """Runs the whole chain on a day of a real low-voltage grid, or on a log of your own, and proves the result.
+
+    Examples: make demo; make demo METERS=100; make demo LOG=meter.txt FORMAT=dsmr
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupted)
+    try:
+        if log and not format:
+            msg = "a log needs its FORMAT: one of dsmr, p1mon, sparkfun"
+            raise ConfigError(msg)
+        if not _demo(meters, log, format, timezone, speed, folder.resolve()):
+            raise typer.Exit(1)
+    except ConfigError as error:
+        console.print(f"[red]error:[/] {error}")
+        raise typer.Exit(2) from error
+    except MeterstreamError as error:
+        console.print(f"[red]error:[/] {error}")
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        console.print("stopped")
+        raise typer.Exit(130) from error
+
+
+def _interrupted(number: int, _: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _demo(meters: int, log: Path | None, format: str | None, timezone: str | None, speed: str, folder: Path) -> bool:
+    began = time.monotonic()
+    settings = own_settings(folder)
+    os.environ |= environment(settings)
+    stack = NativeStack(settings, on_progress=lambda line: console.print(f"  {line}"))
+    stack.stop()
+    _empty(folder)
+    with _step("Tape"):
+        tape_folder = folder / "tape"
+        if log and format:
+            tape = import_log(log, format, tape_folder, timezone=timezone)
+        else:
+            tape_folder = ROOT / "data" / "cache" / f"simbench-{DAY}"
+            tape = (
+                read_tape(tape_folder) if tape_folder.exists() else simulated(tape_folder, date(2016, 6, 15), 300, SEED)
+            )
+        console.print(f"  {tape.info.rows_out:,} readings of {len(tape.registry)} meters from {tape.info.source}")
+    try:
+        with _step("Stack: MQTT broker, Kafka, bridge, Spark"):
+            stack.start()
+            stack.start_supervisor()
+        with _step("Replay → MQTT → bridge → Kafka → Spark"):
+            if log:
+                ledger = played(tape_folder, "mqtt", None, "max", SEED, None, "original", None, False)
+            else:
+                ledger = played(tape_folder, "mqtt", meters, speed, SEED, None, "run", None, True)
+            console.print(f"  {ledger.records:,} records sent, {ledger.records_per_s:,.0f}/s")
+            wait(
+                "the bridge to carry what the broker holds", lambda: waiting_is_over(settings, ledger.records), DRAIN_S
+            )
+            offsets = proof.end_offsets(settings.kafka_bootstrap)
+        with _step("Spark takes what is left and closes its windows"):
+            drain(stack)
+    finally:
+        with _step("Stack stops"):
+            stack.stop()
+    day = busiest_day(tape.readings.column("observed_at"), tape.info.time_zone)
+    with _step(f"Nightly batch of {day}"):
+        command = [sys.executable, "-m", "batch_jobs", "--date", day.isoformat()]
+        if subprocess.run(command, cwd=folder / "tmp", check=False).returncode:
+            msg = "the nightly batch failed: see above"
+            raise RetryLater(msg)
+    return _summary(ledger, offsets, None if log else run_folder(ledger.run_id) / "truth.parquet", began)
+
+
+def own_settings(folder: Path) -> StackSettings:
+    """A stack of its own in a folder, on ports that are free now."""
+    names = ("mqtt_port", "nats_port", "nats_monitor_port", "kafka_port", "kafka_controller_port")
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in names]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in sockets]
+    return load(StackSettings, home=folder, **dict(zip(names, ports, strict=True)))
+
+
+def environment(settings: StackSettings) -> dict[str, str]:
+    """What makes replay, jobs and this process use that stack; the jobs flush when they are stopped."""
+    return {
+        "METERSTREAM_HOME": str(settings.home),
+        "METERSTREAM_MQTT_PORT": str(settings.mqtt_port),
+        "METERSTREAM_KAFKA_BOOTSTRAP": settings.kafka_bootstrap,
+        "METERSTREAM_FLUSH": "true",
+    }
+
+
+def _empty(folder: Path) -> None:
+    """Empties the demo's folder, if it is one."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / "run").is_dir():
+        msg = f"{folder} is there and is no folder of a demo: name another with --folder"
+        raise ConfigError(msg)
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "tmp").mkdir(parents=True)
+
+
+@contextlib.contextmanager
+def _step(title: str) -> Iterator[None]:
+    began = time.monotonic()
+    console.print(f"[bold]{title}[/]")
+    yield
+    console.print(f"  [dim]{time.monotonic() - began:.1f} s[/]")
+
+
+def wait(what: str, is_done: Callable[[], bool], timeout_s: float) -> None:
+    """Waits until something holds.
+
+    Raises:
+        RetryLater: it did not in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    with console.status(f"waiting for {what}"):
+        while not is_done():
+            if time.monotonic() > deadline:
+                msg = f"waited {timeout_s:.0f} s for {what}: see {home() / 'logs'}"
+                raise RetryLater(msg)
+            time.sleep(0.25)
+
+
+def waiting_is_over(settings: StackSettings, sent: int) -> bool:
+    """Whether Kafka has all that was sent, and the MQTT broker nothing more."""
+    offsets = proof.end_offsets(settings.kafka_bootstrap)
+    in_kafka = sum(offsets[topic.name] for topic in INGESTED)
+    return in_kafka >= sent and proof.waiting_in_broker(settings.nats_monitor_port) == 0
+
+
+def drain(stack: NativeStack) -> None:
+    """Ends the driver, which takes what Kafka has and flushes; again where it was killed meanwhile.
+
+    Raises:
+        RetryLater: the jobs did not get to their end.
+    """
+    from lake.streaming import Runner, StreamSettings
+    from streaming_jobs import discovered
+
+    runners = [Runner(job, load(StreamSettings)) for job in discovered()]
+    stack.stop_part(SUPERVISOR)
+    for _ in range(TRIES):
+        with console.status("Spark is at work"):
+            stack.start(["streaming"])
+            stack.stop_part("streaming", STREAMING_DRAIN_S)
+        if all(runner.is_flushed for runner in runners):
+            return
+    msg = f"the streaming jobs did not finish: see {stack.log_file('streaming')}"
+    raise RetryLater(msg)
+
+
+def _summary(ledger: Ledger, offsets: dict[str, int], truth: Path | None, began: float) -> bool:
+    lake = proof.open_lake()
+    lines = proof.books(lake)
+    table = Table("stage", title="received = stored + duplicate + late + quarantined + invalid", box=box.SIMPLE)
+    for name in ("received", "stored", "duplicate", "late", "quarantined", "invalid"):
+        table.add_column(name, justify="right")
+    for line in lines:
+        numbers = (line.received, line.stored, line.duplicate, line.late, line.quarantined, line.invalid)
+        table.add_row(line.stage, *[f"{number:,}" for number in numbers])
+    console.print(table)
+    refused = lake.execute(
+        """SELECT 'dead letter' AS place, reason, count(*) FROM dead_letters GROUP BY ALL
+        UNION ALL SELECT 'quarantine of ' || stage, reason, count(*) FROM quarantined_readings GROUP BY ALL
+        UNION ALL SELECT 'quarantine of ' || stage, reason, count(*) FROM quarantined_events GROUP BY ALL
+        ORDER BY ALL"""
+    ).fetchall()
+    stored = next((line.stored for line in lines if line.stage == "readings_lake"), 0)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("Meters", f"{ledger.meters:,}")
+    facts.add_row(
+        "Records sent", f"{ledger.records:,} in {ledger.seconds:.0f} s, {ledger.records_per_s:,.0f}/s over MQTT"
+    )
+    facts.add_row("Records stored", f"{stored:,} ({ledger.readings:,} readings and {ledger.events:,} events were sent)")
+    if ledger.bad:
+        facts.add_row("Bad on purpose", ", ".join(ledger.bad))
+    for place, reason, count in refused:
+        facts.add_row("  ended as", f"{place}: {reason} × {count}")
+    if truth:
+        tape_wh, delta_wh, _ = proof.energy(lake, truth)
+        sign = "=" if tape_wh == delta_wh else "≠"
+        facts.add_row("Energy", f"{tape_wh:,} Wh on the tape {sign} {delta_wh:,} Wh in the deltas")
+    else:
+        steps = lake.execute(
+            "SELECT reason, count(*), sum(delta_wh) FROM consumption_deltas GROUP BY ALL ORDER BY ALL"
+        ).fetchall()
+        for reason, count, wh in steps:
+            energy = f", {wh:,} Wh" if wh is not None else ""
+            facts.add_row("Steps", f"{reason}: {count:,}{energy}")
+    for meter_id, phase, mv, pct, at in lake.execute(
+        """SELECT meter_id, phase, mean_mv, deviation_pct, window_start FROM voltage_windows
+        ORDER BY abs(deviation_pct) DESC, meter_id, phase, window_start LIMIT 3"""
+    ).fetchall():
+        facts.add_row("Worst voltage", f"{meter_id} {phase}: {mv / 1000:.1f} V ({pct:+.1f} %) at {at:%Y-%m-%d %H:%M}Z")
+    alarms = lake.execute(
+        """WITH newest AS (SELECT * FROM alarms QUALIFY row_number() OVER (
+            PARTITION BY alarm_id ORDER BY updated_at DESC, repeat_count DESC, state DESC) = 1)
+        SELECT alarm_type, severity, count(*), count(*) FILTER (state = 'active') FROM newest
+        GROUP BY ALL ORDER BY 3 DESC, alarm_type"""
+    ).fetchall()
+    for kind, severity, count, active in alarms:
+        facts.add_row("Alarms", f"{kind} ({severity}): {count:,}, still active {active:,}")
+    console.print(Panel(facts, title=f"Run {ledger.run_id}", expand=False))
+    console.print(f"Tables   {table_path('readings').parent}")
+    console.print(f"Reports  {report_path('x').parent}")
+    glob = glob_of(report_path("daily_consumption_v1"))
+    console.print(f'Open one .venv/bin/python -c "import duckdb; duckdb.sql(\\"FROM \'{glob}\' LIMIT 5\\").show()"')
+    found = proof.problems(lake, offsets, ledger.records, truth)
+    for problem in found:
+        console.print(f"[red]✗[/] {problem}")
+    if not found:
+        console.print(
+            "[green]✓[/] every record that was sent is accounted for, in every stage; "
+            "every segment's deltas sum up to its registers"
+        )
+    console.print(f"[dim]{time.monotonic() - began:.0f} s in all[/]")
+    return not found
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

@@ -1,0 +1,7 @@
+"""All streaming jobs in one driver, for one machine."""
+
+from lake.streaming import command
+from streaming_jobs import discovered
+
+if __name__ == "__main__":
+    command(discovered())

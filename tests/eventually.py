@@ -1,0 +1,30 @@
+"""Waiting for something that another process does, without sleeping a fixed time."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+POLL_S = 0.05
+T = TypeVar("T")
+
+
+def eventually(condition: Callable[[], T], timeout_s: float = 10.0) -> T:
+    """The condition's value once it is true; it may raise AssertionError or OSError until then.
+
+    Raises:
+        AssertionError: it did not come true in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    last: object = None
+    while time.monotonic() < deadline:
+        try:
+            value = condition()
+            if value:
+                return value
+            last = value
+        except (AssertionError, OSError) as error:
+            last = error
+        threading.Event().wait(POLL_S)
+    message = f"not within {timeout_s} s; last: {last!r}"
+    raise AssertionError(message)

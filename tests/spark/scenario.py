@@ -1,0 +1,164 @@
+"""Scenario folders: `when/*.csv` is what comes, `then/*.csv` what must be there, in words a domain expert writes.
+
+`when/<entity>.csv` has columns of the entity; a column `batch` cuts it into micro-batches (state goes from one to the
+next), a column `payload` stands for bytes that are none of ours. `when/registry.csv` and, for a night job,
+`when/<table>.csv` are tables. `when/settings.csv` has name,value. `then/<table>.csv` names the columns it speaks of;
+its rows are all the rows, in any order.
+"""
+
+import csv
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyspark.sql import DataFrame, SparkSession
+
+from lake.decoding import spark_schema
+from lake.nightly import BatchJob
+from lake.streaming import StreamingJob, StreamSettings
+from schemas.codec import arrow_schema, encode
+from schemas.tables import TABLES
+from schemas.topics import Topic
+
+FOLDER = Path(__file__).parent.parent / "scenarios"
+KAFKA = "key binary, value binary, topic string, partition int, offset long, timestamp timestamp"
+KAFKA_AT = datetime(2024, 1, 1, tzinfo=UTC)
+
+
+def scenarios() -> list[Path]:
+    return sorted(FOLDER.glob("*/given_*"))
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def typed(text: str | None, kind: pa.DataType) -> Any:
+    if not text:
+        return None
+    if pa.types.is_timestamp(kind):
+        return datetime.fromisoformat(text)
+    if pa.types.is_integer(kind):
+        return int(text)
+    if pa.types.is_floating(kind):
+        return float(text)
+    if pa.types.is_boolean(kind):
+        return text == "true"
+    return text
+
+
+def table(session: SparkSession, name: str, path: Path) -> DataFrame:
+    schema = TABLES[name]
+    rows = [tuple(typed(row.get(field.name), field.type) for field in schema) for row in read(path)]
+    return session.createDataFrame(rows, spark_schema(schema))
+
+
+def kafka_rows(topic: Topic, path: Path, batch: str, start: int) -> list[tuple[Any, ...]]:
+    schema = arrow_schema(topic.entity)
+    rows = []
+    for row in read(path):
+        if row.get("batch", "1") != batch:
+            continue
+        if row.get("payload"):
+            value, key = row["payload"].encode().decode("unicode_escape").encode("latin-1"), row.get("meter_id", "")
+        else:
+            record = {field.name: typed(row.get(field.name), field.type) for field in schema}
+            record["dialect"] = record.get("dialect") or "dsmr-5"
+            value, key = encode(topic.entity, record), row.get("key") or row["meter_id"]
+        rows.append((key.encode(), value, topic.name, 0, start + len(rows), KAFKA_AT))
+    return rows
+
+
+def settings_of(folder: Path) -> dict[str, str]:
+    return {row["name"]: row["value"] for row in read(folder / "when" / "settings.csv")}
+
+
+def stream(session: SparkSession, job: StreamingJob, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows per table after all batches of a scenario, state handed on as the runner does."""
+    options = settings_of(folder)
+    flush = options.pop("flush", "") == "true"
+    settings = StreamSettings(kafka_bootstrap="none:0", **options)  # type: ignore[arg-type]
+    registry = table(session, "registry", folder / "when" / "registry.csv")
+    when = {topic: folder / "when" / f"{topic.entity}s.csv" for topic in job.topics}
+    batches = sorted({row.get("batch", "1") for path in when.values() for row in read(path)})
+    state = session.createDataFrame([], job.state)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in [*job.writes, "accounting"]}
+    offsets = dict.fromkeys(job.topics, 0)
+    for batch in [*batches, *(["flush"] if flush else [])]:
+        rows = []
+        for topic in job.topics:
+            fresh = kafka_rows(topic, when[topic], batch, offsets[topic])
+            offsets[topic] += len(fresh)
+            rows += fresh
+        asked = settings.model_copy(update={"close_all": batch == "flush"})
+        outcome = job.transform(session.createDataFrame(rows, KAFKA), registry, state, asked)
+        for name, frame in outcome.tables.items():
+            found[name] += frame.toArrow().to_pylist()
+        found["accounting"] += outcome.books.toArrow().to_pylist()
+        for name, frame in outcome.current.items():
+            found[name] = frame.toArrow().to_pylist()
+        kept = outcome.state.toArrow()
+        state = session.createDataFrame(kept, job.state)
+        for frame in outcome.held:
+            frame.unpersist()
+    found["accounting"] = books(found["accounting"])
+    return found
+
+
+def night(session: SparkSession, job: BatchJob, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the report for the date in the settings; a row's place in Kafka is its line, its arrival its own time."""
+    registry = table(session, "registry", folder / "when" / "registry.csv")
+    lake = {}
+    for name in job.reads:
+        schema, rows = TABLES[name], []
+        for offset, row in enumerate(read(folder / "when" / f"{name}.csv")):
+            arrival = row.get("arrival_at") or row.get("received_at") or row.get("observed_at")
+            filled = {"topic": name, "partition": "0", "offset": str(offset)} | row | {"arrival_at": arrival}
+            rows.append(tuple(typed(filled.get(field.name), field.type) for field in schema))
+        lake[name] = session.createDataFrame(rows, spark_schema(schema))
+    day = date.fromisoformat(settings_of(folder)["date"])
+    return {job.name: job.transform(lake, registry, day).toArrow().to_pylist()}
+
+
+def books(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    totals: dict[tuple[str | None, str], int] = {}
+    for line in lines:
+        key = (line["run_id"], line["bucket"])
+        totals[key] = totals.get(key, 0) + line["records"]
+    return [{"run_id": run, "bucket": bucket, "records": n} for (run, bucket), n in totals.items() if n]
+
+
+def text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, float):
+        return f"{value:.4f}".rstrip("0").rstrip(".")
+    if isinstance(value, Decimal):
+        return f"{value:f}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, bytes):
+        return value.decode("latin-1").encode("unicode_escape").decode()
+    return str(value)
+
+
+def check(found: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    """Every `then` file holds, row for row."""
+    expectations = sorted((folder / "then").glob("*.csv"))
+    assert expectations, f"{folder} expects nothing"
+    for path in expectations:
+        with path.open(newline="") as lines:
+            columns = next(csv.reader(lines))
+        expected = sorted(tuple(row[column] for column in columns) for row in read(path))
+        actual = sorted(tuple(text(row[column]) for column in columns) for row in found[path.stem])
+        missing, extra = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
+        assert actual == expected, f"{folder.name}/{path.name} {columns}: missing {missing}, not expected {extra}"

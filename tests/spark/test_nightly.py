@@ -1,0 +1,125 @@
+import datetime
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+
+from batch_jobs import discovered
+from lake.nightly import BatchJob, in_order, publish
+from schemas.errors import ConfigError, ContractBroken
+from schemas.tables import TABLES, glob_of, home, report_path, table_path
+
+DAY = datetime.date(2024, 6, 10)
+MIDNIGHT = datetime.datetime(2024, 6, 10, tzinfo=datetime.UTC)
+ROOT = Path(__file__).parents[2]
+
+
+def keep(table: str, day: datetime.date, rows: list[dict[str, Any]]) -> None:
+    folder = table_path(table) / f"date={day.isoformat()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, TABLES[table]), folder / "part-0.parquet")
+
+
+@pytest.fixture
+def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
+    keep("registry", DAY, [{"meter_id": m, "phases": "L1", "interval_s": 3600, "time_zone": "UTC"} for m in "abc"])
+    for shift in (-1, 0, 1):
+        day = DAY + datetime.timedelta(days=shift)
+        readings = []
+        for hour in range(24):
+            at = MIDNIGHT + datetime.timedelta(days=shift, hours=hour)
+            for meter in "ab":
+                place = {"topic": "meter-readings-v1", "partition": 0, "offset": len(readings)}
+                wh = 100 * (24 * (shift + 1) + hour)
+                reading = {"meter_id": meter, "observed_at": at, "arrival_at": at, "import_t1_wh": wh}
+                readings.append(reading | {"voltage_l1_mv": 230_000, "sag_count_l1": hour} | place)
+        keep("readings", day, [*readings, *[row | {"offset": row["offset"] + 1000} for row in readings[:3]]])
+    noon = MIDNIGHT + datetime.timedelta(hours=12)
+    alarm = {"alarm_id": "1", "meter_id": "a", "alarm_type": "tamper", "severity": "error", "source": "meter_event"}
+    alarm |= {"state": "active", "raised_at": noon, "updated_at": noon, "repeat_count": 0}
+    keep("alarms", DAY, [alarm])
+    letter = {"payload": b"x", "reason": "bad_topic", "detail": "", "received_at": noon}
+    keep("dead_letters", DAY, [letter])
+    return tmp_path
+
+
+def rows_of(report: str) -> list[tuple[Any, ...]]:
+    found = duckdb.sql(f"select * from read_parquet('{glob_of(report_path(report))}') order by all").fetchall()
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("job", discovered(), ids=lambda job: job.name)
+def test_a_date_run_twice_has_the_same_rows_and_nothing_else_is_written(
+    spark: SparkSession, lake: Path, job: BatchJob
+) -> None:
+    first = publish(spark, job, DAY)
+    rows = rows_of(job.report)
+    assert len(rows) == first
+    assert publish(spark, job, DAY) == first
+    assert rows_of(job.report) == rows
+    assert [folder.name for folder in report_path(job.report).iterdir()] == ["date=2024-06-10"]
+    assert [report.name for report in (home() / "reports").iterdir()] == [job.report]
+    assert list((home() / "staging").iterdir()) == []
+
+
+def test_the_days_of_a_meter_add_up_to_its_register(spark: SparkSession, lake: Path) -> None:
+    job = next(job for job in discovered() if job.name == "daily_consumption")
+    for shift in (-1, 0, 1):
+        publish(spark, job, DAY + datetime.timedelta(days=shift))
+    total = f"select sum(import_wh) from read_parquet('{glob_of(report_path(job.report))}') where meter_id = 'a'"
+    assert duckdb.sql(total).fetchall() == [(100 * 71,)]
+
+
+def test_a_lake_without_rows_gives_an_empty_report(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
+    for job in discovered():
+        assert publish(spark, job, DAY) == 0
+
+
+def test_an_unknown_time_zone_in_the_registry_is_named(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
+    keep("registry", DAY, [{"meter_id": "a", "time_zone": "Europe/Nowhere"}])
+    with pytest.raises(ConfigError, match="Europe/Nowhere"):
+        publish(spark, discovered()[0], DAY)
+
+
+def nothing(tables: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date) -> DataFrame:
+    return next(iter(tables.values()))
+
+
+def test_a_job_runs_after_those_whose_reports_it_reads(spark: SparkSession, lake: Path) -> None:
+    reader = BatchJob("a_reader", 1, {"z_writer_v2": 1}, nothing)
+    writer = BatchJob("z_writer", 2, {"alarms": 0}, nothing)
+    assert [job.name for job in in_order([reader, writer])] == ["z_writer", "a_reader"]
+    with pytest.raises(ConfigError, match="z_writer_v2 has nothing for 2024-06-10"):
+        publish(spark, reader, DAY)
+    assert publish(spark, writer, DAY) == publish(spark, reader, DAY) == 1
+
+
+def test_jobs_that_read_each_other_in_a_circle_are_refused() -> None:
+    one, other = BatchJob("one", 1, {"other_v1": 0}, nothing), BatchJob("other", 1, {"one_v1": 0}, nothing)
+    with pytest.raises(ContractBroken, match="circle"):
+        in_order([one, other])
+
+
+@pytest.mark.parametrize("arguments", [[], ["--date", "yesterday"], ["--date", "2024-02-30"]])
+def test_a_date_that_is_none_is_an_error_of_use(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "batch_jobs", *arguments]
+    environment = {**os.environ, "PYTHONPATH": "."}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "--date" in ended.stderr

@@ -1,0 +1,87 @@
+"""A flush at the end of a run closes each window once, also when it is asked twice or dies half-way."""
+
+from pathlib import Path
+
+from pyspark.sql import SparkSession
+
+from lake.streaming import Runner
+from streaming_jobs import consumption_deltas, voltage_deviation
+from tests.streaming.feed import SETTINGS, Feed, batches, lake, pair, rows, run
+
+JOB = voltage_deviation.JOB
+CLOSED = [("m1", "00:50", 2), ("m2", "00:50", 2)]
+OPEN = [("m1", "01:00", 1), ("m2", "01:00", 1)]
+
+
+def windows() -> list[tuple[str, str, int]]:
+    """Meter, begin and number of samples of each window in the lake."""
+    return sorted((row[0], f"{row[2]:%H:%M}", row[4]) for row in rows("voltage_windows"))
+
+
+def fed(spark: SparkSession) -> tuple[Feed, Runner]:
+    """A run of one batch that left a window open."""
+    feed = Feed()
+    feed.add(batches()[0])
+    runner = run(spark, feed, JOB)
+    assert windows() == CLOSED
+    assert not runner.is_flushed
+    return feed, runner
+
+
+def test_asked_again_or_done_again_after_it_died_it_closes_each_window_once_in_the_same_files(
+    spark: SparkSession, home: Path
+) -> None:
+    feed, runner = fed(spark)
+    runner.flush(spark)
+    assert windows() == sorted([*CLOSED, *OPEN])
+    assert runner.is_flushed
+    once = lake(runner)
+    runner.flush(spark)
+    Runner(JOB, SETTINGS).flush(spark)
+    assert lake(runner) == once
+    states = home / "state" / JOB.name / runner.query_id
+    (states / "0.flushed").rename(states / "0.flushing")  # it died when all but the new state was in place
+    assert not runner.is_flushed
+    run(spark, feed, JOB)
+    assert lake(runner) == once
+    assert runner.is_flushed
+
+
+def test_a_flush_that_died_after_its_marker_is_done_by_the_next_process(spark: SparkSession, home: Path) -> None:
+    feed, runner = fed(spark)
+    (home / "state" / JOB.name / runner.query_id / "0.flush").mkdir()
+    run(spark, feed, JOB)
+    assert windows() == sorted([*CLOSED, *OPEN])
+    assert runner.is_flushed
+
+
+def test_after_a_flush_the_query_goes_on_and_a_restart_closes_nothing_that_nobody_asked_for(
+    spark: SparkSession, home: Path
+) -> None:
+    feed, runner = fed(spark)
+    runner.flush(spark)
+    feed.add([*pair(12, 112, 232), *pair(20, 120, 230)])
+    run(spark, feed, JOB)
+    run(spark, feed, JOB)
+    assert windows() == sorted([*CLOSED, *OPEN])
+    Runner(JOB, SETTINGS).flush(spark)
+    assert windows() == sorted([*CLOSED, *OPEN, ("m1", "01:10", 1), ("m2", "01:10", 1)])
+    assert sum(line[5] for line in rows("accounting")) == 2  # what came again after its window was closed
+
+
+def test_a_job_with_nothing_open_is_flushed_without_a_row(spark: SparkSession, home: Path) -> None:
+    feed = Feed()
+    feed.add(batches()[0])
+    runner = run(spark, feed, consumption_deltas.JOB)
+    before = {table: rows(table) for table in runner.job.writes}
+    runner.flush(spark)
+    assert {table: rows(table) for table in before} == before
+    assert sum(line[3] for line in rows("accounting")) == len(batches()[0])
+
+
+def test_a_query_that_never_ran_has_nothing_to_flush(spark: SparkSession, home: Path) -> None:
+    runner = Runner(JOB, SETTINGS)
+    runner.finish_flush(spark)
+    runner.flush(spark)
+    assert runner.is_flushed
+    assert not (home / "lake").exists()

@@ -1,0 +1,224 @@
+"""Voltage windows: what they hold, when they are over, and the bands."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lake.delta_engine import STAMP
+from lake.voltage import VOLTAGES, WINDOWS, Advance, advance, windows
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+SAMPLES = pl.Schema(
+    {
+        "meter_id": pl.String(),
+        "observed_at": STAMP,
+        "run_id": pl.String(),
+        "topic": pl.String(),
+        "partition": pl.Int64(),
+        "offset": pl.Int64(),
+        **dict.fromkeys(VOLTAGES, pl.Int64()),
+        "nominal_mv": pl.Int64(),
+        "jurisdiction": pl.String(),
+    }
+)
+CLOSED = pl.Schema({"meter_id": pl.String(), "run_id": pl.String(), "window_start": STAMP})
+BOUNDS = {"run_id": pl.String, "bound_before": STAMP, "bound_after": STAMP}
+
+
+def at(minutes: float) -> datetime:
+    return START + timedelta(minutes=minutes)
+
+
+def sample(offset: int, minutes: float, mv: int | None = 230_000, **other: Any) -> dict[str, Any]:
+    return {
+        "meter_id": "m1", "observed_at": at(minutes), "run_id": None, "topic": "t", "partition": 0, "offset": offset,
+        "voltage_l1_mv": mv, **other,
+    }  # fmt: skip
+
+
+class Stream:
+    """State between batches, as the job keeps it."""
+
+    def __init__(self, horizon: int = 1_000) -> None:
+        self.samples, self.closed, self.horizon = SAMPLES.to_frame(), CLOSED.to_frame(), horizon
+        self.bound: datetime | None = None
+        self.windows: list[dict[str, Any]] = []
+
+    def batch(self, rows: list[dict[str, Any]], bound: float | None = None, close_all: bool = False) -> Advance:
+        """One batch after which the bound of the one run lies at so many minutes."""
+        after = self.bound if bound is None else at(bound)
+        bounds = pl.DataFrame([{"run_id": None, "bound_before": self.bound, "bound_after": after}], schema=BOUNDS)
+        moved = advance(pl.DataFrame(rows, schema=SAMPLES), self.samples, self.closed, bounds, self.horizon, close_all)
+        self.bound, self.samples, self.closed = after, moved.samples, moved.closed
+        self.windows += moved.windows.to_dicts()
+        assert len(moved.readings) == len(rows)
+        return moved
+
+    def starts(self) -> list[float]:
+        return [(row["window_start"] - START).total_seconds() / 60 for row in self.windows]
+
+
+def buckets(moved: Advance) -> list[str]:
+    return moved.readings.sort("offset")["bucket"].to_list()
+
+
+class Expected(NamedTuple):
+    count: int
+    mean: int
+    low: int
+    high: int
+
+
+def test_the_begin_of_a_window_belongs_to_it_and_its_end_to_the_next() -> None:
+    rows = [sample(0, 0, 230_000), sample(1, 10 - 1e-6 / 60, 232_000), sample(2, 10, 240_000)]
+    found = windows(pl.DataFrame(rows, schema=SAMPLES))
+    assert found.select("window_start", "window_end", "sample_count", "mean_mv").rows() == [
+        (at(0), at(10), 2, 231_000),
+        (at(10), at(20), 1, 240_000),
+    ]
+
+
+def test_one_sample_has_no_spread() -> None:
+    (row,) = windows(pl.DataFrame([sample(0, 0, 231_000)], schema=SAMPLES)).to_dicts()
+    assert (row["stddev_mv"], row["min_mv"], row["max_mv"], row["mean_mv"]) == (0.0, 231_000, 231_000, 231_000)
+
+
+def test_the_spread_is_that_of_the_population() -> None:
+    rows = [sample(0, 0, 229_000), sample(1, 1, 231_000)]
+    assert windows(pl.DataFrame(rows, schema=SAMPLES))["stddev_mv"].to_list() == [1_000.0]
+
+
+def test_each_phase_stands_on_its_own_and_an_absent_one_gives_no_window() -> None:
+    rows = [sample(0, 0, 230_000, voltage_l3_mv=207_000), sample(1, 1, None)]
+    found = windows(pl.DataFrame(rows, schema=SAMPLES))
+    assert found.select("phase", "sample_count", "mean_mv", "deviation_pct").rows() == [
+        ("L1", 1, 230_000, 0.0),
+        ("L3", 1, 207_000, -10.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("jurisdiction", "nominal_mv", "mv", "band"),
+    [
+        (None, None, 230_000, "normal"),
+        ("EN50160", 230_000, 207_000, "normal"),
+        ("EN50160", 230_000, 206_999, "low"),
+        ("EN50160", 230_000, 195_500, "low"),
+        ("EN50160", 230_000, 195_499, "very_low"),
+        ("EN50160", 230_000, 253_000, "normal"),
+        ("EN50160", 230_000, 253_001, "very_high"),
+        ("ANSI-C84.1", 120_000, 114_000, "normal"),
+        ("ANSI-C84.1", 120_000, 113_999, "low"),
+        ("ANSI-C84.1", 120_000, 110_040, "low"),
+        ("ANSI-C84.1", 120_000, 110_039, "very_low"),
+        ("ANSI-C84.1", 120_000, 126_000, "normal"),
+        ("ANSI-C84.1", 120_000, 126_001, "high"),
+        ("ANSI-C84.1", 120_000, 126_960, "high"),
+        ("ANSI-C84.1", 120_000, 126_961, "very_high"),
+    ],
+)
+def test_a_limit_itself_is_within_the_band(
+    jurisdiction: str | None, nominal_mv: int | None, mv: int, band: str
+) -> None:
+    row = sample(0, 0, mv, jurisdiction=jurisdiction, nominal_mv=nominal_mv)
+    assert windows(pl.DataFrame([row], schema=SAMPLES))["band"].to_list() == [band]
+
+
+def test_a_window_closes_when_the_bound_reaches_its_end_and_not_before() -> None:
+    stream = Stream()
+    stream.batch([sample(0, 1)], bound=9.99)
+    assert stream.starts() == []
+    stream.batch([], bound=10)
+    assert stream.starts() == [0]
+    stream.batch([], bound=100)
+    assert stream.starts() == [0]
+
+
+def test_a_reading_for_a_window_that_is_over_is_late_and_changes_nothing() -> None:
+    stream = Stream()
+    stream.batch([sample(0, 1)], bound=10)
+    moved = stream.batch([sample(1, 9.9), sample(2, 10)], bound=10)
+    assert buckets(moved) == ["late", "stored"]
+    stream.batch([], close_all=True)
+    assert [(row["window_start"], row["sample_count"]) for row in stream.windows] == [(at(0), 1), (at(10), 1)]
+
+
+def test_a_reading_out_of_order_within_the_bound_is_stored() -> None:
+    stream = Stream()
+    stream.batch([sample(0, 12)], bound=5)
+    assert buckets(stream.batch([sample(1, 3)], bound=5)) == ["stored"]
+
+
+def test_what_comes_with_the_bound_that_closes_its_window_is_still_in_it() -> None:
+    stream = Stream()
+    assert buckets(stream.batch([sample(0, 1)], bound=60)) == ["stored"]
+    assert stream.starts() == [0]
+
+
+@pytest.mark.parametrize("flush", [False, True], ids=["closed by the bound", "closed by a flush"])
+def test_a_reading_redelivered_into_a_closed_window_is_a_duplicate_and_never_changes_it(flush: bool) -> None:
+    stream = Stream()
+    stream.batch([sample(0, 1)], bound=None if flush else 10)
+    if flush:
+        stream.batch([], close_all=True)
+    moved = stream.batch([sample(1, 1), sample(2, 1, 999_000)])
+    assert buckets(moved) == ["duplicate", "quarantined"]
+    stream.batch([], close_all=True)
+    assert [row["sample_count"] for row in stream.windows] == [1]
+
+
+def test_beyond_the_horizon_a_redelivered_reading_is_late() -> None:
+    stream = Stream(horizon=2)
+    stream.batch([sample(0, 1)], bound=10)
+    stream.batch([sample(1, 11), sample(2, 12), sample(3, 13)], bound=10)
+    assert buckets(stream.batch([sample(4, 1)], bound=10)) == ["late"]
+
+
+def test_in_an_open_window_a_redelivered_reading_is_a_duplicate_whatever_the_horizon() -> None:
+    stream = Stream(horizon=1)
+    stream.batch([sample(0, 1), sample(1, 2), sample(2, 3)], bound=0)
+    assert buckets(stream.batch([sample(3, 1)], bound=0)) == ["duplicate"]
+
+
+def test_a_flush_closes_each_window_once_and_what_comes_after_is_late() -> None:
+    stream = Stream()
+    stream.batch([sample(0, 1)], bound=0)
+    stream.batch([], close_all=True)
+    stream.batch([], close_all=True)
+    assert stream.starts() == [0]
+    assert buckets(stream.batch([sample(1, 2), sample(2, 11)], bound=0)) == ["late", "stored"]
+    stream.batch([], bound=30)
+    assert stream.starts() == [0, 10]
+    assert stream.closed.is_empty()
+
+
+def test_the_bound_of_one_run_is_not_that_of_another() -> None:
+    rows = [sample(0, 1, run_id="old"), sample(1, 1, meter_id="m2")]
+    bounds = pl.DataFrame([("old", None, at(60)), (None, None, at(5))], schema=BOUNDS, orient="row")
+    moved = advance(pl.DataFrame(rows, schema=SAMPLES), SAMPLES.to_frame(), CLOSED.to_frame(), bounds, horizon=10)
+    assert moved.windows["meter_id"].to_list() == ["m1"]
+
+
+def test_nothing_gives_nothing() -> None:
+    moved = Stream().batch([])
+    assert moved.windows.is_empty()
+    assert moved.windows.schema == WINDOWS
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(200, 260)), max_size=30, unique_by=lambda pair: pair[0]),
+    st.lists(st.integers(0, 30), max_size=4).map(sorted),
+)
+def test_the_windows_do_not_depend_on_how_batches_are_cut(samples: list[tuple[int, int]], cuts: list[int]) -> None:
+    rows = [sample(offset, minutes, volts * 1_000) for offset, (minutes, volts) in enumerate(samples)]
+    stream = Stream(horizon=3)
+    for low, high in zip([0, *cuts], [*cuts, len(rows)], strict=True):
+        stream.batch(rows[low:high], bound=-60)
+    stream.batch([], close_all=True)
+    found = pl.DataFrame(stream.windows, schema=WINDOWS).sort("window_start")
+    assert found.equals(windows(pl.DataFrame(rows, schema=SAMPLES)))

@@ -1,0 +1,193 @@
+"""The bridge between the real broker and the real Kafka: what it carries, refuses, and survives."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import paho.mqtt.client as mqtt
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+
+from schemas.codec import decode, encode
+from schemas.dsmr import with_crc
+from schemas.topics import DEAD_LETTERS, READINGS, Topic, mqtt_topic
+from stack import proof
+from stack.demo import environment, own_settings
+from stack.native import NativeStack
+from tests.eventually import eventually
+
+PARTS = ["nats", "kafka", "ingest"]
+BEGIN = datetime(2024, 3, 4, tzinfo=UTC)
+TELEGRAM = "/ISK5\\2M550T-1012\r\n\r\n1-3:0.2.8(50)\r\n0-0:1.0.0(240304120000W)\r\n1-0:1.8.1(000001.234*kWh)\r\n!"
+
+
+@pytest.fixture
+def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NativeStack]:
+    settings = own_settings(tmp_path)
+    for name, value in environment(settings).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("METERSTREAM_POISON_SHARE", "0.2")
+    stack = NativeStack(settings)
+    try:
+        stack.start(PARTS)
+        yield stack
+    finally:
+        stack.stop()
+
+
+class Meters:
+    """Publishes for meters over one connection that reconnects, QoS 1."""
+
+    def __init__(self, stack: NativeStack) -> None:
+        self.client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id="meters", clean_session=False)
+        self.client.reconnect_delay_set(1, 1)
+        self.client.connect("127.0.0.1", stack.settings.mqtt_port)
+        self.client.loop_start()
+        self.open: list[mqtt.MQTTMessageInfo] = []
+
+    def say(self, topic: str, payload: bytes) -> None:
+        self.open.append(self.client.publish(topic, payload, qos=1))
+
+    def read(self, meter_id: str, seq: int) -> None:
+        record = {
+            "meter_id": meter_id,
+            "observed_at": BEGIN + timedelta(seconds=seq),
+            "dialect": "own",
+            "run_id": "r",
+            "seq": seq,
+            "import_t1_wh": seq,
+        }
+        self.say(mqtt_topic(meter_id), encode("reading", record))
+
+    def close(self) -> None:
+        eventually(lambda: all(info.is_published() for info in self.open), 60)
+        self.client.disconnect()
+        self.client.loop_stop()
+
+
+def in_topic(stack: NativeStack, topic: Topic) -> list[dict[str, object]]:
+    """Every record of a topic, decoded, in the order of each partition."""
+    consumer = Consumer({"bootstrap.servers": stack.settings.kafka_bootstrap, "group.id": "test"})
+    consumer.assign([TopicPartition(topic.name, number, 0) for number in range(topic.partitions)])
+    wanted = proof.end_offsets(stack.settings.kafka_bootstrap)[topic.name]
+    found: list[dict[str, object]] = []
+
+    def all_read() -> bool:
+        for message in consumer.consume(1_000, timeout=0.2):
+            assert message.error() is None
+            found.append(decode(message.value() or b"", topic.entity))
+        return len(found) >= wanted
+
+    try:
+        eventually(all_read, 30)
+    finally:
+        consumer.close()
+    return found
+
+
+def carried(stack: NativeStack, topic: Topic, count: int) -> list[dict[str, object]]:
+    bootstrap = stack.settings.kafka_bootstrap
+    eventually(lambda: proof.end_offsets(bootstrap)[topic.name] >= count, 90)
+    eventually(lambda: proof.waiting_in_broker(stack.settings.nats_monitor_port) == 0, 60)
+    return in_topic(stack, topic)
+
+
+def test_avro_json_and_telegrams_arrive_as_the_same_kind_of_reading(stack: NativeStack) -> None:
+    meters = Meters(stack)
+    meters.read("m1", 7)
+    said = {"meter_id": "m2", "observed_at": "2024-03-04T12:00:00+01:00", "dialect": "own", "import_t1_wh": 1234}
+    meters.say(mqtt_topic("m2", encoding="json"), json.dumps(said).encode())
+    meters.say(mqtt_topic("m3", encoding="dsmr"), with_crc(TELEGRAM))
+    meters.close()
+    readings = {reading["meter_id"]: reading for reading in carried(stack, READINGS, 3)}
+    assert readings["m1"]["import_t1_wh"] == 7
+    assert readings["m2"]["import_t1_wh"] == readings["m3"]["import_t1_wh"] == 1234
+    assert readings["m2"]["observed_at"] == readings["m3"]["observed_at"] == datetime(2024, 3, 4, 11, tzinfo=UTC)
+    assert all(isinstance(reading["received_at"], datetime) for reading in readings.values())
+
+
+def test_bad_messages_become_dead_letters_with_their_bytes_and_block_nothing(stack: NativeStack) -> None:
+    good = encode("reading", {"meter_id": "m1", "observed_at": BEGIN, "dialect": "own"})
+    said = [
+        ("meters/0/m1/readings/avro", good, "bad_topic"),
+        ("meters/x", b"?", "bad_topic"),
+        (mqtt_topic("m1", encoding="xml"), b"<a/>", "unknown_encoding"),
+        (mqtt_topic("m1"), b"", "not_framed"),
+        (mqtt_topic("m1"), b"\0\0\0\0\x63" + good[5:], "unknown_schema_id"),
+        (mqtt_topic("m1", "events"), good, "wrong_entity"),
+        (mqtt_topic("m1"), good[:-9], "undecodable"),
+        (mqtt_topic("m1"), good + b"!", "trailing_bytes"),
+        (mqtt_topic("m1", encoding="json"), b"{", "invalid_json"),
+        (mqtt_topic("m1", encoding="dsmr"), with_crc(TELEGRAM).replace(b"1.234", b"1.#34"), "invalid_telegram"),
+        (mqtt_topic("m2"), good, "meter_id_mismatch"),
+        (mqtt_topic("m1"), b"\0" * 70_000, "too_large"),
+    ]
+    assert mqtt_topic("m1").startswith("meters/0/") is False
+    meters = Meters(stack)
+    for topic, payload, _ in said:
+        meters.say(topic, payload)
+    meters.read("m9", 1)
+    meters.close()
+    letters = carried(stack, DEAD_LETTERS, len(said))
+    found = sorted((letter["mqtt_topic"], letter["payload"], letter["reason"]) for letter in letters)
+    assert found == sorted(said)
+    assert [reading["meter_id"] for reading in carried(stack, READINGS, 1)] == ["m9"]
+
+
+def test_a_killed_bridge_loses_nothing_and_keeps_the_order_of_every_meter(stack: NativeStack) -> None:
+    meters = Meters(stack)
+    for seq in range(3_000):
+        meters.read(f"m{seq % 10}", seq // 10)
+        if seq == 1_500:
+            eventually(lambda: proof.end_offsets(stack.settings.kafka_bootstrap)[READINGS.name] > 200, 30)
+            os.kill(stack.pid("ingest") or 0, signal.SIGKILL)
+    eventually(lambda: stack.dead(["ingest"]) == ["ingest"], 10)
+    stack.start(["ingest"])
+    meters.close()
+    seen: dict[object, list[int]] = {}
+    for reading in carried(stack, READINGS, 3_000):
+        order = seen.setdefault(reading["meter_id"], [])
+        if reading["seq"] not in order:
+            order.append(int(str(reading["seq"])))
+    assert seen == {f"m{number}": list(range(300)) for number in range(10)}
+
+
+def test_a_killed_broker_loses_nothing_that_it_acknowledged(stack: NativeStack) -> None:
+    meters = Meters(stack)
+    for seq in range(1_000):
+        meters.read("m1", seq)
+        if seq == 500:
+            os.kill(stack.pid("nats") or 0, signal.SIGKILL)
+            eventually(lambda: stack.dead(["nats"]) == ["nats"], 10)
+            stack.start(["nats"])
+    meters.close()
+    found = {reading["seq"] for reading in carried(stack, READINGS, 1_000)}
+    assert found == set(range(1_000))
+
+
+def test_while_kafka_is_away_the_broker_holds_and_then_all_is_carried(stack: NativeStack) -> None:
+    meters = Meters(stack)
+    meters.read("m1", 0)
+    carried(stack, READINGS, 1)
+    stack.stop_part("kafka")
+    for seq in range(1, 500):
+        meters.read("m1", seq)
+    meters.close()
+    assert proof.waiting_in_broker(stack.settings.nats_monitor_port) >= 499
+    stack.start(["kafka"])
+    found = {reading["seq"] for reading in carried(stack, READINGS, 500)}
+    assert found == set(range(500))
+
+
+def test_too_much_poison_stops_the_bridge_before_it_empties_the_topic(stack: NativeStack) -> None:
+    meters = Meters(stack)
+    for _ in range(900):
+        meters.say(mqtt_topic("m1"), b"?")
+    meters.close()
+    eventually(lambda: stack.dead(["ingest"]) == ["ingest"], 60)
+    assert "poison" in stack.log_file("ingest").read_text()
+    assert proof.end_offsets(stack.settings.kafka_bootstrap)[DEAD_LETTERS.name] < 900
+    assert proof.waiting_in_broker(stack.settings.nats_monitor_port) > 0

@@ -25,7 +25,7 @@ status: setup  ## Show what runs
 logs: setup  ## Follow the logs of the stack
 	@$(PYTHON) -m stack logs --follow
 
-demo: setup  ## The whole chain, once, checked: METERS=1000 SPEED=600, or LOG=file FORMAT=dsmr|p1mon|sparkfun
+demo: setup  ## The whole chain, once, checked: METERS=1000 SPEED=720, or LOG=file FORMAT=dsmr|p1mon|sparkfun
 	@$(PYTHON) -m stack.demo $(if $(LOG),--log "$(LOG)" $(if $(FORMAT),--format "$(FORMAT)")) \
 	  $(if $(METERS),--meters "$(METERS)") $(if $(SPEED),--speed "$(SPEED)")
 

@@ -62,5 +62,6 @@ def invalid(rows: DataFrame) -> DataFrame:
     return (
         refused.groupBy()
         .agg(F.count("*").alias("records"))
+        .where("records > 0")
         .select(F.lit(None).cast("string").alias("run_id"), F.lit(Bucket.INVALID.value).alias("bucket"), "records")
     )

@@ -37,6 +37,7 @@ def decoded(records: DataFrame, topic: Topic) -> DataFrame:
         original bytes) are set.
     """
     entity = topic.entity
+    has_meter = topic.dead_letters is not None  # a dead letter may come from nobody that is known
     columns = [field.with_nullable(True) for field in arrow_schema(entity)]
     judged = [
         pa.field("refused_because", pa.string()),
@@ -49,11 +50,9 @@ def decoded(records: DataFrame, topic: Topic) -> DataFrame:
     def decode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             rows = decode_batch(batch.column("value").to_pylist(), entity)
-            foreign = pc.and_kleene(
-                pc.is_null(rows.reasons),
-                pc.not_equal(batch.column("key"), rows.records.column("meter_id").cast(pa.binary())),
-            )
-            foreign = pc.fill_null(foreign, False)
+            meter_ids = rows.records.column("meter_id").cast(pa.binary())
+            other_key = pc.fill_null(pc.not_equal(batch.column("key"), meter_ids), has_meter)
+            foreign = pc.and_(pc.is_null(rows.reasons), other_key)
             reasons = pc.if_else(foreign, DeadLetterReason.METER_ID_MISMATCH.value, rows.reasons)
             details = pc.if_else(foreign, "Kafka's key is another meter than the body's", rows.details)
             bad = pc.is_valid(reasons)

@@ -87,7 +87,7 @@ def publish_small(rows: pa.Table, table: str, key: BatchKey, date: str) -> None:
 
 def swap_file(rows: DataFrame, target: Path) -> None:
     """Replaces one Parquet file by a new version of it."""
-    staged = home() / "staging" / f"swap-{target.stem}"
+    staged = home() / "staging" / f"swap-{target.parent.name}-{target.stem}"
     rows.coalesce(1).write.mode("overwrite").parquet(uri(staged))
     target.parent.mkdir(parents=True, exist_ok=True)
     next(staged.glob("part-*.parquet")).rename(target)

@@ -99,14 +99,13 @@ def advance(
         .with_columns(bucket=pl.col("why").replace_strict(BUCKETS, default=Bucket.STORED.value, return_dtype=pl.String))
     )
     is_over = pl.lit(True) if close_all else (end <= pl.col("bound_after")).fill_null(False)
-    kept = placed.filter(~(pl.col("fresh") & pl.col("was_over")))
-    closing = kept.filter(is_over & ~pl.col("was_over"))
+    closing = placed.filter(is_over & ~pl.col("was_over"))
     newly_early = closing.select(window).unique() if close_all else closed.clear()
     still_early = known.filter(~(end <= pl.col("bound_after")).fill_null(False)).select(window)
     return Advance(
         windows(closing),
         judged,
-        kept.filter(~(is_over | pl.col("was_over")) | is_recent(horizon)).select(samples.columns),
+        placed.filter(~(is_over | pl.col("was_over")) | is_recent(horizon)).select(samples.columns),
         pl.concat([still_early, newly_early]),
     )
 

@@ -70,6 +70,7 @@ ALARMS = pa.schema(_nullable("alarm"))
 QUARANTINED = pa.schema([*READINGS, pa.field("reason", STRING), pa.field("stage", STRING)])
 LATE_READINGS = pa.schema([*READINGS, pa.field("reason", STRING), pa.field("stage", STRING)])
 QUARANTINED_EVENTS = pa.schema([*EVENTS, pa.field("reason", STRING), pa.field("stage", STRING)])
+LATE_EVENTS = QUARANTINED_EVENTS
 ACCOUNTING = _columns(
     run_id=STRING, stage=STRING, batch=STRING, received=LONG, stored=LONG, duplicate=LONG, late=LONG,
     quarantined=LONG, invalid=LONG,
@@ -90,6 +91,7 @@ TABLES = {
     "quarantined_readings": QUARANTINED,
     "quarantined_events": QUARANTINED_EVENTS,
     "late_readings": LATE_READINGS,
+    "late_events": LATE_EVENTS,
     "accounting": ACCOUNTING,
     "latest_readings": LATEST_READINGS,
 }

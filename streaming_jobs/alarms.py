@@ -2,7 +2,7 @@
 
 Reads: meter-events-v1.
 Writes: alarms (one row per change; the newest updated_at of an alarm_id is its state), topic alarms-v1 (the same rows),
-quarantined_events (no table has the code).
+quarantined_events (no table has the code, or a status bit is neither set nor clear), late_events.
 Key: alarm_id = f(meter, type, begin).
 Lateness: an event older than the newest change of its alarm is late and changes nothing.
 Duplicates: told by meter, time, sender's stamp and number, table, code and argument within the last offsets of a
@@ -70,6 +70,7 @@ def transform(records: DataFrame, registry: DataFrame, state: DataFrame, setting
             "quarantined_events": books.rows_refused(
                 rows, refused, Bucket.QUARANTINED, NAME, tables.QUARANTINED_EVENTS.names
             ),
+            "late_events": books.rows_refused(rows, refused, Bucket.LATE, NAME, tables.LATE_EVENTS.names),
         },
         books=of_kind(union, "books", books.BOOKS).unionByName(books.invalid(rows)),
         state=state_of(union, STATE),
@@ -82,7 +83,7 @@ JOB = StreamingJob(
     name=NAME,
     version=1,
     topics=(EVENTS,),
-    writes={"alarms": "raised_at", "quarantined_events": "arrival_at"},
+    writes={"alarms": "raised_at", "quarantined_events": "arrival_at", "late_events": "arrival_at"},
     state=state_schema(OUTPUTS, STATE),
     transform=transform,
 )

@@ -97,6 +97,8 @@ def stream(session: SparkSession, job: StreamingJob, folder: Path) -> dict[str, 
             rows += fresh
         asked = settings.model_copy(update={"close_all": batch == "flush"})
         outcome = job.transform(session.createDataFrame(rows, KAFKA), registry, state, asked)
+        for frame in outcome.held:
+            frame.persist()
         for name, frame in outcome.tables.items():
             found[name] += frame.toArrow().to_pylist()
         found["accounting"] += outcome.books.toArrow().to_pylist()

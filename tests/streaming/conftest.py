@@ -1,22 +1,8 @@
-"""One session for all real queries; each test has a home of its own."""
+"""Each test of a real query has a home of its own."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pyspark.sql import SparkSession
-
-from lake.session import spark_session
-
-
-@pytest.fixture(scope="session")
-def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
-    home: Path = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METERSTREAM_HOME", str(home))
-        session = spark_session("tests", spark_master="local[2]")
-        yield session
-        session.stop()
 
 
 @pytest.fixture

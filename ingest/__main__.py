@@ -1,13 +1,12 @@
 """Command line of the bridge."""
 
 import signal
-import sys
 from typing import Annotated
 
 import typer
 
 from ingest.bridge import Bridge, BridgeSettings
-from schemas.errors import ConfigError, MeterstreamError
+from schemas.errors import exits
 from schemas.settings import load
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="MQTT → Kafka, without losing a message.")
@@ -29,7 +28,7 @@ def run(
 
     Example: ingest run --kafka-bootstrap 127.0.0.1:9092 --mqtt-port 1883
     """
-    try:
+    with exits():
         bridge = Bridge(
             load(
                 BridgeSettings,
@@ -42,12 +41,6 @@ def run(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, bridge.stop)
         bridge.run()
-    except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise typer.Exit(2) from error
-    except MeterstreamError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from lake.publishing import publish_report
 from lake.reading import read_registry, read_table, utc_days
 from lake.session import spark_session, uri
 from lake.streaming import StreamSettings
-from schemas.errors import ConfigError, ContractBroken, MeterstreamError
+from schemas.errors import ConfigError, ContractBroken, exits
 from schemas.tables import TABLES, report_path
 
 SHARDS = 32
@@ -232,14 +232,8 @@ def command(jobs: list[BatchJob]) -> None:
         date: Annotated[datetime.datetime, typer.Option(formats=["%Y-%m-%d"], help="Local day of the report.")],
         as_json: Annotated[bool, typer.Option("--json", help="One JSON object per job on standard output.")] = False,
     ) -> None:
-        try:
+        with exits():
             run(jobs, date.date(), as_json)
-        except ConfigError as error:
-            sys.stderr.write(f"error: {error}\n")
-            raise typer.Exit(2) from error
-        except MeterstreamError as error:
-            sys.stderr.write(f"error: {error}\n")
-            raise typer.Exit(1) from error
 
     main.__doc__ = f"Writes the reports of one local day: {', '.join(job.name for job in jobs)}."
     typer.run(main)

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +30,7 @@ from lake.reading import read_registry
 from lake.session import spark_session, uri
 from schemas.closed_lists import Bucket
 from schemas.codec import arrow_schema, encode_batch
-from schemas.errors import ConfigError, ContractBroken, MeterstreamError, StateLost
+from schemas.errors import ContractBroken, StateLost, exits
 from schemas.settings import Settings, load
 from schemas.tables import ACCOUNTING, home, table_path
 from schemas.topics import Topic
@@ -322,15 +321,9 @@ def command(jobs: list[StreamingJob]) -> None:
         kafka_bootstrap: Annotated[str | None, typer.Option(help="host:port of a Kafka broker.")] = None,
         trigger_s: Annotated[float | None, typer.Option(help="Seconds between batches.")] = None,
     ) -> None:
-        try:
+        with exits():
             settings = load(StreamSettings, flush=flush or None, kafka_bootstrap=kafka_bootstrap, trigger_s=trigger_s)
             run(jobs, settings)
-        except ConfigError as error:
-            sys.stderr.write(f"error: {error}\n")
-            raise typer.Exit(2) from error
-        except MeterstreamError as error:
-            sys.stderr.write(f"error: {error}\n")
-            raise typer.Exit(1) from error
 
     main.__doc__ = f"Runs {', '.join(job.name for job in jobs)} on Kafka until SIGTERM or Ctrl-C."
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

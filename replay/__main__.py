@@ -4,7 +4,6 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -20,23 +19,11 @@ from replay.importers import formats, import_log
 from replay.run import Ledger, play
 from replay.sinks import KafkaSink, MqttSink, NullSink, Sink
 from replay.tape import Tape, read_tape
-from schemas.errors import BadLog, ConfigError, MeterstreamError
+from schemas.errors import ConfigError, exits
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode="markdown")
 console = Console()
 problems = Console(stderr=True)
-
-
-def guarded(work: Callable[[], None]) -> None:
-    """Runs a command; errors of ours become one line and an exit code: 2 wrong use, 1 a problem."""
-    try:
-        work()
-    except (ConfigError, BadLog) as error:
-        problems.print(f"[red]error:[/] {error}", highlight=False)
-        raise typer.Exit(2) from error
-    except MeterstreamError as error:
-        problems.print(f"[red]error:[/] {error}", highlight=False)
-        raise typer.Exit(1) from error
 
 
 @app.command("formats")
@@ -61,7 +48,8 @@ def import_command(
 
     Example: replay import meter.txt --format dsmr --to data/tapes/meter
     """
-    guarded(lambda: _told(import_log(log, format, to, meter_id=meter_id, timezone=timezone, keep_going=keep_going)))
+    with exits():
+        _told(import_log(log, format, to, meter_id=meter_id, timezone=timezone, keep_going=keep_going))
 
 
 @app.command()
@@ -75,7 +63,8 @@ def simulate(
 
     Example: replay simulate --to data/tapes/grid
     """
-    guarded(lambda: _told(simulated(to, day.date(), step_s, seed)))
+    with exits():
+        _told(simulated(to, day.date(), step_s, seed))
 
 
 def simulated(folder: Path, day: date, step_s: int, seed: int) -> Tape:
@@ -121,8 +110,7 @@ def run(
 
     Example: replay run --tape data/tapes/grid --meters 1000 --speed 600 --to mqtt --seed 1
     """
-
-    def work() -> None:
+    with exits():
         ledger = played(tape, to, meters, speed, seed, start, clock, run_id, with_bad_input)
         if as_json:
             sys.stdout.write(json.dumps(asdict(ledger)) + "\n")
@@ -134,8 +122,6 @@ def run(
                 f"{'' if ledger.is_whole else '; stopped before its end'}",
                 highlight=False,
             )
-
-    guarded(work)
 
 
 def played(

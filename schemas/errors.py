@@ -1,5 +1,9 @@
 """One root; each child is named for what the caller has to do."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MeterstreamError(Exception):
     """Root of every error that the project raises on purpose."""
@@ -37,3 +41,20 @@ class ContractBroken(MeterstreamError):
 
 class StateLost(MeterstreamError):
     """State that a query relies on is gone; follow the repair that the message names."""
+
+
+@contextmanager
+def exits() -> Iterator[None]:
+    """Ends a command as its users expect: our errors become one line and an exit code.
+
+    Raises:
+        SystemExit: 2 wrong use, 1 a problem, 130 interrupted.
+    """
+    try:
+        yield
+    except MeterstreamError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2 if isinstance(error, ConfigError | BadLog) else 1) from error
+    except KeyboardInterrupt as error:
+        sys.stderr.write("interrupted\n")
+        raise SystemExit(130) from error

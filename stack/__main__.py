@@ -16,13 +16,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from schemas.errors import ConfigError, MeterstreamError
+from schemas.errors import ConfigError, exits
 from schemas.settings import load
 from stack.native import NAMES, SUPERVISOR, NativeStack, PartState, StackSettings
 
 app = typer.Typer(help="The embedded stack on this machine.", no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
 
 Names = Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join(NAMES)}. All without.")]
 FOLLOW_EVERY_S = 0.3
@@ -37,17 +36,8 @@ def _guarded(work: Callable[[], None]) -> None:
     """Runs a command; our own errors become a text and an exit code."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _ended)
-    try:
+    with exits():
         work()
-    except ConfigError as error:
-        errors.print(str(error), style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
-    except MeterstreamError as error:
-        errors.print(str(error), style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt as interrupt:
-        errors.print("Interrupted.")
-        raise typer.Exit(130) from interrupt
 
 
 def _stack() -> NativeStack:

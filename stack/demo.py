@@ -26,10 +26,10 @@ from rich.table import Table
 
 from lake.reading import busiest_day
 from replay.__main__ import played, simulated
-from replay.importers import import_log
+from replay.importers import formats, import_log
 from replay.run import Ledger, run_folder
 from replay.tape import read_tape
-from schemas.errors import ConfigError, MeterstreamError, RetryLater
+from schemas.errors import ConfigError, RetryLater, exits
 from schemas.settings import load
 from schemas.tables import glob_of, home, report_path, table_path
 from schemas.topics import INGESTED
@@ -62,21 +62,12 @@ def main(
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupted)
-    try:
+    with exits():
         if log and not format:
-            msg = "a log needs its FORMAT: one of dsmr, p1mon, sparkfun"
+            msg = f"a log needs its FORMAT: one of {', '.join(formats())}"
             raise ConfigError(msg)
         if not _demo(meters, log, format, timezone, speed, folder.resolve()):
-            raise typer.Exit(1)
-    except ConfigError as error:
-        console.print(f"[red]error:[/] {error}")
-        raise typer.Exit(2) from error
-    except MeterstreamError as error:
-        console.print(f"[red]error:[/] {error}")
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt as error:
-        console.print("stopped")
-        raise typer.Exit(130) from error
+            raise SystemExit(1)
 
 
 def _interrupted(number: int, _: FrameType | None) -> NoReturn:
@@ -213,7 +204,9 @@ def drain(stack: NativeStack) -> None:
 def _summary(ledger: Ledger, offsets: dict[str, int], truth: Path | None, began: float) -> bool:
     lake = proof.open_lake()
     lines = proof.books(lake)
-    table = Table("stage", title="received = stored + duplicate + late + quarantined + invalid", box=box.SIMPLE)
+    title = "received = stored + duplicate + late + quarantined + invalid"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 0), title_justify="left")
+    table.add_column("stage", no_wrap=True, min_width=19)
     for name in ("received", "stored", "duplicate", "late", "quarantined", "invalid"):
         table.add_column(name, justify="right")
     for line in lines:
@@ -265,7 +258,8 @@ def _summary(ledger: Ledger, offsets: dict[str, int], truth: Path | None, began:
     console.print(f"Tables   {table_path('readings').parent}")
     console.print(f"Reports  {report_path('x').parent}")
     glob = glob_of(report_path("daily_consumption_v1"))
-    console.print(f'Open one .venv/bin/python -c "import duckdb; duckdb.sql(\\"FROM \'{glob}\' LIMIT 5\\").show()"')
+    sql = f"FROM '{glob}' LIMIT 5"
+    console.print(f'Open one .venv/bin/python -c "import duckdb; duckdb.sql(\\"{sql}\\").show()"', soft_wrap=True)
     found = proof.problems(lake, offsets, ledger.records, truth)
     for problem in found:
         console.print(f"[red]✗[/] {problem}")

@@ -37,7 +37,8 @@ replay: setup  ## Replay: ARGS="run --tape … --meters 1000", ARGS=--help
 	@$(PYTHON) -m replay $(if $(ARGS),$(ARGS),--help)
 
 test: setup  ## All tests; METER_LOGS= names a folder of real logs
-	@$(if $(METER_LOGS),METER_LOGS="$(METER_LOGS)") $(PYTHON) -m pytest $(ARGS)
+	@mkdir -p data/tmp
+	@TMPDIR="$(CURDIR)/data/tmp" $(if $(METER_LOGS),METER_LOGS="$(abspath $(METER_LOGS))") $(PYTHON) -m pytest $(ARGS)
 
 lint: setup  ## Style, format, types
 	$(PYTHON) -m ruff check .

@@ -102,11 +102,13 @@ def publish_report(rows: DataFrame, report: str, date: str) -> int:
     """
     staged = home() / "staging" / f"{report}-{date}"
     retired = home() / "staging" / f"{report}-{date}-retired"
+    target = report_path(report) / f"date={date}"
+    if retired.exists() and not target.exists():
+        retired.rename(target)  # an earlier run died between its two renames
     shutil.rmtree(retired, ignore_errors=True)
     rows.coalesce(1).write.mode("overwrite").parquet(uri(staged))
     for extra in [*staged.glob("_*"), *staged.glob(".*")]:
         extra.unlink()
-    target = report_path(report) / f"date={date}"
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         target.rename(retired)

@@ -26,5 +26,8 @@ def load(kind: type[S], **flags: Any) -> S:
     try:
         return kind(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        wrong = [f"METERSTREAM_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
-        raise ConfigError("settings: " + "; ".join(wrong)) from error
+        wrong = [
+            f"METERSTREAM_{'_'.join(map(str, e['loc'])).upper()} {'is not set' if e['type'] == 'missing' else e['msg']}"
+            for e in error.errors()
+        ]
+        raise ConfigError("; ".join(wrong) + " (each is also a flag: see --help)") from error

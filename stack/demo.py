@@ -79,10 +79,8 @@ def _demo(meters: int, log: Path | None, format: str | None, timezone: str | Non
     settings = own_settings(folder)
     os.environ |= environment(settings)
     stack = NativeStack(settings, on_progress=lambda line: console.print(f"  {line}"))
-    stack.stop()
-    _empty(folder)
-    with _step("Tape"):
-        tape_folder = folder / "tape"
+    with _step("Tape"):  # first, so that a log that cannot be read leaves the last demo as it is
+        tape_folder = ROOT / "data" / "cache" / "log"
         if log and format:
             tape = import_log(log, format, tape_folder, timezone=timezone)
         else:
@@ -91,6 +89,8 @@ def _demo(meters: int, log: Path | None, format: str | None, timezone: str | Non
                 read_tape(tape_folder) if tape_folder.exists() else simulated(tape_folder, date(2016, 6, 15), 300, SEED)
             )
         console.print(f"  {tape.info.rows_out:,} readings of {len(tape.registry)} meters from {tape.info.source}")
+    stack.stop()
+    _empty(folder)
     try:
         with _step("Stack: MQTT broker, Kafka, bridge, Spark"):
             stack.start()
@@ -258,7 +258,7 @@ def _summary(ledger: Ledger, offsets: dict[str, int], truth: Path | None, began:
     console.print(f"Tables   {table_path('readings').parent}")
     console.print(f"Reports  {report_path('x').parent}")
     glob = glob_of(report_path("daily_consumption_v1"))
-    sql = f"FROM '{glob}' LIMIT 5"
+    sql = f"SELECT meter_id, date, import_wh, export_wh, readings, quality FROM '{glob}' LIMIT 5"
     console.print(f'Open one .venv/bin/python -c "import duckdb; duckdb.sql(\\"{sql}\\").show()"', soft_wrap=True)
     found = proof.problems(lake, offsets, ledger.records, truth)
     for problem in found:

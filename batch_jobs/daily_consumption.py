@@ -118,7 +118,7 @@ def days(readings: pl.DataFrame) -> pl.DataFrame:
 
 def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date) -> DataFrame:
     """A day's energy; see the module."""
-    columns = ["meter_id", "observed_at", "run_id", "topic", "partition", "offset", *VALUES]
+    columns = ["meter_id", "observed_at", "run_id", "dialect", "topic", "partition", "offset", *VALUES]
     readings = with_local_day(only_believable(lake["readings"]), registry, date, *KNOWN).select(
         *columns, *KNOWN, "day_start", "day_end"
     )

@@ -22,6 +22,7 @@ STAMP = pl.Datetime("us", "UTC")
 PHASE_VOLTAGE_V = 230  # the plausible maximum takes the nominal voltage where the registry has none
 GAP_FACTOR = 1.5  # a span of one and a half expected intervals has lost a reading; jitter stays below
 UNKNOWN_LIMIT_WH = 1_000  # how near to 0 or to a rollover counts as near, where no fuse is known
+QUANTA_WH = {"pv-home": 100}  # dialects whose registers do not count single Wh
 MIN_REGISTER_DIGITS = 6  # no register in Wh is smaller than 1,000 kWh
 
 BASELINE = pl.Schema(
@@ -83,7 +84,7 @@ class Limits:
 
 
 def with_limits(readings: pl.DataFrame) -> pl.DataFrame:
-    """Adds `max_w`, `interval_s` and `quantum_wh` from the registry's columns, null where they are absent.
+    """Adds `max_w` from the registry's columns, null where they are absent, and `quantum_wh` by the dialect.
 
     Plausible maximum: fuse A × phases × V (domain reference, section 3).
     """
@@ -91,7 +92,7 @@ def with_limits(readings: pl.DataFrame) -> pl.DataFrame:
     volts = pl.coalesce(pl.col("nominal_mv") / 1000, pl.lit(PHASE_VOLTAGE_V))
     return readings.with_columns(
         max_w=(pl.col("fuse_a") * phases * volts).cast(pl.Int64),
-        quantum_wh=pl.lit(1, pl.Int64),
+        quantum_wh=pl.col("dialect").replace_strict(QUANTA_WH, default=1, return_dtype=pl.Int64),
     )
 
 

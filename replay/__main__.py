@@ -1,23 +1,30 @@
 """Command line of the replay."""
 
 import json
+import math
 import os
 import secrets
 import sys
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from replay.fleet import fleet
+from replay.dirt import read_dirt, seconds
 from replay.importers import formats, import_log
-from replay.run import Ledger, play
+from replay.run import Ledger, Order, play
+from replay.simulate import DEFAULT_GRID
+from replay.simulate import simulate as build_simulation
 from replay.sinks import KafkaSink, MqttSink, NullSink, Sink
+from replay.statistics import TARGETS, Statistics, comparison, statistics
 from replay.tape import Tape, read_tape
 from schemas.errors import ConfigError, exits
 
@@ -37,49 +44,134 @@ def list_formats() -> None:
 
 @app.command("import")
 def import_command(
-    log: Annotated[Path, typer.Argument(help="The log, plain or .gz.", exists=True, dir_okay=False)],
+    logs: Annotated[list[Path], typer.Argument(help="Logs, plain or .gz, or folders of them.", exists=True)],
     format: Annotated[str, typer.Option(help="One of `replay formats`.")],
     to: Annotated[Path, typer.Option(help="Folder of the tape.")],
-    meter_id: Annotated[str | None, typer.Option(help="For a log that names no meter.")] = None,
+    meter_id: Annotated[str | None, typer.Option(help="Of a log that names no meter, if not the file's name.")] = None,
     timezone: Annotated[str | None, typer.Option(help="Of local stamps, if not the format's usual one.")] = None,
-    keep_going: Annotated[bool, typer.Option(help="Count damaged lines and go on.")] = False,
+    first_at: Annotated[datetime | None, typer.Option(help="Begin, UTC, of a log whose records have no clock.")] = None,
+    keep_going: Annotated[bool, typer.Option(help="Count damaged records, name the first, and go on.")] = False,
 ) -> None:
-    """Turns a log into a tape.
+    """Turns logs into a tape.
 
-    Example: replay import meter.txt --format dsmr --to data/tapes/meter
+    For example one log, or a folder of them with what is damaged left out:
+
+    replay import meter.txt --format dsmr --to data/tapes/meter
+
+    replay import telegrams/ --format dsmr --first-at 2024-01-01T00:00:00 --keep-going --to data/tapes/telegrams
     """
     with exits():
-        _told(import_log(log, format, to, meter_id=meter_id, timezone=timezone, keep_going=keep_going))
+        begin = first_at and first_at.replace(tzinfo=UTC)
+        with problems.status("reading"):
+            tape, refused = import_log(
+                logs, format, to, meter_id=meter_id, timezone=timezone, keep_going=keep_going, first_at=begin
+            )
+        _told(tape)
+        for line in refused:
+            problems.print(f"  left out {line}", highlight=False, markup=False)
 
 
 @app.command()
 def simulate(
     to: Annotated[Path, typer.Option(help="Folder of the tape.")],
-    day: Annotated[datetime, typer.Option(formats=["%Y-%m-%d"], help="A day of 2016.")] = datetime(2016, 6, 15),  # noqa: DTZ001
-    step_s: Annotated[int, typer.Option(help="Seconds between two readings.")] = 300,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 1,
+    grid: Annotated[str, typer.Option(help="A low-voltage grid of SimBench; a wrong one lists them.")] = DEFAULT_GRID,
+    profiles: Annotated[str, typer.Option(help="simbench: a grid; demandlib: homes without a grid.")] = "simbench",
+    meters: Annotated[int, typer.Option(help="How many homes, for demandlib; a grid has its own number.", min=1)] = 50,
+    day: Annotated[
+        datetime, typer.Option(formats=["%Y-%m-%d"], help="The first one: 2016-01-01 to 2016-12-30.")
+    ] = datetime(2016, 6, 15),  # noqa: DTZ001
+    days: Annotated[int, typer.Option(help="How many.", min=1)] = 1,
+    step_s: Annotated[int, typer.Option(help="Seconds between two readings: 1, 10, 60, 900, any part of 3600.")] = 300,
+    tap: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="HH:MM=STEPS: from then on, each day, the transformer stands so many steps above the grid's own "
+            "position (up is a higher voltage); YYYY-MM-DDTHH:MM=STEPS for one day. Repeatable.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.", min=0)] = 1,
 ) -> None:
-    """Builds the tape of a day of a real low-voltage grid, with power flow.
+    """Builds the tape of days of a real kind of low-voltage grid, with the truth beside it: see docs/simulation.md.
 
-    Example: replay simulate --to data/tapes/grid
+    For example the default grid, a week of another at one reading a minute, a change of the tap, homes without a grid:
+
+    replay simulate --to data/tapes/grid
+
+    replay simulate --to data/tapes/urban --grid 1-LV-urban6--2-sw --day 2016-01-11 --days 7 --step-s 60
+
+    replay simulate --to data/tapes/cvr --step-s 60 --tap 10:00=-1 --tap 14:00=0
+
+    replay simulate --to data/tapes/homes --profiles demandlib --meters 50 --step-s 10
     """
     with exits():
-        _told(simulated(to, day.date(), step_s, seed))
+        if profiles not in ("simbench", "demandlib"):
+            msg = f"--profiles is simbench or demandlib, not {profiles}"
+            raise ConfigError(msg)
+        homes = meters if profiles == "demandlib" else None
+        _told(simulated(to, day.date(), step_s, seed, days=days, grid=grid, homes=homes, taps=_taps(tap or [])))
 
 
-def simulated(folder: Path, day: date, step_s: int, seed: int) -> Tape:
-    """The simulated day, with progress."""
-    from replay.simulate import simulate as build
+def _taps(wishes: list[str]) -> dict[str, int]:
+    taps = {}
+    for wish in wishes:
+        moment, _, steps = wish.partition("=")
+        try:
+            taps[moment] = int(steps)
+        except ValueError as error:
+            msg = f"--tap is HH:MM=STEPS, for example 10:00=-1, not {wish}"
+            raise ConfigError(msg) from error
+    return taps
 
+
+def simulated(
+    folder: Path,
+    day: date,
+    step_s: int,
+    seed: int,
+    *,
+    days: int = 1,
+    grid: str = DEFAULT_GRID,
+    homes: int | None = None,
+    taps: Mapping[str, int] | None = None,
+) -> Tape:
+    """The simulated days, with progress."""
     with Progress(TextColumn("power flow"), BarColumn(), TimeElapsedColumn(), console=problems) as bar:
-        task = bar.add_task("")
-        return build(
+        task = bar.add_task("", total=None)
+        return build_simulation(
             folder,
             day=day,
+            days=days,
+            grid=grid,
+            homes=homes,
             step_s=step_s,
             seed=seed,
+            taps=taps,
             progress=lambda done, of: bar.update(task, completed=done, total=of),
         )
+
+
+@app.command()
+def inspect(
+    tapes: Annotated[list[Path], typer.Argument(help="Folders of tapes.", metavar="TAPE...")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, by tape.")] = False,
+) -> None:
+    """Shows what tapes are like, side by side, and where they are unlike real homes.
+
+    Example: replay inspect data/tapes/grid data/tapes/home
+    """
+    with exits():
+        found: dict[str, Statistics] = {}
+        with problems.status("") as status:
+            for tape in tapes:
+                status.update(f"reads {tape}")
+                name = tape.resolve().name
+                found[name if name not in found else str(tape)] = statistics(read_tape(tape))
+        if as_json:
+            told = {name: asdict(one) for name, one in found.items()}
+            sys.stdout.write(json.dumps(told | {"targets": TARGETS}) + "\n")
+            return
+        console.print(comparison(found))
+        console.print("Median over the meters (10th … 90th percentile). ✗: outside the range of docs/simulation.md.")
 
 
 def _told(tape: Tape) -> None:
@@ -97,98 +189,123 @@ def _told(tape: Tape) -> None:
 def run(
     tape: Annotated[Path, typer.Option(help="Folder of the tape.")],
     to: Annotated[str, typer.Option(help="mqtt, kafka or null (everything but the sending).")] = "mqtt",
-    meters: Annotated[int | None, typer.Option(help="How many; the tape's own number if absent.")] = None,
+    meters: Annotated[int | None, typer.Option(help="How many; the tape's own number if absent.", min=1)] = None,
     speed: Annotated[str, typer.Option(help="600: an hour in six seconds; max: flat out.")] = "1",
-    seed: Annotated[int, typer.Option(help="The same seed gives the same fleet.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same fleet and the same faults.", min=0)] = 1,
     start: Annotated[datetime | None, typer.Option(help="Begin of the run's clock, UTC, if not the tape's.")] = None,
+    duration: Annotated[
+        str | None, typer.Option(help="How much of the log each meter plays: 90s, 40m, 6h, 7d.")
+    ] = None,
+    loop: Annotated[bool, typer.Option(help="Begin the log again at its end, until --duration is over.")] = False,
+    burst: Annotated[bool, typer.Option(help="All meters report at the same moment.")] = False,
+    processes: Annotated[int, typer.Option(help="How many share the meters.", min=1)] = 1,
+    connections: Annotated[int, typer.Option(help="MQTT connections of each process.", min=1)] = 1,
+    dirt: Annotated[Path | None, typer.Option(help="Faults to inject: a YAML file, see docs/replay.md.")] = None,
     clock: Annotated[str, typer.Option(help="run: a fleet on one clock; original: the log as it is.")] = "run",
     run_id: Annotated[str | None, typer.Option(help="A name for the run; made up if absent.")] = None,
-    with_bad_input: Annotated[bool, typer.Option(help="Send one of each kind of bad record too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
 ) -> None:
     """Plays a tape as the stream of N meters.
 
-    Example: replay run --tape data/tapes/grid --meters 1000 --speed 600 --to mqtt --seed 1
+    Ctrl-C ends it early with a ledger that is right; `replay verify --run RUN_ID` then compares it with the lake.
+
+    For example in real time × 600, or a million meters flat out, or with one of every kind of fault:
+
+    replay run --tape data/tapes/grid --meters 1000 --speed 600 --to mqtt
+
+    replay run --tape data/tapes/grid --meters 1000000 --duration 10m --speed max --to kafka --processes 2 --json
+
+    replay run --tape data/tapes/grid --meters 1000 --speed max --to kafka --dirt config/dirt.yml --run-id dirty
     """
     with exits():
-        ledger = played(tape, to, meters, speed, seed, start, clock, run_id, with_bad_input)
+        order = Order(
+            tape=tape, run_id=run_id or new_run_id(), to=to, meters=meters, seed=seed, speed=speed_of(speed),
+            start=start and start.replace(tzinfo=UTC), own_clock=_is_original(clock), duration=_duration(duration),
+            loop=loop, burst=burst, processes=processes, dirt=tuple(read_dirt(dirt)) if dirt else (),
+        )  # fmt: skip
+        ledger = played(order, connections)
         if as_json:
             sys.stdout.write(json.dumps(asdict(ledger)) + "\n")
         else:
-            late = f"late by {ledger.late_mean_s} s on average, {ledger.late_max_s} s at most"
+            late = (
+                f"{ledger.late_mean_s} s on average, 99 % within {ledger.late_p99_s} s, {ledger.late_max_s} s at most"
+            )
             console.print(
                 f"run {ledger.run_id}: {ledger.records:,} records of {ledger.meters:,} meters in {ledger.seconds:.1f} s"
-                f", {ledger.records_per_s:,.0f}/s; the sender was {late}"
+                f", {ledger.records_per_s:,.0f}/s, {ledger.cpu_s:.1f} s of CPU; late by {late}; digest {ledger.digest}"
                 f"{'' if ledger.is_whole else '; stopped before its end'}",
                 highlight=False,
             )
+        if not ledger.is_whole:
+            raise SystemExit(130)
 
 
-def played(
-    tape: Path,
-    to: str,
-    meters: int | None,
-    speed: str,
-    seed: int,
-    start: datetime | None,
-    clock: str,
-    run_id: str | None,
-    with_bad_input: bool,
-) -> Ledger:
+def new_run_id() -> str:
+    """A name for a run, by the time of day."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
+
+
+def _is_original(clock: str) -> bool:
+    if clock not in ("run", "original"):
+        msg = f"--clock is run or original, not {clock}"
+        raise ConfigError(msg)
+    return clock == "original"
+
+
+def speed_of(text: str) -> float | None:
+    """Run clock per wall clock; None is flat out.
+
+    Raises:
+        ConfigError: no number, and not `max`.
+    """
+    try:
+        speed = None if text == "max" else float(text)
+    except ValueError as error:
+        msg = f"--speed is a number or max, not {text}"
+        raise ConfigError(msg) from error
+    if speed is not None and not 0 < speed < math.inf:
+        msg = f"--speed is more than 0, not {text}"
+        raise ConfigError(msg)
+    return speed
+
+
+def _duration(text: str | None) -> timedelta | None:
+    try:
+        return None if text is None else timedelta(seconds=seconds(text))
+    except ValueError as error:
+        msg = f"--duration: {error}"
+        raise ConfigError(msg) from error
+
+
+def played(order: Order, connections: int = 1) -> Ledger:
     """Plays a tape, with progress.
 
     Raises:
         ConfigError: an argument is none that we know.
-        RetryLater: the other side does not answer.
+        RetryLater: the other side does not answer, or did not take all.
     """
-    if clock not in ("run", "original"):
-        msg = f"--clock is run or original, not {clock}"
-        raise ConfigError(msg)
-    try:
-        factor = None if speed == "max" else float(speed)
-    except ValueError as error:
-        msg = f"--speed is a number or max, not {speed}"
-        raise ConfigError(msg) from error
-    if factor is not None and factor <= 0:
-        msg = f"--speed is more than 0, not {speed}"
-        raise ConfigError(msg)
-    crew = fleet(read_tape(tape), meters, seed, start and start.replace(tzinfo=UTC), clock == "original")
-    now = datetime.now(UTC)
-    ledger = Ledger(
-        run_id=run_id or f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(2)}",
-        tape=tape.name,
-        meters=len(crew.plan),
-        speed=factor,
-        seed=seed,
-        to=to,
-        clock=clock,
-        first_at=crew.first_at.isoformat(),
-        last_at=crew.last_at.isoformat(),
-        started_at=now.isoformat(),
-    )
-    total = crew.records
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=problems) as bar:
-        task = bar.add_task("replay", total=total)
+    columns = (TextColumn("{task.description}"), TextColumn("{task.fields[told]}"), TimeElapsedColumn())
+    with Progress(SpinnerColumn(), *columns, console=problems) as bar:
+        task = bar.add_task("replay", total=None, told="")
+        began = time.monotonic()
 
-        def show(ledger: Ledger, late_s: float) -> None:
-            done = ledger.readings + ledger.events
-            rate = done / max(ledger.seconds, 1e-3)
-            told = f"replay {done:,} of {total:,}, {rate:,.0f}/s" + (f", late {late_s:.1f} s" if late_s > 1 else "")
-            bar.update(task, completed=done, description=told)
+        def show(records: int, late_s: float) -> None:
+            rate = records / max(time.monotonic() - began, 1e-3)
+            late = f", late by {late_s:.1f} s" if late_s > 1 else ""
+            bar.update(task, told=f"{records:,} records, {rate:,.0f}/s{late}")
 
-        return play(crew, _sink(to), ledger, show, with_bad_input)
+        return play(order, _sink(order.to, connections), show)
 
 
-def _sink(to: str) -> Sink:
+def _sink(to: str, connections: int) -> Callable[[], Sink]:
     match to:
         case "mqtt":
             host = os.environ.get("METERSTREAM_MQTT_HOST", "127.0.0.1")
-            return MqttSink(host, int(os.environ.get("METERSTREAM_MQTT_PORT", "1883")))
+            return partial(MqttSink, host, int(os.environ.get("METERSTREAM_MQTT_PORT", "1883")), connections)
         case "kafka":
-            return KafkaSink(os.environ.get("METERSTREAM_KAFKA_BOOTSTRAP", "127.0.0.1:9092"))
+            return partial(KafkaSink, os.environ.get("METERSTREAM_KAFKA_BOOTSTRAP", "127.0.0.1:9092"))
         case "null":
-            return NullSink()
+            return NullSink
         case _:
             msg = f"--to is mqtt, kafka or null, not {to}"
             raise ConfigError(msg)

@@ -1,28 +1,100 @@
 """Playing a tape: pacing, sending, and the ledger of what was sent.
 
 Open loop: a record is due when the run's clock says so, however late the one before was; the sender's own lateness is
-measured. sent_at is the run's clock when the record is sent: its due time plus that lateness × speed.
+measured for every record. sent_at is the run's clock when the record is sent: its due time plus that lateness × speed.
+
+The run's time is cut into slices, the fleet into blocks of meters; processes share the fleet, each its own meters. None
+of that changes what a meter sends.
 """
 
 import json
+import multiprocessing
+import os
+import queue
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
+from multiprocessing.context import SpawnContext
+from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from xxhash import xxh3_128_digest
 
-from replay.bad_input import bad_records
-from replay.fleet import Fleet, Slice
-from replay.sinks import Sink
-from schemas.codec import TIMESTAMP, arrow_schema, encode_batch
-from schemas.tables import REGISTRY, home, table_path
+from replay.dirt import FAULTS, Dirt, Entry
+from replay.fleet import STAMP, Fleet, Integers, fleet, from_microseconds
+from replay.sinks import DRAIN_S, Sink
+from replay.tape import read_tape
+from schemas.codec import arrow_schema, encode_batch
+from schemas.errors import ConfigError, MeterstreamError, RetryLater
+from schemas.tables import REGISTRY, home, polars_schema, table_path
 
-TICK_S = 0.2  # wall time between two bursts of a paced run
-FULL_SPEED_RECORDS = 20_000  # records of a slice when nothing is waited for: some MB
+TICK_S = 0.1  # wall time between two bursts of a paced run
+TICK_PER_METER_S = 1e-6  # looking for what is due costs 0.2 s per million meters
+BLOCK_RECORDS = 20_000  # records that are in memory at once: some MB
+BLOCK_METERS = 100_000  # rows of registry and truth that are in memory at once
+FARTHEST = timedelta(
+    minutes=10
+)  # blocks and processes keep this close together: a third of what the jobs allow as late
+SECOND = 1_000_000
+ENDING = (signal.SIGINT, signal.SIGTERM)
+UNSTAMPED = ("sent_at", "received_at", "run_id")
+"""What of a record the digest leaves out."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to play, and how: all that a process has to know.
+
+    Attributes:
+        tape: folder.
+        run_id: the run's name.
+        to: mqtt, kafka or null.
+        meters: how many; the tape's own number if None.
+        seed: of fleet and faults.
+        speed: run clock per wall clock; None is flat out.
+        start: run clock's begin; the tape's own if None.
+        own_clock: the log as it is.
+        duration: how much of the log each meter plays.
+        loop: begin the log again at its end.
+        burst: all meters report at the same moment.
+        processes: how many share the meters.
+        dirt: faults to inject.
+    """
+
+    tape: Path
+    run_id: str
+    to: str
+    meters: int | None = None
+    seed: int = 1
+    speed: float | None = None
+    start: datetime | None = None
+    own_clock: bool = False
+    duration: timedelta | None = None
+    loop: bool = False
+    burst: bool = False
+    processes: int = 1
+    dirt: tuple[Entry, ...] = ()
+
+    def fleet(self) -> Fleet:
+        """The fleet; the same in every process."""
+        return fleet(
+            read_tape(self.tape), self.meters, self.seed, start=self.start, own_clock=self.own_clock,
+            duration=self.duration, loop=self.loop, burst=self.burst,
+        )  # fmt: skip
+
+    def faults(self, crew: Fleet) -> Dirt | None:
+        """The faults; the same in every process."""
+        return Dirt(crew, list(self.dirt), self.seed) if self.dirt else None
 
 
 @dataclass
@@ -30,10 +102,17 @@ class Ledger:
     """What was sent.
 
     Attributes:
-        records: readings and events acknowledged by the other side, bad ones too.
-        bad: names of the bad records that were sent on purpose.
-        late_max_s: the sender's own greatest lateness, wall time.
-        late_mean_s: its mean over the slices.
+        records: readings, events and poison acknowledged by the other side.
+        readings: handed over, copies too.
+        events: handed over.
+        poison: handed over.
+        faults: number of injected faults by kind.
+        cpu_s: CPU time of all processes since they began, set-up included.
+        late_mean_s: how late a record was handed over against its due time, wall time, mean over the records.
+        late_p99_s: 99 of 100 records were less late.
+        late_max_s: the latest one.
+        digest: hash of every meter's byte stream without run_id, sent_at and received_at; it does not depend on how
+            meters interleave.
         is_whole: False when the run was stopped before its end.
     """
 
@@ -44,18 +123,54 @@ class Ledger:
     seed: int
     to: str
     clock: str
+    processes: int
     first_at: str
     last_at: str
     started_at: str
     records: int = 0
     readings: int = 0
     events: int = 0
-    bad: list[str] = field(default_factory=list)
+    poison: int = 0
+    faults: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     records_per_s: float = 0.0
-    late_max_s: float = 0.0
+    cpu_s: float = 0.0
     late_mean_s: float = 0.0
+    late_p99_s: float = 0.0
+    late_max_s: float = 0.0
+    digest: str = ""
     is_whole: bool = False
+
+
+@dataclass
+class Sent:
+    """What one process has sent: arrays have one entry for each of its meters.
+
+    Attributes:
+        low: number of its first meter.
+        counts: per readings, events and poison the records handed over.
+        until: microseconds of the run up to which the meter's records were handed over.
+        digest: sum of the records' hashes, two times 64 bits.
+        late: lateness in seconds → records.
+        acknowledged: records that are safe on the other side.
+        cpu_s: of this process.
+    """
+
+    low: int
+    counts: dict[str, npt.NDArray[np.int32]]
+    until: Integers
+    digest: npt.NDArray[np.uint64]
+    late: dict[float, int] = field(default_factory=dict)
+    acknowledged: int = 0
+    cpu_s: float = 0.0
+
+    def total(self, kind: str) -> int:
+        """Records of a kind."""
+        return int(self.counts[kind].sum())
+
+
+Progress = Callable[[int, float], None]
+"""Records handed over so far, and the present lateness in seconds."""
 
 
 def run_folder(run_id: str) -> Path:
@@ -63,119 +178,464 @@ def run_folder(run_id: str) -> Path:
     return home() / "runs" / run_id
 
 
-def register(fleet: Fleet, run_id: str) -> None:
-    """Writes the fleet's registry to the lake."""
-    target = table_path("registry") / f"date={fleet.first_at:%Y-%m-%d}"
-    target.mkdir(parents=True, exist_ok=True)
-    _write(fleet.registry.to_arrow().cast(REGISTRY), target / f"{run_id}.parquet")
-
-
-def _write(table: pa.Table, path: Path) -> None:
+def _write(pieces: Iterator[pa.Table], path: Path) -> None:
     """Writes beside the tables, then renames: no reader sees half a file."""
     staged = home() / "staging" / f"{path.parent.name}-{path.name}"
     staged.parent.mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, staged)
+    first = next(pieces)
+    with pq.ParquetWriter(staged, first.schema, compression="zstd", use_dictionary=False) as file:
+        file.write_table(first)
+        for piece in pieces:
+            file.write_table(piece)
     staged.rename(path)
 
 
-def play(
-    fleet: Fleet,
-    sink: Sink,
-    ledger: Ledger,
-    on_progress: Callable[[Ledger, float], None] = lambda *_: None,
-    with_bad_input: bool = False,
-) -> Ledger:
-    """Sends everything, then writes ledger and truth; Ctrl-C ends it with a ledger that is right.
+def _blocks(meters: int) -> Iterator[tuple[int, int]]:
+    for low in range(0, meters, BLOCK_METERS):
+        yield low, min(low + BLOCK_METERS, meters)
+
+
+def _prepare(crew: Fleet, dirt: Dirt | None, ledger: Ledger) -> None:
+    """Registry and truth are there before the first record."""
+    folder = run_folder(ledger.run_id)
+    if (folder / "run.json").exists():
+        msg = f"run {ledger.run_id} is there already ({folder}): a run's name is used once"
+        raise ConfigError(msg)
+    registry = (crew.registry(low, high).to_arrow().cast(REGISTRY) for low, high in _blocks(len(crew)))
+    _write(registry, table_path("registry") / f"date={crew.first_at:%Y-%m-%d}" / f"{ledger.run_id}.parquet")
+    _write((crew.truth(low, high).to_arrow() for low, high in _blocks(len(crew))), folder / "truth.parquet")
+    faults = (dirt.faults if dirt else pl.DataFrame(schema=polars_schema(FAULTS))).to_arrow().cast(FAULTS)
+    _write(iter([faults]), folder / "faults.parquet")
+    _write_ledger(ledger)
+
+
+def _write_ledger(ledger: Ledger) -> None:
+    (run_folder(ledger.run_id) / "run.json").write_text(json.dumps(asdict(ledger), indent=2) + "\n")
+
+
+def play(order: Order, open_sink: Callable[[], Sink], on_progress: Progress = lambda *_: None) -> Ledger:
+    """Sends everything, then writes the ledger; SIGINT or SIGTERM ends it with a ledger that is right.
 
     Args:
-        fleet: what to send.
-        sink: where to.
-        ledger: filled in as the run goes.
-        on_progress: gets the ledger and the present lateness in seconds, every slice.
-        with_bad_input: send one of each kind of bad record after the first slice.
+        order: what to play.
+        open_sink: makes a sink; in another process where there are several, so it has to be picklable then.
+        on_progress: called a few times a second.
+
+    Raises:
+        ConfigError: the tape or the faults cannot be played so, or the run's name is taken.
+        RetryLater: the other side did not take all; the ledger says what it has.
     """
-    folder = run_folder(ledger.run_id)
-    folder.mkdir(parents=True, exist_ok=True)
-    register(fleet, ledger.run_id)
-    _write(fleet.truth().to_arrow(), folder / "truth.parquet")
-    span = fleet.last_at - fleet.first_at
-    if ledger.speed is None:
-        step = max(span * FULL_SPEED_RECORDS / max(fleet.records, 1), timedelta(seconds=1))
-    else:
-        step = timedelta(seconds=TICK_S * ledger.speed)
-    sent: list[pl.DataFrame] = []
-    began = time.monotonic()
-    slices = late_total = 0.0
-    try:
-        for piece in fleet.slices(step):
-            late_s = 0.0
-            if ledger.speed is not None:
-                due_s = (piece.until - step - fleet.first_at).total_seconds() / ledger.speed
-                late_s = time.monotonic() - began - due_s
-                if late_s < 0:
-                    time.sleep(-late_s)
-                    late_s = 0.0
-            _send(piece, sink, ledger, late_s)
-            sent += [rows.group_by("meter_id").len("sent") for rows in (piece.readings, piece.events)]
-            if with_bad_input and not ledger.bad and len(piece.readings):
-                _send_bad(piece, sink, ledger)
-            slices, late_total = slices + 1, late_total + late_s
-            ledger.late_max_s = round(max(ledger.late_max_s, late_s), 3)
-            ledger.late_mean_s = round(late_total / slices, 3)
-            ledger.seconds = round(time.monotonic() - began, 3)
-            on_progress(ledger, late_s)
-        ledger.is_whole = True
-    except KeyboardInterrupt:
-        pass
-    finally:
-        try:
-            sink.close()
-        finally:
-            ledger.seconds = round(time.monotonic() - began, 3)
-            ledger.records = sink.acknowledged
-            ledger.records_per_s = round(ledger.records / max(ledger.seconds, 1e-3), 1)
-            per_meter = pl.concat(sent).group_by("meter_id").agg(pl.col("sent").sum()) if sent else None
-            if per_meter is not None:
-                _write(per_meter.sort("meter_id").to_arrow(), folder / "ledger.parquet")
-            (folder / "run.json").write_text(json.dumps(asdict(ledger), indent=2) + "\n")
+    crew = order.fleet()
+    if not 1 <= order.processes <= len(crew):
+        msg = f"--processes is 1 to the number of meters ({len(crew)}), not {order.processes}"
+        raise ConfigError(msg)
+    dirt = order.faults(crew)
+    counted = dirt.faults.unique("fault_id").group_by("kind").len().sort("kind").iter_rows() if dirt else ()
+    ledger = Ledger(
+        run_id=order.run_id, tape=order.tape.name, meters=len(crew), speed=order.speed, seed=order.seed, to=order.to,
+        clock="original" if order.own_clock else "run", processes=order.processes,
+        first_at=crew.first_at.isoformat(), last_at=crew.last_at.isoformat(), started_at=datetime.now(UTC).isoformat(),
+        faults=dict(counted),
+    )  # fmt: skip
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    failure: MeterstreamError | None = None
+    with _stopped_by_signals(stop):
+        _prepare(crew, dirt, ledger)
+        ids = crew.meter_ids(np.arange(len(crew)))
+        began = time.monotonic()
+        if order.processes == 1:
+            sent, failure = _play_meters(order, crew, dirt, 0, len(crew), open_sink, began, stop, on_progress)
+            parts = [sent]
+        else:
+            del crew, dirt
+            parts, failure = _share(context, order, ledger.meters, open_sink, stop, on_progress)
+    ledger.seconds = round(time.monotonic() - began, 3)
+    _settle(ledger, parts)
+    ledger.is_whole = failure is None and not stop.is_set()
+    _write(_per_meter(ids, parts, ledger), run_folder(ledger.run_id) / "ledger.parquet")
+    _write_ledger(ledger)
+    if failure:
+        raise failure
     return ledger
 
 
-def _stamped(rows: pl.DataFrame, entity: str, ledger: Ledger, late_s: float) -> pa.Table:
-    """The entity's columns of due records, with the stamps of the run."""
-    lateness = timedelta(seconds=late_s * (ledger.speed or 0))
-    received_at = datetime.now(UTC) if ledger.to == "kafka" else None
-    return (
-        rows.with_columns(
-            sent_at=pl.col("due_at") + lateness,
-            received_at=pl.lit(received_at, pl.Datetime("us", "UTC")),
-            run_id=pl.lit(ledger.run_id),
-        )
-        .select(arrow_schema(entity).names)
-        .to_arrow()
+@contextmanager
+def _stopped_by_signals(stop: Event) -> Iterator[None]:
+    """SIGINT and SIGTERM let the block at hand go out; a second one ends at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, end) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _settle(ledger: Ledger, parts: list[Sent]) -> None:
+    """Fills the ledger in."""
+    ledger.records = sum(part.acknowledged for part in parts)
+    ledger.readings, ledger.events, ledger.poison = (
+        sum(part.total(kind) for part in parts) for kind in ("readings", "events", "poison")
     )
+    ledger.records_per_s = round(ledger.records / max(ledger.seconds, 1e-3), 1)
+    ledger.cpu_s = round(time.process_time() + sum(part.cpu_s for part in parts), 3)
+    total = np.zeros(2, np.uint64)
+    late: dict[float, int] = {}
+    for part in parts:
+        total += part.digest
+        for seconds, records in part.late.items():
+            late[seconds] = late.get(seconds, 0) + records
+    ledger.digest = "".join(f"{int(lane):016x}" for lane in total)
+    if late:
+        lateness = np.array(sorted(late))
+        counts = np.array([late[each] for each in sorted(late)])
+        within_99 = np.searchsorted(np.cumsum(counts), 0.99 * counts.sum())
+        ledger.late_max_s = round(float(lateness[-1]), 3)
+        ledger.late_mean_s = round(float((lateness * counts).sum() / counts.sum()), 3)
+        ledger.late_p99_s = round(float(lateness[within_99]), 3)
 
 
-def _send(piece: Slice, sink: Sink, ledger: Ledger, late_s: float) -> None:
-    for kind, rows in (("readings", piece.readings), ("events", piece.events)):
-        if not len(rows):
+def _per_meter(ids: pl.Series, parts: list[Sent], ledger: Ledger) -> Iterator[pa.Table]:
+    """Per meter what was handed over, and up to when: meter_id, readings, events, poison, sent_until."""
+    first_us = round(datetime.fromisoformat(ledger.first_at).timestamp() * SECOND)
+    for part in sorted(parts, key=lambda part: part.low):
+        counts = {kind: pl.Series(values, dtype=pl.Int64) for kind, values in part.counts.items()}
+        until = from_microseconds(part.until + first_us)
+        own = ids[part.low : part.low + len(part.until)]
+        yield pl.DataFrame({"meter_id": own, **counts, "sent_until": until}).to_arrow()
+
+
+def _play_meters(
+    order: Order,
+    crew: Fleet,
+    dirt: Dirt | None,
+    low: int,
+    high: int,
+    open_sink: Callable[[], Sink],
+    began: float,
+    stop: Event,
+    on_progress: Progress,
+    meet: Callable[[], None] = lambda: None,
+) -> tuple[Sent, MeterstreamError | None]:
+    """Sends the records of the meters low … high − 1.
+
+    Args:
+        order: of the run.
+        crew: the whole fleet.
+        dirt: its faults.
+        low: first meter.
+        high: the one after the last.
+        open_sink: where to.
+        began: monotonic wall time of the run's begin.
+        stop: ends the run after the block at hand.
+        on_progress: called a few times a second.
+        meet: called after each slice, to keep processes together.
+    """
+    sent = _nothing(low, high)
+    failure: MeterstreamError | None = None
+    sink: Sink | None = None
+    try:
+        sink = open_sink()
+        for slice_ in _slices(order, crew, dirt, low, high):
+            late_s = _sleep_until(began + slice_.end / SECOND / order.speed, stop) if order.speed else 0.0
+            count = 0
+            for block in slice_.blocks():
+                if stop.is_set():
+                    break
+                count += _send(block, order, crew, dirt, late_s, sink, sent)
+            if order.speed and count:
+                late_s = max(0.0, time.monotonic() - began - slice_.end / SECOND / order.speed)
+                late_s = round(late_s, 3)
+                sent.late[late_s] = sent.late.get(late_s, 0) + count
+            if stop.is_set():
+                break
+            on_progress(sum(sent.total(kind) for kind in sent.counts), late_s)
+            meet()
+    except MeterstreamError as error:
+        failure = error
+    except threading.BrokenBarrierError:
+        failure = None if stop.is_set() else RetryLater("another process of the run ended")
+    finally:
+        if sink is not None:
+            try:
+                sink.close()
+            except MeterstreamError as error:
+                failure = failure or error
+            sent.acknowledged = sink.acknowledged
+    return sent, failure
+
+
+def _sleep_until(due: float, stop: Event) -> float:
+    """Waits for a moment of the monotonic clock. Returns by how many seconds it is over."""
+    while (left := due - time.monotonic()) > 0 and not stop.is_set():
+        time.sleep(min(left, 0.25))
+    return max(0.0, -left)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some meters in a slice: per kind the unrolled rows from `begin` to before `end`."""
+
+    low: int
+    high: int
+    begin_us: int
+    end_us: int
+    begin: dict[str, Integers]
+    end: dict[str, Integers]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A stretch of the run's clock, for the meters low … high − 1."""
+
+    low: int
+    begin_us: int
+    end: int
+    first: dict[str, Integers]
+    last: dict[str, Integers]
+
+    def blocks(self) -> Iterator[Block]:
+        """Cuts it into blocks of meters with about `BLOCK_RECORDS` records each."""
+        counts = np.cumsum(sum(self.last[kind] - self.first[kind] for kind in self.last))
+        edges = np.searchsorted(counts, np.arange(BLOCK_RECORDS, counts[-1] + 1, BLOCK_RECORDS), side="right")
+        cuts = np.unique(np.concatenate([[0], edges, [len(counts)]]))
+        for low, high in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
+            yield Block(
+                self.low + low, self.low + high, self.begin_us, self.end,
+                {kind: rows[low:high] for kind, rows in self.first.items()},
+                {kind: rows[low:high] for kind, rows in self.last.items()},
+            )  # fmt: skip
+
+
+def _slices(order: Order, crew: Fleet, dirt: Dirt | None, low: int, high: int) -> Iterator[Slice]:
+    """The run's time, cut so that a paced run goes out in ticks, and one flat out in slices that fit into memory."""
+    meters = np.arange(low, high)
+    far = FARTHEST // timedelta(microseconds=1)
+    whole = (crew.last_at - crew.first_at) // timedelta(microseconds=1)
+    whole = max(whole, dirt.last_due() + 1 if dirt else 0)
+    if order.speed:
+        step = round((TICK_S + TICK_PER_METER_S * len(crew)) * order.speed * SECOND)
+    else:
+        records = sum(int(crew.counts(kind, meters).sum()) for kind in crew.kinds)
+        step = max(1, whole * BLOCK_RECORDS // max(records, 1))
+        if step < far or order.processes > 1:
+            step = far  # in several blocks, or beside other processes
+    step = max(step, 1)
+    first = {kind: crew.begin(kind, meters) for kind in crew.kinds}
+    for begin in range(0, whole, step):
+        end = min(begin + step, whole)
+        last = {kind: crew.sent_before(kind, meters, end) for kind in crew.kinds}
+        yield Slice(low, begin, end, first, last)
+        first = last
+
+
+def _send(block: Block, order: Order, crew: Fleet, dirt: Dirt | None, late_s: float, sink: Sink, sent: Sent) -> int:
+    """Hands a block's records over. Returns how many."""
+    total = 0
+    for kind, rows in (("readings", _readings(block, crew, dirt)), ("events", _events(block, crew, dirt))):
+        if rows is None or not len(rows):
             continue
-        payloads = encode_batch(kind.removesuffix("s"), _stamped(rows, kind.removesuffix("s"), ledger, late_s))
-        for meter_id, payload in zip(rows.get_column("meter_id"), payloads, strict=True):
-            sink.send(meter_id, kind, payload)
-        setattr(ledger, kind, getattr(ledger, kind) + len(rows))
-    ledger.records = sink.acknowledged
+        entity = kind.removesuffix("s")
+        bare = _bare(rows, entity)
+        stamped = _stamped(bare, rows.get_column("due").to_numpy(), order, crew, late_s)
+        sink.send(kind, rows.get_column("meter_id").to_list(), encode_batch(entity, stamped))
+        sent.digest += _digest(encode_batch(entity, bare))
+        counted = np.bincount(rows.get_column("meter").to_numpy() - block.low, minlength=block.high - block.low)
+        sent.counts[kind][block.low - sent.low : block.high - sent.low] += counted.astype(np.int32)
+        total += len(rows)
+    for raw in dirt.raw_due(block.low, block.high, block.begin_us, block.end_us) if dirt else ():
+        name = str(crew.meter_ids(np.array([raw.meter]))[0])
+        sink.send("readings", [name], [raw.payload], raw.encoding)
+        sent.digest += _digest([name.encode() + b"/" + raw.encoding.encode() + b"/" + raw.payload])
+        sent.counts["poison"][raw.meter - sent.low] += 1
+        total += 1
+    sent.until[block.low - sent.low : block.high - sent.low] = block.end_us
+    return total
 
 
-def _send_bad(piece: Slice, sink: Sink, ledger: Ledger) -> None:
-    reading = (
-        _stamped(piece.readings.head(1), "reading", ledger, 0.0)
-        .cast(
-            pa.schema([f.with_type(TIMESTAMP) if pa.types.is_timestamp(f.type) else f for f in arrow_schema("reading")])
+def _digest(payloads: list[bytes]) -> npt.NDArray[np.uint64]:
+    """Sum of the payloads' hashes modulo 2⁶⁴, in two lanes: it depends on all of them, and not on their order.
+
+    A record carries its meter and its seq, so the order within a meter's stream is in it all the same.
+    """
+    joined = b"".join([xxh3_128_digest(payload) for payload in payloads])
+    lanes: npt.NDArray[np.uint64] = np.frombuffer(joined, "<u8").reshape(-1, 2).sum(axis=0, dtype=np.uint64)
+    return lanes
+
+
+def _readings(block: Block, crew: Fleet, dirt: Dirt | None) -> pl.DataFrame | None:
+    """Readings of a block in the order of their due times, with `due`, microseconds of the run."""
+    meters, numbers = crew.pairs("readings", block.low, block.high, block.begin["readings"], block.end["readings"])
+    due = crew.due("readings", meters, numbers)
+    touched = None
+    if dirt is not None and dirt.has_readings[block.low : block.high].any():
+        keep = ~(dirt.has_readings[meters] & dirt.is_withheld(meters, numbers))
+        more = dirt.extras(block.low, block.high, block.begin_us, block.end_us)
+        meters, numbers, due = (
+            np.concatenate([rows[keep], extra]) for rows, extra in zip((meters, numbers, due), more, strict=True)
         )
-        .to_pylist()[0]
-    )
-    for name, encoding, payload in bad_records(reading):
-        sink.send(reading["meter_id"], "readings", payload, encoding)
-        ledger.bad.append(name)
+        touched = dirt
+    if not len(meters):
+        return None
+    order = np.argsort(due, kind="stable")
+    meters, numbers, due = meters[order], numbers[order], due[order]
+    if touched is None:
+        return crew.readings(meters, numbers).with_columns(due=pl.Series(due))
+    readings = crew.readings(meters, numbers, touched.shown(meters, numbers))
+    bent = touched.bent(readings.with_columns(number=pl.Series(numbers)))
+    return bent.with_columns(due=pl.Series(due))
+
+
+def _events(block: Block, crew: Fleet, dirt: Dirt | None) -> pl.DataFrame | None:
+    """Events of a block, the same way."""
+    meters, numbers = crew.pairs("events", block.low, block.high, block.begin["events"], block.end["events"])
+    events = None
+    if len(meters):
+        due = crew.due("events", meters, numbers)
+        order = np.argsort(due, kind="stable")
+        meters, numbers, due = meters[order], numbers[order], due[order]
+        events = crew.events(meters, numbers).with_columns(due=pl.Series(due))
+        if dirt is not None:
+            events = events.with_columns(seq=pl.col("seq") + pl.Series(dirt.events_before(meters, due)))
+    said = dirt.events_due(block.low, block.high, block.begin_us, block.end_us) if dirt else None
+    if said is None or not len(said):
+        return events
+    both = said if events is None else pl.concat([events, said], how="diagonal")
+    return both.sort("due", "meter", "seq")
+
+
+def _bare(rows: pl.DataFrame, entity: str) -> pa.Table:
+    """The entity's columns of due records; what a run stamps is null."""
+    schema = arrow_schema(entity)
+    arrays = [
+        rows.get_column(field.name).to_arrow().cast(field.type)
+        if field.name in rows.columns and field.name not in UNSTAMPED
+        else pa.nulls(len(rows), field.type)
+        for field in schema
+    ]
+    return pa.table(arrays, schema=schema)
+
+
+def _stamped(bare: pa.Table, due: Integers, order: Order, crew: Fleet, late_s: float) -> pa.Table:
+    """The same with the stamps of the run."""
+    lateness = round(late_s * (order.speed or 0) * SECOND)
+    first_us = round(crew.first_at.timestamp() * SECOND)
+    stamps = {
+        "sent_at": from_microseconds(due + (first_us + lateness)),
+        "run_id": pl.repeat(order.run_id, len(due), eager=True),
+    }
+    if order.to == "kafka":
+        stamps["received_at"] = pl.repeat(datetime.now(UTC), len(due), dtype=STAMP, eager=True)
+    for name, values in stamps.items():
+        place = bare.schema.get_field_index(name)
+        bare = bare.set_column(place, bare.schema.field(place), values.to_arrow().cast(bare.schema.field(place).type))
+    return bare
+
+
+def _share(
+    context: SpawnContext,
+    order: Order,
+    meters: int,
+    open_sink: Callable[[], Sink],
+    stop: Event,
+    on_progress: Progress,
+) -> tuple[list[Sent], MeterstreamError | None]:
+    """Plays in several processes, each its own meters."""
+    edges = np.linspace(0, meters, order.processes + 1).astype(int).tolist()
+    told: Any = context.Queue()
+    barrier = context.Barrier(order.processes)
+    workers = [
+        context.Process(target=_work, args=(order, number, low, high, open_sink, stop, barrier, told), daemon=True)
+        for number, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True))
+    ]
+    # they inherit this for life: Ctrl-C goes to all of a terminal's processes, and the parent says when to stop
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    for worker in workers:
+        worker.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    parts: dict[int, Sent] = {}
+    failure: MeterstreamError | None = None
+    done = dict.fromkeys(range(order.processes), 0)
+    while len(parts) < order.processes:
+        try:
+            number, what = told.get(timeout=1)
+        except queue.Empty:
+            dead = [number for number, worker in enumerate(workers) if number not in parts and not worker.is_alive()]
+            if dead:
+                stop.set()
+                barrier.abort()
+                failure = failure or RetryLater(f"{len(dead)} of {order.processes} processes of the run died")
+                for number in dead:  # what it had sent is not known
+                    parts[number] = _nothing(edges[number], edges[number + 1])
+            continue
+        if isinstance(what, Sent):
+            parts[number] = what
+        elif isinstance(what, MeterstreamError):
+            failure = failure or what
+            stop.set()
+        else:
+            done[number], late_s = what
+            on_progress(sum(done.values()), late_s)
+    for worker in workers:
+        worker.join()
+    return [parts[number] for number in sorted(parts)], failure
+
+
+def _nothing(low: int, high: int) -> Sent:
+    counts = {kind: np.zeros(high - low, np.int32) for kind in ("readings", "events", "poison")}
+    return Sent(low, counts, np.zeros(high - low, np.int64), np.zeros(2, np.uint64))
+
+
+def _work(
+    order: Order,
+    number: int,
+    low: int,
+    high: int,
+    open_sink: Callable[[], Sink],
+    stop: Event,
+    barrier: Barrier,
+    told: Any,
+) -> None:
+    """One of several processes of a run; it ends when its parent does."""
+    parent = os.getppid()
+    shown = 0.0
+
+    def on_progress(records: int, late_s: float) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > 0.2:
+            shown = time.monotonic()
+            told.put((number, (records, late_s)))
+
+    def meet() -> None:
+        if os.getppid() != parent:
+            stop.set()
+        if order.speed is None:
+            barrier.wait(2 * DRAIN_S)
+
+    try:
+        crew = order.fleet()
+        dirt = order.faults(crew)
+        barrier.wait(2 * DRAIN_S)
+        sent, failure = _play_meters(
+            order, crew, dirt, low, high, open_sink, time.monotonic(), stop, on_progress, meet
+        )  # fmt: skip
+    except MeterstreamError as error:
+        sent, failure = _nothing(low, high), error
+    except threading.BrokenBarrierError:  # another one ended before the run began, and says why
+        sent, failure = _nothing(low, high), None
+    sent.cpu_s = time.process_time()
+    if failure or stop.is_set():
+        barrier.abort()
+    if failure:
+        told.put((number, failure))
+    told.put((number, sent))

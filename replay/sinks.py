@@ -2,28 +2,33 @@
 
 import threading
 import time
-from collections import deque
+import zlib
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import paho.mqtt.client as mqtt
-from confluent_kafka import KafkaError, Message, Producer
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from paho.mqtt.enums import CallbackAPIVersion
 
-from schemas.errors import RetryLater
+from schemas.errors import ConfigError, RetryLater
 from schemas.topics import KINDS, mqtt_topic
 
 IN_FLIGHT = 20  # paho publishes fastest with a small window
-QUEUED = 2_000  # messages handed to paho and not acknowledged: bounds memory
+QUEUED = 2_000  # messages handed to paho and not acknowledged, all connections together: bounds memory
+KAFKA_QUEUED = 100_000  # records handed to librdkafka and not acknowledged: some 20 MB
+CHUNK = 10_000  # records handed to librdkafka at a time
 DRAIN_S = 60.0
 
 
 class Sink(Protocol):
     """Where records go."""
 
-    acknowledged: int
+    @property
+    def acknowledged(self) -> int:
+        """Records that are safe on the other side."""
 
-    def send(self, meter_id: str, kind: str, payload: bytes, encoding: str = "avro") -> None:
-        """Hands a framed record over; blocks while the other side is behind."""
+    def send(self, kind: str, meter_ids: Sequence[str], payloads: Sequence[bytes], encoding: str = "avro") -> None:
+        """Hands payloads over, each in the name of its meter; blocks while the other side is behind."""
 
     def close(self) -> None:
         """Waits until all is acknowledged."""
@@ -35,9 +40,9 @@ class NullSink:
     def __init__(self) -> None:
         self.acknowledged = 0
 
-    def send(self, meter_id: str, kind: str, payload: bytes, encoding: str = "avro") -> None:
+    def send(self, kind: str, meter_ids: Sequence[str], payloads: Sequence[bytes], encoding: str = "avro") -> None:
         """Counts."""
-        self.acknowledged += 1
+        self.acknowledged += len(payloads)
 
     def close(self) -> None:
         """Nothing to wait for."""
@@ -47,7 +52,7 @@ class KafkaSink:
     """Straight into Kafka, past the broker and the bridge."""
 
     def __init__(self, bootstrap: str) -> None:
-        self.acknowledged = 0
+        self._sent = self._failed = 0
         self._failure: KafkaError | None = None
         self._producer = Producer(
             {
@@ -55,72 +60,112 @@ class KafkaSink:
                 "enable.idempotence": True,
                 "acks": "all",
                 "compression.type": "lz4",
-                "linger.ms": 20,
+                "linger.ms": 50,
+                "batch.size": 1_000_000,
                 "partitioner": "murmur2_random",
-                "queue.buffering.max.messages": 200_000,
+                "queue.buffering.max.messages": KAFKA_QUEUED + CHUNK,
+                "delivery.report.only.error": True,
+                "log_level": 3,
             }
         )
+        try:
+            self._producer.list_topics(timeout=10)
+        except KafkaException as error:
+            msg = f"no Kafka at {bootstrap}: {error.args[0].str()}"
+            raise RetryLater(msg) from error
 
-    def send(self, meter_id: str, kind: str, payload: bytes, encoding: str = "avro") -> None:
-        """Queues a record; a full queue is waited for."""
-        while True:
-            try:
-                self._producer.produce(KINDS[kind].name, payload, meter_id.encode(), on_delivery=self._delivered)
-                self._producer.poll(0)
-            except BufferError:
-                self._producer.poll(0.05)
-            else:
-                return
+    @property
+    def acknowledged(self) -> int:
+        """Records that Kafka has."""
+        return self._sent - len(self._producer) - self._failed
+
+    def send(self, kind: str, meter_ids: Sequence[str], payloads: Sequence[bytes], encoding: str = "avro") -> None:
+        """Queues records; a full queue is waited for. Kafka takes any bytes: only Avro will be understood."""
+        topic = KINDS[kind].name
+        for start in range(0, len(payloads), CHUNK):
+            stop = start + CHUNK
+            while len(self._producer) > KAFKA_QUEUED and not self._failure:
+                self._producer.poll(0.01)
+            self._check()
+            messages = [
+                {"key": key, "value": value}
+                for key, value in zip(meter_ids[start:stop], payloads[start:stop], strict=True)
+            ]
+            self._sent += self._producer.produce_batch(topic, messages, on_delivery=self._delivered)
+            self._producer.poll(0)
 
     def _delivered(self, error: KafkaError | None, _: Message) -> None:
-        if error is None:
-            self.acknowledged += 1
-        else:
+        if error is not None:
+            self._failed += 1
             self._failure = error
 
+    def _check(self) -> None:
+        if self._failure:
+            msg = f"Kafka did not take {self._failed} records: {self._failure.str()}"
+            raise RetryLater(msg)
+
     def close(self) -> None:
-        """Waits for every delivery report."""
+        """Waits until Kafka has every record."""
         left = self._producer.flush(DRAIN_S)
-        if left or self._failure:
-            msg = f"Kafka did not take {left} records: {self._failure}"
+        self._check()
+        if left:
+            msg = f"Kafka did not take {left} records within {DRAIN_S:.0f} s"
             raise RetryLater(msg)
 
 
 class MqttSink:
-    """Each meter's own topic, QoS 1, over one connection."""
+    """Each meter's own topic, QoS 1, over one or several connections; a meter stays on its connection."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self._lock = threading.Lock()
-        self.acknowledged = 0
-        self._open: deque[mqtt.MQTTMessageInfo] = deque()
-        self._client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=f"replay-{time.time_ns()}")
-        self._client.max_inflight_messages_set(IN_FLIGHT)
-        self._client.on_publish = self._published
+    def __init__(self, host: str, port: int, connections: int = 1) -> None:
+        if connections < 1:
+            msg = f"--connections is 1 or more, not {connections}"
+            raise ConfigError(msg)
+        self.acknowledged = self._published = 0
+        self._changed = threading.Condition()
+        self._clients = [self._connected(host, port, number) for number in range(connections)]
+
+    def _connected(self, host: str, port: int, number: int) -> mqtt.Client:
+        client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=f"replay-{time.time_ns()}-{number}")
+        client.max_inflight_messages_set(IN_FLIGHT)
+        client.on_publish = self._taken
         try:
-            self._client.connect(host, port)
+            client.connect(host, port)
         except OSError as error:
             msg = f"no MQTT broker at {host}:{port}: {error}"
             raise RetryLater(msg) from error
-        self._client.loop_start()
+        client.loop_start()
+        return client
 
-    def send(self, meter_id: str, kind: str, payload: bytes, encoding: str = "avro") -> None:
-        """Publishes to the meter's topic; waits while too many are not acknowledged."""
-        self._open.append(self._client.publish(mqtt_topic(meter_id, kind, encoding), payload, qos=1))
-        while len(self._open) > QUEUED:
-            self._open.popleft().wait_for_publish(DRAIN_S)
+    def send(self, kind: str, meter_ids: Sequence[str], payloads: Sequence[bytes], encoding: str = "avro") -> None:
+        """Publishes to the meters' topics; waits while too many are not acknowledged."""
+        for meter_id, payload in zip(meter_ids, payloads, strict=True):
+            client = self._clients[zlib.crc32(meter_id.encode()) % len(self._clients)]
+            # without a connection paho keeps the message and sends it when the broker is back
+            client.publish(mqtt_topic(meter_id, kind, encoding), payload, qos=1)
+            self._published += 1
+            if self._published - self.acknowledged > QUEUED:
+                self._wait(QUEUED)
 
-    def _published(self, *_: Any) -> None:
-        with self._lock:
+    def _taken(self, *_: Any) -> None:
+        with self._changed:
             self.acknowledged += 1
+            self._changed.notify()
+
+    def _wait(self, open_messages: int) -> None:
+        """Waits until at most so many messages are not acknowledged; as long as any of them is in time."""
+        with self._changed:
+            while (left := self._published - self.acknowledged) > open_messages:
+                before = self.acknowledged
+                self._changed.wait(DRAIN_S)
+                if self.acknowledged == before:
+                    msg = f"the MQTT broker did not acknowledge {left} records: nothing within {DRAIN_S:.0f} s"
+                    raise RetryLater(msg)
 
     def close(self) -> None:
         """Waits for every acknowledgement."""
-        deadline = time.monotonic() + DRAIN_S
-        while self._open:
-            info = self._open.popleft()
-            info.wait_for_publish(max(0.0, deadline - time.monotonic()))
-            if not info.is_published():
-                msg = f"the MQTT broker did not acknowledge {len(self._open) + 1} records"
-                raise RetryLater(msg)
-        self._client.disconnect()
-        self._client.loop_stop()
+        try:
+            self._wait(0)
+        finally:
+            for client in self._clients:
+                client.disconnect()
+                client.loop_stop()

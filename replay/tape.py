@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -79,7 +80,7 @@ def _numbered(table: pa.Table, entity: str) -> pa.Table:
     except (KeyError, ValueError) as error:  # pyarrow's own errors are ValueErrors too
         msg = f"rows do not fit {entity}: {error}"
         raise ContractBroken(msg) from error
-    numbers = pa.array(range(len(rows)), pa.int64())
+    numbers = pa.array(np.arange(len(rows)), pa.int64())
     return rows.add_column(0, TABLES[f"{entity}s"].field("log_row"), numbers)
 
 
@@ -124,6 +125,7 @@ def write_tape(
     rows_in: int,
     defects: Mapping[str, int],
     interval_s: int | None,
+    truth: Mapping[str, pa.Table] | None = None,
 ) -> Tape:
     """Write a tape, whole or not at all; one that is there already is replaced.
 
@@ -138,6 +140,7 @@ def write_tape(
         rows_in: records in the log.
         defects: counted by name.
         interval_s: usual step.
+        truth: tables by name, written under `truth/`: what a log cannot know, and no reader of the tape needs.
 
     Raises:
         ConfigError: the folder holds something else than a tape.
@@ -158,6 +161,9 @@ def write_tape(
     try:
         for name in TABLES:
             pq.write_table(getattr(tape, name), staging / f"{name}.parquet", compression="zstd")
+        for name, table in (truth or {}).items():
+            (staging / "truth").mkdir(exist_ok=True)
+            pq.write_table(table, staging / "truth" / f"{name}.parquet", compression="zstd")
         (staging / "tape.json").write_text(json.dumps(asdict(info), indent=2) + "\n")
         staging.chmod(0o755)
         if folder.exists():

@@ -112,3 +112,65 @@ class AlarmSource(StrEnum):
 
     METER_EVENT = "meter_event"
     DERIVED = "derived"
+
+
+class FaultKind(StrEnum):
+    """Faults that a replay injects; docs/replay.md says what can be decided about each, and by whom."""
+
+    DUPLICATE = "duplicate"
+    LATE = "late"
+    REORDER = "reorder"
+    GAP = "gap"
+    CLOCK_JUMP = "clock_jump"
+    CLOCK_1970 = "clock_1970"
+    CLOCK_2099 = "clock_2099"
+    RESET = "reset"
+    ROLLOVER = "rollover"
+    METER_EXCHANGE = "meter_exchange"
+    SPIKE = "spike"
+    FROZEN = "frozen"
+    UNIT_SLIP = "unit_slip"
+    POISON = "poison"
+    POWER_STORM = "power_storm"
+    VOLTAGE_ALARM = "voltage_alarm"
+    TAMPER = "tamper"
+
+
+class Poison(StrEnum):
+    """What a poisoned record is."""
+
+    NOT_FRAMED = "not_framed"
+    UNKNOWN_SCHEMA_ID = "unknown_schema_id"
+    UNDECODABLE = "undecodable"
+    TRAILING_BYTES = "trailing_bytes"
+    METER_ID_MISMATCH = "meter_id_mismatch"
+    INVALID_JSON = "invalid_json"
+    INVALID_TELEGRAM = "invalid_telegram"
+
+
+class FaultOutcome(StrEnum):
+    """What became of one record that an injected fault touched; docs/replay.md says which are allowed for which."""
+
+    NOT_SENT = "not_sent"
+    DUPLICATE = "duplicate"
+    IN_ORDER = "in_order"
+    OUT_OF_ORDER = "out_of_order"
+    CONFLICT = "conflict"
+    GAP = "gap"
+    WIDE_STEP = "wide_step"
+    AT_THE_END = "at_the_end"
+    NO_REGISTER = "no_register"
+    AHEAD = "ahead"
+    IMPOSSIBLE_CLOCK = "impossible_clock"
+    RESET = "reset"
+    ROLLOVER = "rollover"
+    METER_EXCHANGE = "meter_exchange"
+    IMPLAUSIBLE = "implausible"
+    PLAUSIBLE = "plausible"
+    ZERO_STEP = "zero_step"
+    DEAD_LETTER = "dead_letter"
+    RAISED = "raised"
+    REPEATED = "repeated"
+    CLEARED = "cleared"
+    STAYS_CLEARED = "stays_cleared"
+    UNEXPLAINED = "unexplained"

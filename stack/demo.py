@@ -25,10 +25,13 @@ from rich.panel import Panel
 from rich.table import Table
 
 from lake.reading import busiest_day
-from replay.__main__ import played, simulated
+from replay.__main__ import new_run_id, played, simulated, speed_of
+from replay.dirt import Entry
 from replay.importers import formats, import_log
-from replay.run import Ledger, run_folder
+from replay.run import Ledger, Order, run_folder
+from replay.simulate import VERSION
 from replay.tape import read_tape
+from schemas.closed_lists import FaultKind, Poison
 from schemas.errors import ConfigError, RetryLater, exits
 from schemas.settings import load
 from schemas.tables import glob_of, home, report_path, table_path
@@ -41,6 +44,15 @@ SEED = 1
 SHORT_LIVED_JVM = "-XX:TieredStopAtLevel=1"
 """For a driver that lives minutes: compiling for the long run took 40 % of its CPU time."""
 DAY = date(2016, 6, 15)
+BAD_INPUT = (
+    Entry(
+        kind=FaultKind.POISON,
+        meters=3,
+        bytes=[Poison.INVALID_TELEGRAM, Poison.UNKNOWN_SCHEMA_ID, Poison.METER_ID_MISMATCH],
+    ),
+    Entry(kind=FaultKind.CLOCK_2099),
+)
+"""Four bad records, to show that none stops anything and none is lost."""
 DRAIN_S = 600.0  # for what the replay is ahead of the bridge, on a slow machine
 STREAMING_DRAIN_S = 900.0
 TRIES = 3  # the driver may be killed while it drains: it is started again and drains then
@@ -82,9 +94,9 @@ def _demo(meters: int, log: Path | None, format: str | None, timezone: str | Non
     with _step("Tape"):  # first, so that a log that cannot be read leaves the last demo as it is
         tape_folder = ROOT / "data" / "cache" / "log"
         if log and format:
-            tape = import_log(log, format, tape_folder, timezone=timezone)
+            tape, _ = import_log(log, format, tape_folder, timezone=timezone)
         else:
-            tape_folder = ROOT / "data" / "cache" / f"simbench-{DAY}"
+            tape_folder = ROOT / "data" / "cache" / f"simbench-{DAY}-v{VERSION}"
             tape = (
                 read_tape(tape_folder) if tape_folder.exists() else simulated(tape_folder, date(2016, 6, 15), 300, SEED)
             )
@@ -97,9 +109,12 @@ def _demo(meters: int, log: Path | None, format: str | None, timezone: str | Non
             stack.start_supervisor()
         with _step("Replay → MQTT → bridge → Kafka → Spark"):
             if log:
-                ledger = played(tape_folder, "mqtt", None, "max", SEED, None, "original", None, False)
+                ledger = played(Order(tape_folder, new_run_id(), "mqtt", own_clock=True))
             else:
-                ledger = played(tape_folder, "mqtt", meters, speed, SEED, None, "run", None, True)
+                order = Order(tape_folder, new_run_id(), "mqtt", meters, SEED, speed_of(speed), dirt=BAD_INPUT)
+                ledger = played(order)
+            if not ledger.is_whole:
+                raise KeyboardInterrupt
             console.print(f"  {ledger.records:,} records sent, {ledger.records_per_s:,.0f}/s")
             wait(
                 "the bridge to carry what the broker holds", lambda: waiting_is_over(settings, ledger.records), DRAIN_S
@@ -226,8 +241,8 @@ def _summary(ledger: Ledger, offsets: dict[str, int], truth: Path | None, began:
         "Records sent", f"{ledger.records:,} in {ledger.seconds:.0f} s, {ledger.records_per_s:,.0f}/s over MQTT"
     )
     facts.add_row("Records stored", f"{stored:,} ({ledger.readings:,} readings and {ledger.events:,} events were sent)")
-    if ledger.bad:
-        facts.add_row("Bad on purpose", ", ".join(ledger.bad))
+    if ledger.faults:
+        facts.add_row("Bad on purpose", ", ".join(f"{kind} × {count}" for kind, count in ledger.faults.items()))
     for place, reason, count in refused:
         facts.add_row("  ended as", f"{place}: {reason} × {count}")
     if truth:

@@ -31,7 +31,8 @@ VALUES = [*[f"{register}_wh" for register in tables.REGISTERS], "equipment_id"]
 RECENT = pa.schema(
     [tables.READINGS.field(name) for name in ["meter_id", "observed_at", "topic", "partition", "offset", *VALUES]]
 )
-NEEDED = ["meter_id", "observed_at", "run_id", "topic", "partition", "offset", *VALUES, "is_impossible", *KNOWN]
+PLACED = ["meter_id", "observed_at", "run_id", "dialect", "topic", "partition", "offset"]
+NEEDED = [*PLACED, *VALUES, "is_impossible", *KNOWN]
 OUTPUTS = {
     "baseline": tables.arrow_of(delta_engine.BASELINE),
     "recent": RECENT,

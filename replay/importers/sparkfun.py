@@ -9,6 +9,7 @@ from typing import Any
 
 from replay.importers import Imported, Log, exact
 
+FILES = ("*.json", "*.json.gz", "*.csv", "*.csv.gz")
 COLUMNS = {
     "t181": ("import_t1_wh", 1000),
     "t182": ("import_t2_wh", 1000),
@@ -20,7 +21,14 @@ COLUMNS = {
 }
 
 
-def read(path: Path, *, meter_id: str, timezone: str | None = None, keep_going: bool = False) -> Imported:
+def read(
+    path: Path,
+    *,
+    meter_id: str,
+    timezone: str | None = None,
+    keep_going: bool = False,
+    first_at: datetime | None = None,
+) -> Imported:
     """The readings of an export, turned oldest first.
 
     The stamps are the server's arrival times in UTC, so steps are not whole; the time zone is for the reports only.

@@ -338,10 +338,12 @@ def test_the_plausible_maximum_is_fuse_times_phases_times_volts() -> None:
             "phases": ["L1,L2,L3", "L1", None, "L1"],
             "fuse_a": [25, 25, 25, None],
             "nominal_mv": [None, 120_000, 230_000, 230_000],
+            "dialect": ["dsmr-5", "pv-home", None, "london"],
         },
-        schema={"phases": pl.String, "fuse_a": pl.Int64, "nominal_mv": pl.Int64},
+        schema={"phases": pl.String, "fuse_a": pl.Int64, "nominal_mv": pl.Int64, "dialect": pl.String},
     )
     assert with_limits(known)["max_w"].to_list() == [17_250, 3_000, None, None]
+    assert with_limits(known)["quantum_wh"].to_list() == [1, 100, 1, 1]
 
 
 def wide_record(offset: int, seconds: float, **values: Any) -> dict[str, Any]:

@@ -3,119 +3,227 @@
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
 from replay.fleet import Fleet, fleet
-from replay.run import Ledger, play, run_folder
-from replay.sinks import NullSink
-from replay.tape import read_tape
-from schemas.codec import decode
+from replay.tape import Tape, read_tape, write_tape
 from schemas.errors import ConfigError
 from tests.wire import small_tape
 
 STEP = timedelta(minutes=7)
+WEEK = timedelta(days=7)
 
 
 @pytest.fixture(scope="module")
-def tape_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tape(tmp_path_factory: pytest.TempPathFactory) -> Tape:
     folder = tmp_path_factory.mktemp("tape") / "small"
     small_tape.write(folder)
-    return folder
+    return read_tape(folder)
 
 
-def crew(tape_folder: Path, meters: int | None = 50, seed: int = 1, own_clock: bool = False) -> Fleet:
-    return fleet(read_tape(tape_folder), meters, seed, None, own_clock)
+def sent(crew: Fleet, step: timedelta = STEP, kind: str = "readings") -> pl.DataFrame:
+    """What the fleet sends, slice after slice, with `due`."""
+    meters = np.arange(len(crew))
+    before = crew.begin(kind, meters)
+    pieces = []
+    for end in range(
+        0, (crew.last_at - crew.first_at) // timedelta(microseconds=1) + 1, step // timedelta(microseconds=1)
+    ):
+        after = crew.sent_before(kind, meters, end + step // timedelta(microseconds=1))
+        of = crew.pairs(kind, 0, len(crew), before, after)
+        rows = crew.readings(*of) if kind == "readings" else crew.events(*of)
+        pieces.append(rows.with_columns(due=pl.Series(crew.due(kind, *of))))
+        before = after
+    return pl.concat(pieces).sort("due", "meter", "seq")
 
 
-def sent(played: Fleet, step: timedelta = STEP) -> pl.DataFrame:
-    return pl.concat([piece.readings for piece in played.slices(step)])
+def one_log(folder: Path, days: int, step: timedelta, drop: range = range(0)) -> Tape:
+    """A tape of one home with a register that rises by its row's number, so that every place of the log is known."""
+    import pyarrow as pa
+
+    from replay.tape import log_schema
+    from schemas.tables import REGISTRY
+
+    count = timedelta(days=days) // step
+    rows = [
+        {"meter_id": "home", "observed_at": small_tape.BEGIN + n * step, "equipment_id": "box", "dialect": "own",
+         "import_t1_wh": n * (n + 1) // 2, "import_w": 100 + n % 50, "tariff": 1}
+        for n in range(count) if n not in drop
+    ]  # fmt: skip
+    registry = [
+        {"meter_id": "home", "usage_point_id": "up", "time_zone": "UTC", "interval_s": step // timedelta(seconds=1)}
+    ]
+    return write_tape(
+        folder, readings=pa.Table.from_pylist(rows, log_schema("reading")), events=log_schema("event").empty_table(),
+        registry=pa.Table.from_pylist(registry, REGISTRY), format="own", source="one", time_zone="UTC",
+        rows_in=count, defects={}, interval_s=step // timedelta(seconds=1),
+    )  # fmt: skip
 
 
-def test_every_meter_sends_its_whole_log_once_in_order(tape_folder: Path) -> None:
-    readings = sent(crew(tape_folder))
+def test_every_meter_sends_its_whole_log_once_in_order(tape: Tape) -> None:
+    readings = sent(fleet(tape, 50))
     assert len(readings) == 50 * small_tape.READINGS
-    assert readings.get_column("due_at").is_sorted()
-    per_meter = readings.group_by("meter_id", maintain_order=True).agg("seq", "observed_at")
-    for row in per_meter.iter_rows(named=True):
+    for row in readings.group_by("meter_id").agg("seq", "observed_at").iter_rows(named=True):
         assert row["seq"] == list(range(small_tape.READINGS))
         assert row["observed_at"] == sorted(row["observed_at"])
 
 
-def test_how_the_run_is_sliced_does_not_change_what_is_sent(tape_folder: Path) -> None:
-    assert sent(crew(tape_folder)).equals(sent(crew(tape_folder), timedelta(hours=5)))
+def test_how_the_run_is_sliced_does_not_change_what_is_sent(tape: Tape) -> None:
+    for kind in ("readings", "events"):
+        assert sent(fleet(tape, 50), kind=kind).equals(sent(fleet(tape, 50), timedelta(hours=5), kind))
 
 
-def test_the_same_seed_gives_the_same_fleet_and_another_another(tape_folder: Path) -> None:
-    assert sent(crew(tape_folder)).equals(sent(crew(tape_folder)))
-    assert not sent(crew(tape_folder)).equals(sent(crew(tape_folder, seed=2)))
+def test_the_same_seed_gives_the_same_fleet_and_another_another(tape: Tape) -> None:
+    assert sent(fleet(tape, 50)).equals(sent(fleet(tape, 50)))
+    assert not sent(fleet(tape, 50)).equals(sent(fleet(tape, 50, 2)))
 
 
-def test_registers_never_step_back_and_the_truth_is_what_they_show(tape_folder: Path) -> None:
-    played = crew(tape_folder)
-    readings = sent(played).sort("meter_id", "seq")
+def test_a_meter_does_not_depend_on_how_large_its_fleet_slice_is(tape: Tape) -> None:
+    crew = fleet(tape, 50)
+    meters, numbers = np.array([31, 7]), np.array([3, 100])
+    both = crew.readings(meters, numbers)
+    for row, (meter, number) in enumerate(zip(meters, numbers, strict=True)):
+        assert crew.readings(np.array([meter]), np.array([number])).equals(both[row])
+
+
+def test_registers_never_step_back_and_the_truth_is_what_they_show(tape: Tape) -> None:
+    crew = fleet(tape, 50)
+    readings = sent(crew).sort("meter_id", "seq")
     steps = readings.with_columns(step=pl.col("import_t1_wh").diff().over("meter_id")).drop_nulls("step")
     assert int(str(steps.get_column("step").min())) >= 0
     shown = readings.group_by("meter_id", maintain_order=True).agg(
         energy_wh=pl.col("import_t1_wh").last() - pl.col("import_t1_wh").first()
     )
-    truth = played.truth().filter(pl.col("register") == "import_t1")
+    truth = crew.truth(0, 50).filter(pl.col("register") == "import_t1")
     assert truth.select("meter_id", "energy_wh").equals(shown.sort("meter_id"))
+    halves = pl.concat([crew.truth(0, 17), crew.truth(17, 50)])
+    assert halves.equals(crew.truth(0, 50))
 
 
-def test_a_fleet_has_as_many_grids_as_it_needs(tape_folder: Path) -> None:
-    registry = crew(tape_folder, 50).registry
+def test_the_first_meters_use_what_the_logs_use_and_no_two_copies_are_alike(tape: Tape) -> None:
+    truth = fleet(tape, 60).truth(0, 60).filter(pl.col("register") == "import_t1").sort("meter_id")
+    logs = pl.DataFrame(pl.from_arrow(tape.readings)).group_by("meter_id").agg(
+        wh=pl.col("import_t1_wh").max() - pl.col("import_t1_wh").min()
+    )  # fmt: skip
+    energy = truth.get_column("energy_wh").to_list()
+    assert energy[:20] == logs.sort("meter_id").get_column("wh").to_list()
+    assert all(energy[copy] != energy[copy + 20] for copy in range(20, 40))
+
+
+def test_power_is_bent_with_the_register(tmp_path: Path) -> None:
+    crew = fleet(one_log(tmp_path / "one", 1, timedelta(minutes=5)), 40)
+    readings = sent(crew).sort("meter_id", "seq")
+    log_w = 100 + readings.get_column("seq") % 50
+    factors = readings.get_column("import_w") / log_w
+    assert factors[: len(readings) // 40].to_list() == [1.0] * (len(readings) // 40)
+    assert float(str(factors.min())) >= 0.69 * 0.69
+    assert float(str(factors.max())) <= 1.31 * 1.31
+    per_meter = readings.with_columns(factor=factors).group_by("meter_id").agg(pl.col("factor").n_unique())
+    assert int(str(per_meter.get_column("factor").max())) > 5
+
+
+def test_a_fleet_has_as_many_grids_as_it_needs(tape: Tape) -> None:
+    registry = fleet(tape, 50).registry(0, 50)
     assert registry.get_column("meter_id").n_unique() == registry.get_column("equipment_id").n_unique() == 50
     assert sorted(registry.get_column("transformer_id").unique()) == ["T1-1", "T1-2", "T1-3"]
 
 
-def test_with_its_own_clock_the_log_is_sent_as_it_is(tape_folder: Path) -> None:
-    tape = read_tape(tape_folder)
-    readings = sent(crew(tape_folder, None, own_clock=True)).sort("meter_id", "observed_at")
+def test_reports_are_spread_over_the_interval_or_come_all_at_once(tape: Tape) -> None:
+    crew = fleet(tape, 50)
+    first = sent(crew).filter(pl.col("seq") == 0)
+    assert first.get_column("due").n_unique() > 45
+    assert first.get_column("observed_at").n_unique() == 1
+    assert int(str(first.get_column("due").max())) < crew.interval == 300_000_000
+    together = sent(fleet(tape, 50, burst=True)).filter(pl.col("seq") == 0)
+    assert together.get_column("due").unique().to_list() == [0]
+
+
+def test_a_copy_plays_another_week_of_the_log_at_the_same_hour_of_the_week(tmp_path: Path) -> None:
+    step = timedelta(minutes=30)
+    crew = fleet(one_log(tmp_path / "long", 30, step), 200, burst=True)
+    readings = sent(crew, timedelta(days=3)).sort("meter", "seq")
+    assert readings.get_column("seq").max() == 4 * WEEK // step - 1, "four whole weeks"
+    weeks = crew.plan.week // (WEEK // timedelta(microseconds=1))
+    assert set(weeks[1:].tolist()) == {0, 1, 2, 3}
+    assert weeks[0] == 0
+    assert readings.group_by("seq").agg(pl.col("observed_at").n_unique()).get_column("observed_at").max() == 1
+    for meter in range(1, 200):
+        if crew.plan.week[meter] and crew.plan.wave[meter] < 0.01:
+            played = readings.filter(pl.col("meter") == meter).get_column("import_w").to_list()[:50]
+            begin = int(weeks[meter]) * 7 * 48
+            logged = [round(crew.plan.scale[meter] * (100 + (begin + n) % 50)) for n in range(50)]
+            assert played == pytest.approx(logged, abs=3)
+            return
+    pytest.fail("no copy of another week that is bent so little that its values can be told")
+
+
+def test_at_the_logs_end_a_meter_goes_on_at_its_begin_and_its_register_goes_on_rising(tmp_path: Path) -> None:
+    step = timedelta(hours=1)
+    crew = fleet(one_log(tmp_path / "day", 1, step, drop=range(3, 5)), duration=timedelta(days=3), loop=True)
+    readings = sent(crew).sort("seq")
+    assert readings.get_column("seq").to_list() == list(range(3 * 22)), "two hours of each day are missing in the log"
+    stamps = readings.get_column("observed_at")
+    assert stamps.is_sorted()
+    assert stamps[22] - stamps[0] == timedelta(days=1)
+    assert readings.get_column("import_t1_wh").is_sorted()
+    shown = readings.get_column("import_t1_wh")
+    assert int(crew.truth(0, 1).get_column("energy_wh")[0]) == shown[-1] - shown[0] == 3 * 23 * 24 // 2
+
+
+def test_a_duration_is_of_the_log_for_every_meter_and_a_start_moves_the_clock(tape: Tape) -> None:
+    begin = datetime(2026, 1, 5, tzinfo=UTC)
+    crew = fleet(tape, 50, duration=timedelta(hours=1), start=begin)
+    readings = sent(crew)
+    assert len(readings) == 50 * 12
+    assert readings.get_column("observed_at").min() == crew.first_at == begin
+    assert readings.get_column("observed_at").max() == begin + timedelta(minutes=55)
+    assert crew.registry(0, 1).get_column("valid_from")[0] == begin
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"loop": True}, "--duration"),
+        ({"duration": timedelta(0)}, "more than 0"),
+        ({"own_clock": True, "meters": 21}, "20 meters, not 21"),
+        ({"own_clock": True, "start": small_tape.BEGIN}, "no --start"),
+    ],
+)
+def test_what_cannot_be_played_is_said(tape: Tape, wrong: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        fleet(tape, **wrong)  # type: ignore[arg-type]
+
+
+def test_with_its_own_clock_the_log_is_sent_as_it_is(tape: Tape) -> None:
+    readings = sent(fleet(tape, own_clock=True)).sort("meter_id", "observed_at")
     logged = pl.DataFrame(pl.from_arrow(tape.readings)).sort("meter_id", "observed_at")
-    columns = [name for name in logged.columns if name != "log_row"]
-    assert readings.select(columns).equals(logged.select(columns))
+    for name in logged.columns:
+        if name in readings.columns:
+            assert readings.get_column(name).equals(logged.get_column(name)), name
+        elif name != "log_row":
+            assert logged.get_column(name).null_count() == len(logged), name
 
 
-def test_a_log_of_one_meter_does_not_become_two_by_its_own_clock(tape_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="20 meters, not 21"):
-        crew(tape_folder, 21, own_clock=True)
+def test_a_second_box_in_the_log_is_a_second_box_of_every_copy(tmp_path: Path) -> None:
+    tape = one_log(tmp_path / "two", 1, timedelta(hours=1))
+    rows = pl.DataFrame(pl.from_arrow(tape.readings)).with_columns(
+        equipment_id=pl.when(pl.col("log_row") < 10).then(pl.lit("first")).otherwise(pl.lit("second"))
+    )
+    exchanged = Tape(rows.to_arrow().cast(tape.readings.schema), tape.events, tape.registry, tape.info)
+    boxes = sent(fleet(exchanged, 2)).sort("meter", "seq").group_by("meter_id", maintain_order=True).agg("equipment_id")
+    for meter_id, ids in boxes.iter_rows():
+        assert ids == [f"E-{meter_id}"] * 10 + [f"E-{meter_id}-1"] * 14
 
 
-def test_a_stamp_in_2099_does_not_hold_up_the_run(tape_folder: Path) -> None:
-    tape = read_tape(tape_folder)
+def test_a_stamp_in_2099_does_not_hold_up_the_run(tape: Tape) -> None:
     wild = datetime(2099, 1, 1, tzinfo=UTC)
     frame = pl.DataFrame(pl.from_arrow(tape.readings))
     frame = frame.with_columns(
         observed_at=pl.when(pl.col("log_row") == 100).then(pl.lit(wild)).otherwise("observed_at")
     )
     readings = frame.to_arrow().cast(tape.readings.schema)
-    played = fleet(type(tape)(readings, tape.events, tape.registry, tape.info), None, 1, None, own_clock=True)
-    assert played.last_at < wild
-    assert len(sent(played)) == len(frame)
-
-
-def test_the_ledger_says_what_was_sent_and_the_records_carry_the_run(
-    tape_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
-
-    class Kept(NullSink):
-        def __init__(self) -> None:
-            super().__init__()
-            self.payloads: list[tuple[str, bytes]] = []
-
-        def send(self, meter_id: str, kind: str, payload: bytes, encoding: str = "avro") -> None:
-            super().send(meter_id, kind, payload, encoding)
-            self.payloads.append((kind, payload))
-
-    sink = Kept()
-    played = crew(tape_folder)
-    ledger = play(played, sink, Ledger("r1", "t", 50, None, 1, "null", "run", "", "", ""))
-    assert ledger.is_whole
-    assert ledger.records == ledger.readings + ledger.events == len(sink.payloads) == played.records
-    first = decode(next(payload for kind, payload in sink.payloads if kind == "readings"), "reading")
-    assert (first["run_id"], first["seq"]) == ("r1", 0)
-    per_meter = pl.read_parquet(run_folder("r1") / "ledger.parquet")
-    assert int(per_meter.get_column("sent").sum()) == ledger.records
-    assert (tmp_path / "lake" / "registry" / "date=2024-03-04" / "r1.parquet").exists()
+    crew = fleet(Tape(readings, tape.events, tape.registry, tape.info), own_clock=True)
+    assert crew.last_at < wild
+    assert len(sent(crew)) == len(frame)

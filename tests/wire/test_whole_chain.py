@@ -19,7 +19,12 @@ from stack.native import NativeStack
 from tests.eventually import eventually
 from tests.wire import small_tape
 
-SENT = small_tape.METERS * (small_tape.READINGS + 2) + 4 + 4  # readings, power failures, tampers, bad input
+SENT = small_tape.METERS * (small_tape.READINGS + 2) + 4  # readings, four of them bad, power failures, tampers
+BAD_INPUT = """
+faults:
+  - {kind: poison, meters: 3, bytes: [invalid_telegram, unknown_schema_id, meter_id_mismatch]}
+  - {kind: clock_2099}
+"""
 SPEED = 2_000  # half a day in 22 s
 
 STORED = {
@@ -60,12 +65,13 @@ def run_chain(home: Path, monkeypatch: pytest.MonkeyPatch, kills: dict[float, st
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("METERSTREAM_TRIGGER_S", "2")
     small_tape.write(home / "tape")
+    (home / "dirt.yml").write_text(BAD_INPUT)
     stack = NativeStack(settings)
     try:
         stack.start()
         stack.start_supervisor()
         command = [sys.executable, "-m", "replay", "run", "--tape", str(home / "tape"), "--to", "mqtt"]
-        options = ["--speed", str(SPEED), "--run-id", "r1", "--with-bad-input", "--json"]
+        options = ["--speed", str(SPEED), "--run-id", "r1", "--dirt", str(home / "dirt.yml"), "--json"]
         with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, cwd=home / "tmp") as replay:
             try:
                 for share, name in sorted(kills.items()):

@@ -1,0 +1,612 @@
+"""Labelled faults: planned from a file and the seed before the run begins, so that every one of them is a row of truth.
+
+A meter carries the faults of one entry only, so that what became of each can be told. Like the fleet, the plan is a
+function of file, seed and meter number: it does not depend on slices or processes.
+"""
+
+import re
+from bisect import bisect_left
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from replay.fleet import STAMP, Fleet, Integers, from_microseconds
+from schemas.closed_lists import FaultKind, Poison
+from schemas.codec import FRAME, arrow_schema, encode
+from schemas.errors import ConfigError
+
+MARGIN = 6  # readings before the first fault of a meter, after its last and between two: the series is known by then
+EPOCH_US = {
+    FaultKind.CLOCK_1970: 0,
+    FaultKind.CLOCK_2099: round(datetime(2099, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000,
+}
+NEW_BOX_WH = 50_000  # a new meter has run a little on the test bench
+ON_EVERY_WAY = (
+    Poison.NOT_FRAMED,
+    Poison.UNKNOWN_SCHEMA_ID,
+    Poison.UNDECODABLE,
+    Poison.TRAILING_BYTES,
+    Poison.METER_ID_MISMATCH,
+)
+"""What is poison over MQTT and in Kafka alike; JSON and telegrams are for MQTT only."""
+FULL_WH = 10**8  # where a register of eight digits begins again
+SECOND = 1_000_000
+ONCE = (FaultKind.RESET, FaultKind.ROLLOVER, FaultKind.METER_EXCHANGE)
+FAULTS = pa.schema(
+    [
+        ("fault_id", pa.int64()),
+        ("kind", pa.string()),
+        ("meter_id", pa.string()),
+        ("topic", pa.string()),
+        ("seq", pa.int64()),
+        ("due_at", pa.timestamp("us", "UTC")),
+        ("observed_at", pa.timestamp("us", "UTC")),
+        ("is_sent", pa.bool_()),
+        ("amount", pa.int64()),
+        ("detail", pa.string()),
+        ("payload", pa.binary()),
+    ]
+)
+"""The truth about faults, one row per record that is touched: `observed_at` as it is sent (or would have been);
+`amount` in Wh (reset, rollover, meter_exchange, spike), seconds (late, clock_jump) or a factor (unit_slip); `detail`
+the register, the event's code, the kind of poison or the transformer; `payload` the bytes of poison."""
+
+
+def seconds(value: Any) -> float:
+    """`90`, `40m`, `-1h` → seconds.
+
+    Raises:
+        ValueError: no such time.
+    """
+    match = re.fullmatch(r"([+-]?\d+(?:\.\d+)?)\s*(s|m|h|d)?", str(value).strip())
+    if not match:
+        msg = f"{value!r} is no time: 90s, 40m, -1h or 2d"
+        raise ValueError(msg)
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2] or "s"]
+
+
+Seconds = Annotated[float, BeforeValidator(seconds)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Entry(BaseModel):
+    """One entry of a dirt file.
+
+    Attributes:
+        kind: which fault.
+        meters: how many meters: a number, a share below 1, or their ids.
+        transformers: for a power_storm: how many transformers lose their supply.
+        times: how often per meter, spread over the run.
+        length: readings that are touched each time (gap, clock_*, spike, frozen, unit_slip).
+        by: seconds that a late record is late, that a clock jumps (may be negative) or an outage or alarm lasts.
+        amount: Wh of a spike, or factor of a unit_slip.
+        bytes: kinds of poison, in turn.
+        at: seconds after the run's begin; drawn by seed if absent.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: FaultKind
+    meters: int | float | list[str] = 1
+    transformers: Count = 1
+    times: Count = 1
+    length: Count = 1
+    by: Seconds | None = None
+    amount: float | None = None
+    bytes: list[Poison] = list(ON_EVERY_WAY)
+    at: Seconds | None = None
+
+
+class DirtFile(BaseModel):
+    """A dirt file: a list of entries under `faults`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    faults: list[Entry]
+
+
+def read_dirt(path: Path) -> list[Entry]:
+    """The entries of a dirt file.
+
+    Raises:
+        ConfigError: it is not there, no YAML, or an entry is none that we know; all that is wrong, together.
+    """
+    try:
+        return DirtFile.model_validate(yaml.safe_load(path.read_text())).faults
+    except (OSError, yaml.YAMLError) as error:
+        msg = f"cannot read {path}: {error}"
+        raise ConfigError(msg) from error
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        msg = f"{path}: " + "; ".join(wrong)
+        raise ConfigError(msg) from error
+
+
+BENDS = pl.Schema(
+    {
+        "meter": pl.Int64(),
+        "from_number": pl.Int64(),
+        "to_number": pl.Int64(),
+        "moved_us": pl.Int64(),
+        "clock_us": pl.Int64(),
+        "factor": pl.Float64(),
+        "full_wh": pl.Int64(),
+        "box": pl.String(),
+        "import_t1_wh": pl.Int64(),
+        "import_t2_wh": pl.Int64(),
+        "export_t1_wh": pl.Int64(),
+        "export_t2_wh": pl.Int64(),
+    }
+)
+"""What is done to the readings `from_number` … `to_number` − 1 of a meter: the clock is moved, or set and goes on from
+there; registers are multiplied, moved by so many Wh, and begin again at `full_wh`; the box is another."""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Bytes that are sent as they are.
+
+    Attributes:
+        due: microseconds after the run's begin.
+        meter: number of the meter in whose name they are sent.
+    """
+
+    due: int
+    meter: int
+    encoding: str
+    payload: bytes
+
+
+class Dirt:
+    """The faults of a run.
+
+    Attributes:
+        faults: the truth, columns `FAULTS`.
+        has_readings: per meter whether any of its readings is touched.
+        has_events: the same of its events.
+    """
+
+    def __init__(self, fleet: Fleet, entries: list[Entry], seed: int) -> None:
+        """Plans all faults.
+
+        Raises:
+            ConfigError: an entry asks for more meters than are left, or for what the tape has not.
+        """
+        self._fleet = fleet
+        self._random = np.random.default_rng([seed, 0xD127])
+        self._interval = fleet.interval // SECOND
+        self._left = self._random.permutation(
+            np.flatnonzero(fleet.counts("readings", np.arange(len(fleet))) >= 4 * MARGIN)
+        )
+        self._fault_id = 0
+        self._truth: list[dict[str, Any]] = []
+        self._withheld: list[int] = []
+        self._extra: list[tuple[int, int, int]] = []
+        self._stuck: list[tuple[int, int]] = []
+        self._bends: list[dict[str, Any]] = []
+        self._raw: list[Raw] = []
+        self._events: list[dict[str, Any]] = []
+        for entry in sorted(entries, key=lambda entry: entry.kind != FaultKind.POWER_STORM):  # whole transformers first
+            if entry.kind == FaultKind.POWER_STORM:
+                self._storms(entry)
+                continue
+            for turn, meter in enumerate(self._chosen(entry)):
+                for number in self._numbers(entry, meter):
+                    self._fault_id += 1
+                    self._plan(entry, meter, number, turn)
+        self._freeze()
+
+    def _chosen(self, entry: Entry) -> list[int]:
+        if isinstance(entry.meters, list):
+            known = {name: number for number, name in enumerate(self._fleet.meter_ids(np.arange(len(self._fleet))))}
+            wrong = [name for name in entry.meters if known.get(name) not in set(self._left.tolist())]
+            if wrong:
+                msg = f"{entry.kind}: no such meter, too short a log, or a fault already: {', '.join(wrong)}"
+                raise ConfigError(msg)
+            chosen = [known[name] for name in entry.meters]
+            self._left = self._left[~np.isin(self._left, chosen)]
+            return chosen
+        count = max(1, round(entry.meters * len(self._fleet))) if 0 < entry.meters < 1 else int(entry.meters)
+        if count > len(self._left):
+            msg = f"{entry.kind} asks for {count} meters, {len(self._left)} are left that have no fault yet"
+            raise ConfigError(msg)
+        found, self._left = self._left[:count], self._left[count:]
+        return [int(meter) for meter in found]
+
+    def _numbers(self, entry: Entry, meter: int) -> list[int]:
+        """Unrolled rows at which the faults of one meter begin."""
+        if entry.kind in ONCE and entry.times > 1:
+            msg = f"{entry.kind} comes once per meter, not {entry.times} times"
+            raise ConfigError(msg)
+        each = np.array([meter])
+        begin = int(self._fleet.begin("readings", each)[0])
+        count = self._count(meter)
+        if entry.at is not None:
+            at = int(self._fleet.sent_before("readings", each, round(entry.at * SECOND))[0])
+            return [min(max(at, begin + MARGIN), begin + count - MARGIN - entry.length)]
+        reach = entry.length + round(abs(entry.by or 0) / self._interval)
+        room = (count - MARGIN) // entry.times - reach - MARGIN
+        if room < 1:
+            msg = f"{entry.kind}: {count} readings of a meter do not hold {entry.times} faults that reach over {reach}"
+            raise ConfigError(msg)
+        stretch = (count - MARGIN) // entry.times
+        return [begin + MARGIN + turn * stretch + int(self._random.integers(0, room)) for turn in range(entry.times)]
+
+    def _plan(self, entry: Entry, meter: int, number: int, turn: int) -> None:
+        match entry.kind:
+            case FaultKind.DUPLICATE:
+                self._extra.append((meter, number, self._due(meter, number)))
+                self._tell(entry, meter, range(number, number + 1))
+            case FaultKind.LATE:
+                delay_s = 2_700 if entry.by is None else entry.by
+                due = self._due(meter, number) + round(delay_s * SECOND)
+                self._move(meter, number, due)
+                self._tell(entry, meter, range(number, number + 1), due=due, amount=round(delay_s))
+            case FaultKind.REORDER:
+                due = self._due(meter, number + 1) + 1
+                self._move(meter, number, due)
+                self._tell(entry, meter, range(number, number + 1), due=due)
+            case FaultKind.GAP:
+                touched = range(number, number + entry.length)
+                self._withhold(meter, touched)
+                self._tell(entry, meter, touched, is_sent=False)
+            case FaultKind.CLOCK_JUMP:
+                jump_s = 3_600 if entry.by is None else entry.by
+                self._bend(meter, number, number + entry.length, moved_us=round(jump_s * SECOND))
+                self._tell(entry, meter, range(number, number + entry.length), amount=round(jump_s))
+            case FaultKind.CLOCK_1970 | FaultKind.CLOCK_2099:
+                self._bend(meter, number, number + entry.length, clock_us=EPOCH_US[entry.kind])
+                self._tell(entry, meter, range(number, number + entry.length))
+            case FaultKind.FROZEN:
+                touched = range(number, number + entry.length)
+                self._stuck += [(_code(meter, each), number - 1) for each in touched]
+                self._tell(entry, meter, touched)
+            case FaultKind.POISON:
+                self._poison(entry, meter, number, turn)
+            case FaultKind.VOLTAGE_ALARM | FaultKind.TAMPER:
+                self._said(entry, meter, number)
+            case _:
+                self._plan_register(entry, meter, number)
+
+    def _plan_register(self, entry: Entry, meter: int, number: int) -> None:
+        before = self._values(meter, number - 1)
+        register = next(iter(before), None)
+        if register is None:
+            msg = f"{entry.kind}: the tape has no registers"
+            raise ConfigError(msg)
+        end = number + self._count(meter) + entry.length  # to the end of the run
+        match entry.kind:
+            case FaultKind.RESET:
+                self._bend(meter, number, end, **{name: -value for name, value in before.items()})
+                self._tell(entry, meter, range(number, number + 1), amount=before[register], detail=register)
+            case FaultKind.METER_EXCHANGE:
+                new = int(self._random.integers(0, NEW_BOX_WH))
+                first = {name: (new if value else 0) - value for name, value in before.items()}
+                box = f"{self._fleet.boxes(np.array([meter]))[0]}-new"
+                self._bend(meter, number, end, box=box, **first)
+                self._tell(entry, meter, range(number, number + 1), amount=new, detail=register)
+            case FaultKind.ROLLOVER:
+                number = self._next_rise(meter, number, register)
+                after = self._values(meter, number)[register]
+                begin = int(self._fleet.begin("readings", np.array([meter]))[0])
+                self._bend(meter, begin, end, full_wh=FULL_WH, **{register: FULL_WH - after})
+                self._tell(entry, meter, range(number, number + 1), amount=FULL_WH, detail=register)
+            case FaultKind.SPIKE:
+                wild = 500_000 if entry.amount is None else round(entry.amount)
+                self._bend(meter, number, number + entry.length, **{register: wild})
+                self._tell(entry, meter, range(number, number + entry.length), amount=wild, detail=register)
+            case _:
+                factor = 1_000.0 if entry.amount is None else entry.amount
+                self._bend(meter, number, number + entry.length, factor=factor)
+                self._tell(entry, meter, range(number, number + entry.length), amount=round(factor), detail=register)
+
+    def _storms(self, entry: Entry) -> None:
+        """All meters of a transformer lose their supply and get it back."""
+        fleet = self._fleet
+        log, copy = fleet.plan.log, np.arange(len(fleet)) // len(fleet.logs)
+        names = fleet.logs.get_column("transformer_id").to_list()
+        groups = sorted({(int(number), name) for number in set(copy.tolist()) for name in set(names) if name})
+        if len(groups) < entry.transformers:
+            msg = f"power_storm asks for {entry.transformers} transformers, the fleet has {len(groups)}"
+            raise ConfigError(msg)
+        own = np.array([name or "" for name in names])[log]
+        lasts = round((1_200 if entry.by is None else entry.by) * SECOND)
+        for index in self._random.choice(len(groups), entry.transformers, replace=False):
+            number, transformer = groups[int(index)]
+            members = np.flatnonzero((copy == number) & (own == transformer))
+            members = members[np.isin(members, self._left)]
+            self._left = self._left[~np.isin(self._left, members)]
+            latest = max(fleet.length - lasts - 2 * MARGIN * self._interval * SECOND, 1)
+            down = int(self._random.integers(latest // 4, latest)) if entry.at is None else round(entry.at * SECOND)
+            first = fleet.sent_before("readings", members, down)
+            after = fleet.sent_before("readings", members, down + lasts)
+            self._fault_id += 1
+            for meter, low, high in zip(members.tolist(), first.tolist(), after.tolist(), strict=True):
+                jitter = self._random.integers(0, 3 * SECOND, 2)
+                name = f"{transformer}-{number + 1}" if not fleet.own_clock else transformer
+                for moment, code in ((down + int(jitter[0]), "AE1"), (down + lasts + int(jitter[1]), "AE2")):
+                    self._say(FaultKind.POWER_STORM, meter, moment, "c12.19", "ST76", code)
+                self._withhold(meter, range(low, high))
+                self._tell(entry, meter, range(low, high), is_sent=False, detail=name)
+
+    def _said(self, entry: Entry, meter: int, number: int) -> None:
+        begin = self._due(meter, number)
+        if entry.kind == FaultKind.TAMPER:
+            self._say(entry.kind, meter, begin, "c12.19", "ST76", "AE47")
+            return
+        lasts = round((1_800 if entry.by is None else entry.by) * SECOND)
+        self._say(entry.kind, meter, begin, "itron", "MT76", "ME16")
+        self._say(entry.kind, meter, begin + lasts, "itron", "MT76", "ME17")
+
+    def _say(self, kind: FaultKind, meter: int, due: int, dialect: str, table: str, code: str) -> None:
+        self._events.append(
+            {"fault_id": self._fault_id, "kind": kind.value, "meter": meter, "due": due, "dialect": dialect,
+             "dialect_version": "*", "source_table": table, "code": code}
+        )  # fmt: skip
+
+    def _poison(self, entry: Entry, meter: int, number: int, turn: int) -> None:
+        poison = entry.bytes[turn % len(entry.bytes)]
+        each = np.array([meter]), np.array([number])
+        known = self._fleet.readings(*each).to_dicts()[0]
+        reading = {name: known.get(name) for name in arrow_schema("reading").names}
+        encoding, payload = poisoned(poison, reading)
+        self._withhold(meter, range(number, number + 1))
+        self._raw.append(Raw(self._due(meter, number), meter, encoding, payload))
+        self._tell(entry, meter, range(number, number + 1), detail=poison.value, payload=payload)
+
+    def _due(self, meter: int, number: int) -> int:
+        return int(self._fleet.due("readings", np.array([meter]), np.array([number]))[0])
+
+    def _count(self, meter: int) -> int:
+        return int(self._fleet.counts("readings", np.array([meter]))[0])
+
+    def _values(self, meter: int, number: int) -> dict[str, int]:
+        each = np.array([meter]), np.array([number])
+        found = self._fleet.registers(*each, filled=True)
+        has = self._fleet.kinds["readings"].has
+        log = self._fleet.plan.log[meter]
+        return {name: int(values[0]) for name, values in found.items() if has[name][log]}
+
+    def _next_rise(self, meter: int, number: int, register: str) -> int:
+        """The first row from `number` on at which the register shows more than before."""
+        last = int(self._fleet.begin("readings", np.array([meter]))[0]) + self._count(meter)
+        numbers = np.arange(number - 1, last)
+        values = self._fleet.registers(np.full(len(numbers), meter), numbers, filled=True)[register]
+        rises = np.flatnonzero(np.diff(values) > 0)
+        if not len(rises):
+            msg = f"rollover: {register} of the chosen meter does not rise"
+            raise ConfigError(msg)
+        return number + int(rises[0])
+
+    def _withhold(self, meter: int, numbers: range) -> None:
+        self._withheld += [_code(meter, number) for number in numbers]
+
+    def _move(self, meter: int, number: int, due: int) -> None:
+        self._withhold(meter, range(number, number + 1))
+        self._extra.append((meter, number, due))
+
+    def _bend(self, meter: int, begin: int, end: int, **what: Any) -> None:
+        self._bends.append(dict.fromkeys(BENDS) | {"meter": meter, "from_number": begin, "to_number": end} | what)
+
+    def _tell(
+        self,
+        entry: Entry,
+        meter: int,
+        numbers: range,
+        *,
+        due: int | None = None,
+        is_sent: bool = True,
+        amount: int | None = None,
+        detail: str | None = None,
+        payload: bytes | None = None,
+    ) -> None:
+        self._truth += [
+            {
+                "fault_id": self._fault_id, "kind": entry.kind.value, "meter": meter, "number": number, "due": due,
+                "is_sent": is_sent, "amount": amount, "detail": detail, "payload": payload,
+            }
+            for number in numbers
+        ]  # fmt: skip
+
+    def _freeze(self) -> None:
+        """Lists → sorted arrays, and the truth."""
+        fleet = self._fleet
+        self.has_readings = np.zeros(len(fleet), bool)
+        self.has_events = np.zeros(len(fleet), bool)
+        self.has_readings[[row["meter"] for row in self._truth]] = True
+        self.has_events[[row["meter"] for row in self._events]] = True
+        self.withheld = np.sort(np.array(self._withheld, np.int64))
+        extra = np.array(sorted(self._extra, key=lambda row: row[2]), np.int64).reshape(-1, 3)
+        self.extra_meter, self.extra_number, self.extra_due = extra[:, 0], extra[:, 1], extra[:, 2]
+        stuck = np.array(sorted(self._stuck), np.int64).reshape(-1, 2)
+        self._stuck_code, self._stuck_number = stuck[:, 0], stuck[:, 1]
+        self.bends = pl.DataFrame(self._bends, schema=BENDS)
+        self.raw = sorted(self._raw, key=lambda raw: (raw.due, raw.meter))
+        self._raw_due = [raw.due for raw in self.raw]
+        self._event_meters = np.flatnonzero(self.has_events)
+        self.events = self._numbered_events()
+        self.faults = pl.concat([self._truth_of_readings(), self._truth_of_events()])
+
+    def _event_keys(self, meters: Integers, due: Integers) -> Integers:
+        keys: Integers = np.searchsorted(self._event_meters, meters) * (self._fleet.length * 2 + 2**40) + due
+        return keys
+
+    def _numbered_events(self) -> pl.DataFrame:
+        """Events that are said on top of the tape's, with their place among these."""
+        rows = sorted(self._events, key=lambda row: (row["meter"], row["due"], row["code"]))
+        meters = np.array([row["meter"] for row in rows], np.int64)
+        due = np.array([row["due"] for row in rows], np.int64)
+        self._said_keys = self._event_keys(meters, due)
+        of_tape = self._fleet.sent_before("events", meters, due + 1) - self._fleet.begin("events", meters)
+        own = np.arange(len(rows)) - np.searchsorted(self._said_keys, self._event_keys(meters, np.zeros_like(due)))
+        frame = pl.DataFrame(
+            rows,
+            schema={
+                "fault_id": pl.Int64, "kind": pl.String, "meter": pl.Int64, "due": pl.Int64, "dialect": pl.String,
+                "dialect_version": pl.String, "source_table": pl.String, "code": pl.String,
+            },
+        )  # fmt: skip
+        first_us = round(self._fleet.first_at.timestamp() * SECOND)
+        return frame.with_columns(
+            meter_id=self._fleet.meter_ids(meters),
+            seq=pl.Series(of_tape + own, dtype=pl.Int64),
+            observed_at=from_microseconds((first_us + due) // SECOND * SECOND),  # meters log whole seconds
+        )
+
+    def events_before(self, meters: Integers, due: Integers) -> Integers:
+        """How many events were said on top of the tape's before, per event of the tape."""
+        mine = self.has_events[meters]
+        before: Integers = np.zeros(len(meters), np.int64)
+        of = meters[mine], due[mine]
+        before[mine] = np.searchsorted(self._said_keys, self._event_keys(*of)) - np.searchsorted(
+            self._said_keys, self._event_keys(of[0], np.zeros_like(of[1]))
+        )
+        return before
+
+    def is_withheld(self, meters: Integers, numbers: Integers) -> npt.NDArray[np.bool_]:
+        """Which readings are not sent at their time."""
+        return np.isin(_codes(meters, numbers), self.withheld)
+
+    def last_due(self) -> int:
+        """When the last record is due that is moved or added, microseconds of the run."""
+        said: list[int] = self.events.get_column("due").to_list()
+        moved: list[int] = self.extra_due.tolist()
+        return max([0, *moved, *self._raw_due, *said])
+
+    def extras(self, low: int, high: int, begin: int, end: int) -> tuple[Integers, Integers, Integers]:
+        """Meter, unrolled row and due time of readings that are sent again, or later than their time."""
+        first, last = np.searchsorted(self.extra_due, [begin, end])
+        meters, numbers, due = (rows[first:last] for rows in (self.extra_meter, self.extra_number, self.extra_due))
+        mine = (meters >= low) & (meters < high)
+        return meters[mine], numbers[mine], due[mine]
+
+    def raw_due(self, low: int, high: int, begin: int, end: int) -> list[Raw]:
+        """Bytes of the meters low … high − 1 that are due in a stretch of the run."""
+        first, last = bisect_left(self._raw_due, begin), bisect_left(self._raw_due, end)
+        return [raw for raw in self.raw[first:last] if low <= raw.meter < high]
+
+    def events_due(self, low: int, high: int, begin: int, end: int) -> pl.DataFrame:
+        """Events that are said on top of the tape's in a stretch of the run."""
+        is_due = pl.col("due").is_between(begin, end, closed="left") & pl.col("meter").is_between(low, high - 1)
+        return self.events.filter(is_due).drop("fault_id", "kind")
+
+    def shown(self, meters: Integers, numbers: Integers) -> Integers:
+        """The rows whose values are shown: earlier ones where a meter is stuck."""
+        if not len(self._stuck_code):
+            return numbers
+        codes = _codes(meters, numbers)
+        place = np.minimum(np.searchsorted(self._stuck_code, codes), len(self._stuck_code) - 1)
+        result: Integers = np.where(self._stuck_code[place] == codes, self._stuck_number[place], numbers)
+        return result
+
+    def bent(self, readings: pl.DataFrame) -> pl.DataFrame:
+        """Readings with the faults of clock, registers and box; the other columns and the order stay.
+
+        Args:
+            readings: of `Fleet.readings`, with `number`, the unrolled row.
+        """
+        keys = readings.select("meter", "number")
+        hits = (
+            keys.unique()
+            .join(self.bends.rename({name: f"bend_{name}" for name in BENDS if name != "meter"}), on="meter")
+            .filter((pl.col("number") >= pl.col("bend_from_number")) & (pl.col("number") < pl.col("bend_to_number")))
+        )
+        if not len(hits):
+            return readings
+        both = readings.join(hits, on=["meter", "number"], how="left", maintain_order="left")
+        begun = self._begun(hits)
+        both = both.join(begun, on=["meter", "number"], how="left", maintain_order="left")
+        since = pl.col("observed_at") - pl.col("begun_at")
+        clock = pl.from_epoch("bend_clock_us", time_unit="us").dt.replace_time_zone("UTC") + since
+        moved = pl.col("observed_at") + pl.duration(microseconds=pl.col("bend_moved_us"))
+        registers = []
+        for name in (name for name in BENDS if name.endswith("_t1_wh") or name.endswith("_t2_wh")):
+            if name in readings.columns:
+                value = (pl.col(name) * pl.col("bend_factor").fill_null(1.0)).round(0).cast(pl.Int64)
+                value = value + pl.col(f"bend_{name}").fill_null(0)
+                touched = pl.col("bend_full_wh").is_not_null() & pl.col(f"bend_{name}").is_not_null()
+                registers.append(pl.when(touched).then(value % pl.col("bend_full_wh")).otherwise(value).alias(name))
+        return both.with_columns(
+            *registers,
+            observed_at=pl.coalesce(clock, moved, "observed_at").cast(STAMP),
+            equipment_id=pl.coalesce("bend_box", "equipment_id"),
+        ).select(readings.columns)
+
+    def _begun(self, hits: pl.DataFrame) -> pl.DataFrame:
+        """When the meter's clock was set, for readings whose clock is: null for others."""
+        clocks = hits.filter(pl.col("bend_clock_us").is_not_null()).select("meter", "number", "bend_from_number")
+        stamps = self._fleet.observed(
+            "readings", clocks.get_column("meter").to_numpy(), clocks.get_column("bend_from_number").to_numpy()
+        )
+        return clocks.select("meter", "number").with_columns(begun_at=from_microseconds(stamps))
+
+    def _truth_of_readings(self) -> pl.DataFrame:
+        schema = {"fault_id": pl.Int64, "kind": pl.String, "meter": pl.Int64, "number": pl.Int64, "due": pl.Int64,
+                  "is_sent": pl.Boolean, "amount": pl.Int64, "detail": pl.String, "payload": pl.Binary}  # fmt: skip
+        rows = pl.DataFrame(self._truth, schema=schema)
+        meters, numbers = rows.get_column("meter").to_numpy(), rows.get_column("number").to_numpy()
+        first_us = round(self._fleet.first_at.timestamp() * SECOND)
+        due = self._fleet.due("readings", meters, numbers) + first_us
+        moved = pl.from_epoch(pl.col("due") + first_us, time_unit="us").dt.replace_time_zone("UTC")
+        sent = self.bent(self._fleet.readings(meters, numbers).with_columns(number=pl.Series(numbers)))
+        return (
+            rows.with_columns(
+                topic=pl.lit("readings"),
+                meter_id=sent.get_column("meter_id"),
+                seq=sent.get_column("seq"),
+                observed_at=sent.get_column("observed_at"),
+                due_at=pl.coalesce(moved, from_microseconds(due)),
+            )
+            .select(FAULTS.names)
+        )  # fmt: skip
+
+    def _truth_of_events(self) -> pl.DataFrame:
+        first_us = round(self._fleet.first_at.timestamp() * SECOND)
+        return self.events.with_columns(
+            topic=pl.lit("events"),
+            due_at=from_microseconds(self.events.get_column("due").to_numpy() + first_us),
+            is_sent=pl.lit(True),
+            amount=pl.lit(None, pl.Int64),
+            detail=pl.col("code"),
+            payload=pl.lit(None, pl.Binary),
+        ).select(FAULTS.names)
+
+
+def poisoned(poison: Poison, reading: dict[str, Any]) -> tuple[str, bytes]:
+    """(encoding, payload) of a record that cannot be taken, made of a good reading."""
+    good = encode("reading", reading)
+    match poison:
+        case Poison.NOT_FRAMED:
+            return "avro", b"\xff" + good[1:]
+        case Poison.UNKNOWN_SCHEMA_ID:
+            return "avro", FRAME.pack(0, 9_999) + good[FRAME.size :]
+        case Poison.UNDECODABLE:
+            return "avro", good[: FRAME.size + 6]
+        case Poison.TRAILING_BYTES:
+            return "avro", good + b"\x00"
+        case Poison.METER_ID_MISMATCH:
+            return "avro", encode("reading", {**reading, "meter_id": f"{reading['meter_id']}-other"})
+        case Poison.INVALID_JSON:
+            return "json", f'{{"meter_id": "{reading["meter_id"]}", "seq": {reading["seq"]}, "observed_at": '.encode()
+        case Poison.INVALID_TELEGRAM:
+            seq = f"{reading['seq']:08d}"
+            return (
+                "dsmr",
+                f"/ISK5\\2M550T-1012\r\n\r\n0-0:96.1.1({seq})\r\n1-0:1.8.1(0034#2.827*kWh)\r\n!0000\r\n".encode(),
+            )
+
+
+def _code(meter: int, number: int) -> int:
+    return meter << 32 | number
+
+
+def _codes(meters: Integers, numbers: Integers) -> Integers:
+    codes: Integers = meters.astype(np.int64) << 32 | numbers
+    return codes

@@ -1,0 +1,139 @@
+"""Playing a tape: what goes out, its digest, the ledger, and how a run ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from replay.run import Ledger, Order, play, run_folder
+from replay.sinks import NullSink
+from schemas.codec import decode
+from schemas.errors import ConfigError, RetryLater
+from tests.wire import small_tape
+
+RECORDS = 50 * small_tape.READINGS + 50 * 2 + 10  # readings, power failures, tampers (every fifth home)
+
+
+class Kept(NullSink):
+    """A sink that keeps what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[tuple[str, str, str, bytes]] = []
+
+    def send(self, kind: str, meter_ids: Sequence[str], payloads: Sequence[bytes], encoding: str = "avro") -> None:
+        super().send(kind, meter_ids, payloads, encoding)
+        self.sent += [(kind, meter, encoding, payload) for meter, payload in zip(meter_ids, payloads, strict=True)]
+
+
+class Full(NullSink):
+    """A sink whose other side is gone after some records."""
+
+    def send(self, kind: str, meter_ids: Sequence[str], payloads: Sequence[bytes], encoding: str = "avro") -> None:
+        if self.acknowledged > 1_000:
+            msg = "gone"
+            raise RetryLater(msg)
+        super().send(kind, meter_ids, payloads, encoding)
+
+
+@pytest.fixture(scope="module")
+def tape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tape") / "small"
+    small_tape.write(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_the_ledger_says_what_was_sent_and_the_records_carry_the_run(tape: Path, home: Path) -> None:
+    sink = Kept()
+    ledger = play(Order(tape, "r1", "null", 50), lambda: sink)
+    assert ledger.is_whole
+    assert ledger.records == ledger.readings + ledger.events == len(sink.sent) == RECORDS
+    first = decode(next(payload for kind, _, _, payload in sink.sent if kind == "readings"), "reading")
+    assert (first["run_id"], first["seq"], first["received_at"]) == ("r1", 0, None)
+    per_meter = pl.read_parquet(run_folder("r1") / "ledger.parquet")
+    assert per_meter.select(pl.sum("readings", "events", "poison")).row(0) == (ledger.readings, ledger.events, 0)
+    assert per_meter.get_column("sent_until").min() == datetime.fromisoformat(ledger.last_at)
+    assert (home / "lake" / "registry" / "date=2024-03-04" / "r1.parquet").exists()
+    assert json.loads((run_folder("r1") / "run.json").read_text())["digest"] == ledger.digest
+
+
+def test_flat_out_a_record_is_sent_on_the_runs_clock_at_its_due_time(tape: Path) -> None:
+    sink = Kept()
+    play(Order(tape, "r1", "kafka", 50), lambda: sink)
+    reading = decode(sink.sent[0][3], "reading")
+    assert timedelta(0) <= reading["sent_at"] - reading["observed_at"] < timedelta(minutes=5)
+    assert datetime.now(UTC) - reading["received_at"] < timedelta(minutes=5), "past the bridge we stamp the arrival"
+
+
+def test_one_seed_has_one_digest_however_the_run_is_cut_and_another_seed_another(tape: Path) -> None:
+    def digest(run_id: str, **order: object) -> str:
+        return play(Order(tape, run_id, "null", 50, **order), NullSink).digest  # type: ignore[arg-type]
+
+    first = digest("a")
+    assert digest("b") == first
+    assert digest("c", processes=2) == first
+    assert digest("d", speed=40_000.0) == first
+    assert digest("e", seed=2) != first
+    assert digest("f", burst=True) == first, "when a record is sent is no part of it"
+
+
+def test_a_paced_run_takes_its_time_and_tells_its_lateness(tape: Path) -> None:
+    ledger = play(Order(tape, "r1", "null", 20, speed=36_000.0), NullSink)
+    assert ledger.is_whole
+    assert ledger.seconds >= 12 * 3600 / 36_000 - 0.2
+    assert 0 <= ledger.late_mean_s <= ledger.late_max_s
+    assert ledger.late_p99_s <= ledger.late_max_s
+
+
+def test_where_the_other_side_is_gone_the_ledger_says_what_it_has(tape: Path) -> None:
+    with pytest.raises(RetryLater, match="gone"):
+        play(Order(tape, "r1", "null", 500), Full)
+    told = Ledger(**json.loads((run_folder("r1") / "run.json").read_text()))
+    assert not told.is_whole
+    per_meter = pl.read_parquet(run_folder("r1") / "ledger.parquet")
+    assert 1_000 < told.records == int(per_meter.get_column("readings").sum()) < 500 * small_tape.READINGS
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_ends_a_run_with_a_ledger_that_is_right(tape: Path, home: Path, processes: int) -> None:
+    command = [sys.executable, "-m", "replay", "run", "--tape", str(tape), "--to", "null", "--speed", "60"]
+    options = ["--run-id", "r1", "--json", "--processes", str(processes)]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, start_new_session=True) as replay:
+        deadline = time.monotonic() + 60
+        while not (run_folder("r1") / "run.json").exists():
+            assert time.monotonic() < deadline
+            assert replay.poll() is None
+            time.sleep(0.05)
+        os.killpg(replay.pid, signal.SIGINT)
+        out, _ = replay.communicate(timeout=60)
+    assert replay.returncode == 130
+    told = Ledger(**json.loads(out))
+    assert not told.is_whole
+    per_meter = pl.read_parquet(run_folder("r1") / "ledger.parquet")
+    assert told.records == int(per_meter.select(pl.sum_horizontal(pl.sum("readings", "events"))).item())
+    assert told.records < 20 * small_tape.READINGS
+
+
+def test_a_runs_name_is_used_once(tape: Path) -> None:
+    play(Order(tape, "r1", "null"), NullSink)
+    with pytest.raises(ConfigError, match="r1 is there already"):
+        play(Order(tape, "r1", "null"), NullSink)
+
+
+def test_more_processes_than_meters_are_refused(tape: Path) -> None:
+    with pytest.raises(ConfigError, match="--processes"):
+        play(Order(tape, "r1", "null", 3, processes=4), NullSink)

@@ -3,7 +3,7 @@ SHELL := /bin/sh
 MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
 
-.PHONY: help setup up down status logs demo nightly replay test lint clean
+.PHONY: help setup up down status logs demo nightly replay bench test lint clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -35,6 +35,9 @@ nightly: setup  ## The night's reports of a day: DATE=2026-01-31
 
 replay: setup  ## Replay: ARGS="run --tape … --meters 1000", ARGS=--help
 	@$(PYTHON) -m replay $(if $(ARGS),$(ARGS),--help)
+
+bench: setup  ## What the replay's sending costs, beside Kafka's own bench and others: ARGS=--help
+	@$(PYTHON) -m bench.replay $(ARGS)
 
 test: setup  ## All tests; METER_LOGS= names a folder of real logs
 	@mkdir -p data/tmp

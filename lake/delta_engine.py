@@ -22,7 +22,7 @@ STAMP = pl.Datetime("us", "UTC")
 PHASE_VOLTAGE_V = 230  # the plausible maximum takes the nominal voltage where the registry has none
 GAP_FACTOR = 1.5  # a span of one and a half expected intervals has lost a reading; jitter stays below
 UNKNOWN_LIMIT_WH = 1_000  # how near to 0 or to a rollover counts as near, where no fuse is known
-QUANTA_WH = {"pv-home": 100}  # dialects whose registers do not count single Wh
+QUANTA_WH = {"pv-home": 100, "nem13": 1_000}  # dialects whose registers do not count single Wh
 MIN_REGISTER_DIGITS = 6  # no register in Wh is smaller than 1,000 kWh
 
 BASELINE = pl.Schema(

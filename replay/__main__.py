@@ -20,12 +20,14 @@ from rich.table import Table
 
 from replay.dirt import read_dirt, seconds
 from replay.importers import formats, import_log
+from replay.record import record
 from replay.run import Ledger, Order, play
 from replay.simulate import DEFAULT_GRID
 from replay.simulate import simulate as build_simulation
 from replay.sinks import KafkaSink, MqttSink, NullSink, Sink
 from replay.statistics import TARGETS, Statistics, comparison, statistics
 from replay.tape import Tape, read_tape
+from replay.verify import told, verify
 from schemas.errors import ConfigError, exits
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode="markdown")
@@ -50,6 +52,7 @@ def import_command(
     meter_id: Annotated[str | None, typer.Option(help="Of a log that names no meter, if not the file's name.")] = None,
     timezone: Annotated[str | None, typer.Option(help="Of local stamps, if not the format's usual one.")] = None,
     first_at: Annotated[datetime | None, typer.Option(help="Begin, UTC, of a log whose records have no clock.")] = None,
+    ignore_crc: Annotated[bool, typer.Option(help="Take telegrams whose CRC is wrong or absent.")] = False,
     keep_going: Annotated[bool, typer.Option(help="Count damaged records, name the first, and go on.")] = False,
 ) -> None:
     """Turns logs into a tape.
@@ -64,11 +67,12 @@ def import_command(
         begin = first_at and first_at.replace(tzinfo=UTC)
         with problems.status("reading"):
             tape, refused = import_log(
-                logs, format, to, meter_id=meter_id, timezone=timezone, keep_going=keep_going, first_at=begin
-            )
+                logs, format, to, meter_id=meter_id, timezone=timezone, keep_going=keep_going, first_at=begin,
+                ignore_crc=ignore_crc,
+            )  # fmt: skip
         _told(tape)
         for line in refused:
-            problems.print(f"  left out {line}", highlight=False, markup=False)
+            problems.print(f"  left out {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -177,12 +181,13 @@ def inspect(
 def _told(tape: Tape) -> None:
     info = tape.info
     console.print(
-        f"{info.rows_out} readings of {len(tape.registry)} meters, {info.first_at} to {info.last_at}, "
-        f"from {info.rows_in} rows of {info.source}",
+        f"{info.rows_out:,} readings, {len(tape.registry):,} meter{'' if len(tape.registry) == 1 else 's'}, "
+        f"{info.first_at} to {info.last_at}, from {info.rows_in:,} rows of {info.source}",
         highlight=False,
+        soft_wrap=True,
     )
     for name, count in info.defects.items():
-        console.print(f"  defect {name}: {count}", highlight=False)
+        console.print(f"  {name}: {count:,}", highlight=False)
 
 
 @app.command()
@@ -238,6 +243,64 @@ def run(
             )
         if not ledger.is_whole:
             raise SystemExit(130)
+
+
+@app.command("verify")
+def verify_command(
+    run: Annotated[str, typer.Option("--run", help="The run's id: a folder under runs/.")],
+    first: Annotated[int, typer.Option(help="How many of what does not hold are named.", min=1)] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Compares what a run sent with what lake and dead letters hold, record by record, and explains every fault.
+
+    Run it when the jobs have taken everything and closed their windows (flush). Exit 0: nothing is left to explain; 1:
+    the books do not balance, or a fault is unexplained; 2: no such run, or no lake. Per meter: verify.parquet beside
+    the run's ledger.
+
+    Example: replay verify --run dirty
+    """
+    with exits():
+        with problems.status("") as status:
+            verdict = verify(run, lambda what: status.update(f"verify: {what}"))
+        if as_json:
+            sys.stdout.write(json.dumps(verdict.as_json(first)) + "\n")
+        else:
+            for part in told(verdict, first):
+                console.print(part, highlight=False, soft_wrap=isinstance(part, str))
+        if not verdict.is_balanced:
+            raise SystemExit(1)
+
+
+@app.command("record")
+def record_command(
+    to: Annotated[Path, typer.Option(help="Folder of the tape; one that is there is replaced.")],
+    run: Annotated[str | None, typer.Option("--run", help="Only the records of this run.")] = None,
+    begin: Annotated[datetime | None, typer.Option("--from", help="Only what Kafka took from then on, UTC.")] = None,
+    until: Annotated[datetime | None, typer.Option(help="Only what Kafka took before, UTC.")] = None,
+    bootstrap: Annotated[
+        str, typer.Option(help="host:port of a Kafka broker.", envvar="METERSTREAM_KAFKA_BOOTSTRAP")
+    ] = "127.0.0.1:9092",
+) -> None:
+    """Writes a tape of the readings and events that Kafka has at this moment, as they came.
+
+    Late, reordered and redelivered records stay, so that an incident can be played again as it was.
+
+    Example: replay record --to data/tapes/incident --from 2026-03-01T06:00:00 --until 2026-03-01T09:00:00
+
+    then: replay run --tape data/tapes/incident --clock original --speed max
+    """
+    with exits(), Progress(TextColumn("record"), BarColumn(), TimeElapsedColumn(), console=problems) as bar:
+        task = bar.add_task("", total=None)
+        _told(
+            record(
+                to,
+                bootstrap,
+                run_id=run,
+                begin=begin and begin.replace(tzinfo=UTC),
+                until=until and until.replace(tzinfo=UTC),
+                progress=lambda done, of: bar.update(task, completed=done, total=of),
+            )
+        )
 
 
 def new_run_id() -> str:

@@ -449,21 +449,21 @@ def _send(block: Block, order: Order, crew: Fleet, dirt: Dirt | None, late_s: fl
         bare = _bare(rows, entity)
         stamped = _stamped(bare, rows.get_column("due").to_numpy(), order, crew, late_s)
         sink.send(kind, rows.get_column("meter_id").to_list(), encode_batch(entity, stamped))
-        sent.digest += _digest(encode_batch(entity, bare))
+        sent.digest += digest_of(encode_batch(entity, bare))
         counted = np.bincount(rows.get_column("meter").to_numpy() - block.low, minlength=block.high - block.low)
         sent.counts[kind][block.low - sent.low : block.high - sent.low] += counted.astype(np.int32)
         total += len(rows)
     for raw in dirt.raw_due(block.low, block.high, block.begin_us, block.end_us) if dirt else ():
         name = str(crew.meter_ids(np.array([raw.meter]))[0])
         sink.send("readings", [name], [raw.payload], raw.encoding)
-        sent.digest += _digest([name.encode() + b"/" + raw.encoding.encode() + b"/" + raw.payload])
+        sent.digest += digest_of([name.encode() + b"/" + raw.encoding.encode() + b"/" + raw.payload])
         sent.counts["poison"][raw.meter - sent.low] += 1
         total += 1
     sent.until[block.low - sent.low : block.high - sent.low] = block.end_us
     return total
 
 
-def _digest(payloads: list[bytes]) -> npt.NDArray[np.uint64]:
+def digest_of(payloads: list[bytes]) -> npt.NDArray[np.uint64]:
     """Sum of the payloads' hashes modulo 2⁶⁴, in two lanes: it depends on all of them, and not on their order.
 
     A record carries its meter and its seq, so the order within a meter's stream is in it all the same.

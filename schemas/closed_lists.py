@@ -168,6 +168,7 @@ class FaultOutcome(StrEnum):
     IMPLAUSIBLE = "implausible"
     PLAUSIBLE = "plausible"
     ZERO_STEP = "zero_step"
+    NO_CHANGE = "no_change"
     DEAD_LETTER = "dead_letter"
     RAISED = "raised"
     REPEATED = "repeated"

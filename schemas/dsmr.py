@@ -153,8 +153,8 @@ def _nothing() -> dict[str, None]:
     return dict.fromkeys(arrow_schema("reading").names)
 
 
-def _body(telegram: bytes) -> list[str]:
-    """Lines from the identification to before the end line, the CRC checked."""
+def _body(telegram: bytes, check_crc: bool) -> list[str]:
+    """Lines from the identification to before the end line."""
     data = telegram.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     if not data.startswith(b"/"):
         raise _bad(None, "does not begin with /")
@@ -164,7 +164,7 @@ def _body(telegram: bytes) -> list[str]:
     written = tail.strip()
     try:
         lines = head.decode("ascii").split("\r\n")
-        if written:
+        if written and check_crc:
             if len(written) != 4:
                 raise _bad(None, f"{len(written)} bytes after ! instead of a CRC of 4 digits")
             expected = int(written, 16)
@@ -173,23 +173,26 @@ def _body(telegram: bytes) -> list[str]:
                 raise _bad(None, f"CRC is {actual:04X}, the telegram says {expected:04X}")
     except ValueError as error:
         raise _bad(None, f"garbled: {error}") from error
-    if not written and any(line.startswith(("1-3:0.2.8(", "0-0:96.1.4(")) for line in lines):
+    if not written and check_crc and any(line.startswith(("1-3:0.2.8(", "0-0:96.1.4(")) for line in lines):
         raise _bad(None, "no CRC, which every telegram with a version has")
     return lines
 
 
-def decode_telegram(telegram: bytes, meter_id: str, *, clock: datetime | None = None) -> dict[str, Any]:
+def decode_telegram(
+    telegram: bytes, meter_id: str, *, clock: datetime | None = None, check_crc: bool = True
+) -> dict[str, Any]:
     """The reading in one telegram; lines may end in CRLF or LF.
 
     Args:
         telegram: from `/` through `!` and the CRC, which DSMR 2.2 and 3 do not have.
         meter_id: whose it is; the telegram itself names only the equipment.
         clock: observed_at of a telegram without a clock of its own (DSMR 2.2 and 3), UTC.
+        check_crc: False takes a telegram whose CRC is wrong or absent.
 
     Raises:
         InvalidMessage: `invalid_telegram`: cut off, CRC does not match, a line is garbled or no time.
     """
-    identification, *lines = _body(telegram)
+    identification, *lines = _body(telegram, check_crc)
     found: dict[str, Any] = {}
     power = ""
     for line in lines:

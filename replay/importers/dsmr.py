@@ -2,25 +2,20 @@
 
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
-from replay.importers import Defect, Imported, Log
+from replay.importers import Asked, Defect, Imported, Log, as_frame
 from replay.tape import STAMPED_BY_RUN
 from schemas.dsmr import decode_telegram, is_whole, split_telegrams
 from schemas.errors import InvalidMessage
 
 FILES = ("*.txt", "*.txt.gz", "*.log", "*.log.gz")
 TIME_ZONES = {"emucs": "Europe/Brussels", "smarty": "Europe/Luxembourg"}
+WITHOUT_CLOCK = ("dsmr-2.2", "dsmr-3")
 STEP = timedelta(seconds=10)  # DSMR 2.2 and 3 send a telegram every ten seconds and no time
 
 
-def read(
-    path: Path,
-    *,
-    meter_id: str,
-    timezone: str | None = None,
-    keep_going: bool = False,
-    first_at: datetime | None = None,
-) -> Imported:
+def read(path: Path, asked: Asked) -> Imported:
     """The readings of a telegram log.
 
     Its first record is mostly cut off, and its last may be: these are counted. The stamps carry their season, so that
@@ -30,7 +25,7 @@ def read(
     Raises:
         BadLog: a telegram that does not decode, or half of one in the middle.
     """
-    log = Log(path, meter_id=meter_id, timezone=timezone or "Europe/Amsterdam", keep_going=keep_going)
+    log = Log(path, asked, "Europe/Amsterdam")
     pieces = list(split_telegrams(log.data))
     rows = []
     for index, (line, piece) in enumerate(pieces):
@@ -41,11 +36,24 @@ def read(
             else:
                 log.refuse(line, "part of a telegram", Defect.CUT_OFF)
             continue
+        at = asked.first_at and asked.first_at + index * STEP
         try:
-            rows.append(decode_telegram(piece, meter_id, clock=first_at and first_at + index * STEP))
+            rows.append(_decoded(log, piece, asked, at))
+            log.defects[Defect.NO_CLOCK] += rows[-1]["dialect"] in WITHOUT_CLOCK
         except InvalidMessage as error:
-            hint = "" if first_at or "without a time" not in error.detail else "; --first-at gives it one"
+            hint = "" if at or "without a time" not in error.detail else "; --first-at gives it one"
             log.refuse(line, error.detail + hint)
-    if timezone is None and rows:
+    if asked.timezone is None and rows:
         log.zone = type(log.zone)(TIME_ZONES.get(rows[0]["dialect"], log.zone.key))
-    return log.close([{name: row[name] for name in row if name not in STAMPED_BY_RUN} for row in rows])
+    return log.close(as_frame([{name: row[name] for name in row if name not in STAMPED_BY_RUN} for row in rows]))
+
+
+def _decoded(log: Log, telegram: bytes, asked: Asked, at: datetime | None) -> dict[str, Any]:
+    try:
+        return decode_telegram(telegram, asked.meter_id, clock=at)
+    except InvalidMessage:
+        if not asked.ignore_crc:
+            raise
+    row = decode_telegram(telegram, asked.meter_id, clock=at, check_crc=False)
+    log.defects[Defect.WRONG_CRC] += 1
+    return row

@@ -1,78 +1,54 @@
-"""Low Carbon London: kWh per half hour of one home a file, UTC; the dynamic tariff where its file lies beside it."""
+"""Low Carbon London: kWh per half hour, UTC; the dynamic tariff where its file lies beside the logs."""
 
-from datetime import UTC, datetime, timedelta
-from functools import cache
 from pathlib import Path
-from typing import Any
 
-from replay.importers import Defect, Imported, Log, Register, exact
-from schemas.errors import BadLog
+import polars as pl
+
+from replay.importers import Asked, Defect, Imported, Log, energy, meter, stamp, summed, word
 
 FILES = ("MAC*.csv", "MAC*.csv.gz")
 TARIFF_FILES = ("dtou_tariffs_*.csv", "dtou_tariffs_*.csv.gz")
 TARIFFS = {"Normal": 1, "Low": 2, "High": 3}
-HALF_HOUR = timedelta(minutes=30)
+HALF_HOUR = pl.duration(minutes=30)
+TIME = "%Y-%m-%d %H:%M:%S%.f"
+MICRO_WH_PER_WH = 10**6
 
 
-def read(
-    path: Path,
-    *,
-    meter_id: str,
-    timezone: str | None = None,
-    keep_going: bool = False,
-    first_at: datetime | None = None,
-) -> Imported:
-    """The register of one home, summed from its half hours.
+def read(path: Path, asked: Asked) -> Imported:
+    """The registers of the homes in a log, summed from their half hours.
 
-    A stamp is the begin of its half hour, so the register is read half an hour later; it begins at 0 with the first
-    one, and a half hour that is missing adds nothing. `tariff` is that of the half hour which has just ended. There is
-    no power and no voltage in the log, and none is made up.
+    A stamp is the end of its half hour: records stop at 00:00, a day without any leaves out 00:30 to 00:00, and homes
+    answer a change of the tariff from the next stamp on. The register begins at 0 with the first half hour, and one
+    that is missing adds nothing. `tariff` is that of the half hour which has just ended; its file is in local time, as
+    the homes' answers in summer tell, and does not say which homes it is for. There is no power and no voltage in the
+    log, and none is made up.
 
     Raises:
         BadLog: a row that does not fit.
     """
-    log = Log(path, meter_id=meter_id, timezone=timezone or "Europe/London", keep_going=keep_going)
-    tariffs = _tariffs(path.parent)
-    rows: list[dict[str, Any]] = []
-    register = Register()
-    for line, fields in log.table(["LCLid", "tstp", "energy(kWh/hh)"]):
-        try:
-            begin = datetime.fromisoformat(fields["tstp"]).replace(tzinfo=UTC)
-            micro_wh = exact(fields["energy(kWh/hh)"].replace("Null", ""), 10**9)
-            if micro_wh is not None and micro_wh < 0:
-                msg = f"negative: {fields['energy(kWh/hh)']!r}"
-                raise ValueError(msg)
-        except ValueError as error:
-            log.refuse(line, str(error))
-            continue
-        if micro_wh is None:
-            log.defects[Defect.EMPTY_FIELDS] += 1
-            continue
-        log.meter_id = fields["LCLid"].strip()
-        if not rows:
-            rows.append({"observed_at": begin, "dialect": "london", "import_t1_wh": 0, "tariff": None})
-        rows.append(
-            {
-                "observed_at": begin + HALF_HOUR,
-                "dialect": "london",
-                "import_t1_wh": register.add(micro_wh),
-                "tariff": tariffs.get(begin),
-            }
-        )
-    return log.close(rows)
+    log = Log(path, asked, "Europe/London")
+    table = log.table(["LCLid", "tstp", "energy(kWh/hh)"], blanks=["Null"])
+    measured = table.filter(pl.col("energy(kWh/hh)") != "")
+    log.defects[Defect.EMPTY_FIELDS] += len(table) - len(measured)
+    half_hours = log.parsed(
+        measured, meter_id=meter("LCLid"), observed_at=stamp("tstp", TIME), energy=energy("energy(kWh/hh)", 10**9)
+    )
+    half_hours = half_hours.with_columns(pl.col("observed_at").dt.replace_time_zone("UTC"))
+    half_hours = half_hours.with_columns(begun_at=pl.col("observed_at") - HALF_HOUR)
+    local = pl.col("begun_at").dt.convert_time_zone("Europe/London").dt.replace_time_zone(None)
+    half_hours = half_hours.with_columns(local_begin=local).join(
+        _tariffs(path.parent), on="local_begin", how="left", maintain_order="left"
+    )
+    readings = summed(half_hours.drop("local_begin"), "import_t1_wh", MICRO_WH_PER_WH)
+    return log.close(readings.with_columns(dialect=pl.lit("london")))
 
 
-@cache
-def _tariffs(folder: Path) -> dict[datetime, int]:
-    """Begin of a half hour → tariff, from the file beside the logs; empty where there is none."""
+def _tariffs(folder: Path) -> pl.DataFrame:
+    """local_begin of a half hour and its tariff, from the files beside the logs; empty where there is none."""
+    tariffs = [pl.DataFrame(schema={"local_begin": pl.Datetime("us"), "tariff": pl.Int64})]
     for path in sorted(found for pattern in TARIFF_FILES for found in folder.glob(pattern)):
-        log = Log(path, meter_id="tariff", timezone="Europe/London", keep_going=False)
-        try:
-            return {
-                datetime.fromisoformat(fields["TariffDateTime"]).replace(tzinfo=UTC): TARIFFS[fields["Tariff"].strip()]
-                for _, fields in log.table(["TariffDateTime", "Tariff"])
-            }
-        except (ValueError, KeyError) as error:
-            msg = f"{path}: {type(error).__name__}: {error}"
-            raise BadLog(msg) from error
-    return {}
+        log = Log(path, Asked("tariff"), "UTC")
+        table = log.table(["TariffDateTime", "Tariff"])
+        rows = log.parsed(table, local_begin=stamp("TariffDateTime", TIME), tariff=word("Tariff", TARIFFS))
+        tariffs.append(rows.drop("line"))
+    return pl.concat(tariffs).unique("local_begin", keep="first")

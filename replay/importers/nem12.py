@@ -1,148 +1,203 @@
-"""Australian NEM12 interval files and NEM13 register reads, market time (UTC+10)."""
+"""Australian NEM12 interval files and NEM13 register reads, market time (UTC+10; Western Power's: UTC+8)."""
 
 import csv
 import io
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import polars as pl
 
-from replay.importers import Defect, Imported, Log, Register, exact
+from replay.importers import Asked, Defect, Imported, Log, exact, summed
+from schemas.topics import METER_ID
 
 FILES = ("*.csv", "*.csv.gz")
 MICRO_WH = {"KWH": 10**9, "WH": 10**6, "MWH": 10**12}
 """Unit of energy, in capitals → millionths of a Wh."""
+MICRO_WH_PER_WH = 10**6
 CHANNELS = {"E1": "import_t1_wh", "E2": "import_t2_wh", "B1": "export_t1_wh", "B2": "export_t2_wh"}
 """NMI suffix → register: E is drawn from the grid, B fed into it."""
 NEM13_WAYS = {"E": ("import_t1_wh", "import_t2_wh"), "I": ("export_t1_wh", "export_t2_wh")}
-QUALITIES = {"S": Defect.SUBSTITUTED, "F": Defect.SUBSTITUTED, "E": Defect.ESTIMATED, "N": Defect.EMPTY_FIELDS}
-"""First letter of a quality method that is not actual (A)."""
-ALL_REGISTERS = list(CHANNELS.values())
+QUALITIES = {"S": Defect.SUBSTITUTED, "F": Defect.SUBSTITUTED, "E": Defect.ESTIMATED}
+"""First letter of a quality method that is not actual (A). N, no data, is left out."""
+SENDER_ZONES = {"WPNTKS": "Australia/Perth"}
+"""Sender in the header → its market's clock, where that is not the eastern one."""
+DAY = timedelta(days=1)
+REGISTERS = list(CHANNELS.values())
+READ: dict[str, Any] = {
+    "meter_id": pl.String,
+    "observed_at": pl.Datetime("us"),
+    "equipment_id": pl.String,
+    "register": pl.String,
+}
 
 
+@dataclass(frozen=True)
 class _Channel:
-    """One register of one meter."""
+    """What a 200 record says; `register` is null for a quantity that has no place in a reading."""
 
-    def __init__(self, meter_id: str, serial: str, register: str, micro_wh: int, length: timedelta) -> None:
-        self.meter_id, self.serial, self.register = meter_id, serial, register
-        self.micro_wh, self.length = micro_wh, length
-        self.sum = Register()
-        self.is_open = False
+    meter_id: str
+    serial: str | None
+    register: str | None
+    micro_wh: int
+    length: timedelta
 
 
-def read(
-    path: Path,
-    *,
-    meter_id: str,
-    timezone: str | None = None,
-    keep_going: bool = False,
-    first_at: datetime | None = None,
-) -> Imported:
+@dataclass
+class _Day:
+    """What a 300 record says, with the qualities that the 400 records after it set."""
+
+    channel: _Channel
+    begin: datetime
+    energies: list[int | None]
+    qualities: list[str]
+
+
+def read(path: Path, asked: Asked) -> Imported:
     """The registers of the meters (NMI) of a file: summed from a NEM12's intervals, as read of a NEM13.
 
-    An interval is read at its end; each channel's register begins at 0 with its first interval. Values of other
-    quantities than energy are left out and counted. A record in is one interval value, or one NEM13 row.
+    An interval is read at its end; each channel's register begins at 0 with its first interval. Intervals without a
+    value, or of quality N, add nothing. Other quantities than energy are left out and counted. A record in is one
+    interval, or one NEM13 row. The readings of a meter are in the order of time, for a file has channel after channel.
 
     Raises:
         BadLog: a record that does not fit, or the file is no NEM12 or NEM13.
     """
-    log = Log(path, meter_id=meter_id, timezone=timezone or "Australia/Brisbane", keep_going=keep_going)
-    values: dict[tuple[str, datetime], dict[str, Any]] = {}
-    channels: dict[tuple[str, str], _Channel] = {}
-    channel: _Channel | None = None
-    day: tuple[int, list[str]] | None = None
+    log = Log(path, asked, "Australia/Brisbane")
     lines = csv.reader(io.StringIO(log.text()))
+    header = next(lines, [])
+    if len(header) < 2 or (header[0].strip(), header[1].strip()) not in (("100", "NEM12"), ("100", "NEM13")):
+        raise log.bad(1, "no header (100,NEM12 or 100,NEM13)")
+    if asked.timezone is None and len(header) > 3:
+        log.zone = ZoneInfo(SENDER_ZONES.get(header[3].strip(), log.zone.key))
+    channel: _Channel | None = None
+    days: list[_Day] = []
+    is_open = False  # the last day was taken, so that 400 records have something to set
+    reads: list[tuple[Any, ...]] = []
     for record in lines:
         number, kind = lines.line_num, record[0].strip() if record else ""
-        if number == 1 and (kind != "100" or len(record) < 2 or record[1].strip() not in ("NEM12", "NEM13")):
-            raise log.bad(1, "no header (100,NEM12 or 100,NEM13)")
         try:
             match kind:
                 case "200":
-                    channel = _channel(record, channels)
+                    channel, is_open = None, False
+                    channel = _channel(record)
                 case "300":
-                    day = number, record
-                    _intervals(log, record, channel, values)
-                case "400" if day:
-                    _qualities(log, record)
+                    is_open = False
+                    days.append(_day(record, channel))
+                    is_open = True
+                    log.rows_in += len(days[-1].energies)
+                case "400":
+                    if is_open:
+                        _set_quality(record, days[-1])
                 case "250":
                     log.rows_in += 1
-                    _register_read(log, record, values)
+                    reads += _register_reads(log, record, reads)
                 case "100" | "500" | "550" | "900" | "":
                     continue
                 case _:
                     log.rows_in += 1
                     log.refuse(number, f"record {kind!r} is none that we know")
         except (ValueError, IndexError, KeyError) as error:
+            log.rows_in += kind == "300"
             log.refuse(number, f"{type(error).__name__}: {error}")
-    rows = sorted(values.values(), key=lambda row: (row["meter_id"], row["observed_at"]))
-    stamps = log.utc([row["observed_at"] for row in rows])
-    for row, stamp in zip(rows, stamps, strict=True):
-        row["observed_at"] = stamp
-    names = sorted({row["meter_id"] for row in rows})
-    return log.close(rows, pl.DataFrame({"meter_id": names, "jurisdiction": ["AS60038"] * len(names)}))
+    log.defects[Defect.OTHER_QUANTITY] += sum(len(day.energies) for day in days if day.channel.register is None)
+    values = [*(_intervals(log, days, register) for register in REGISTERS), _as_read(reads)]
+    readings = pl.concat(values, how="diagonal")
+    # a value that comes again has a reading of its own
+    readings = readings.with_columns(copy=pl.int_range(pl.len()).over("meter_id", "observed_at", "register"))
+    readings = (
+        readings.group_by("meter_id", "observed_at", "copy", "dialect")
+        .agg(
+            pl.col("equipment_id").drop_nulls().first(),
+            **{name: pl.col("wh").filter(pl.col("register") == name).first() for name in REGISTERS},
+        )
+        .sort("meter_id", "observed_at", "copy")
+        .with_columns(pl.col("equipment_id").fill_null(strategy="backward").over("meter_id"))
+    )
+    registry = readings.select("meter_id", jurisdiction=pl.lit("AS60038")).unique()
+    return log.close(log.utc(readings), registry)
 
 
-def _channel(record: list[str], channels: dict[tuple[str, str], _Channel]) -> _Channel | None:
-    nmi, suffix, serial, unit, length = record[1], record[4].strip(), record[6], record[7].strip().upper(), record[8]
-    if suffix not in CHANNELS or unit not in MICRO_WH:
-        return None
-    channel = _Channel(nmi.strip(), serial.strip(), CHANNELS[suffix], MICRO_WH[unit], timedelta(minutes=int(length)))
-    return channels.setdefault((channel.meter_id, channel.register), channel)
-
-
-def _intervals(
-    log: Log, record: list[str], channel: _Channel | None, values: dict[tuple[str, datetime], dict[str, Any]]
-) -> None:
-    """The intervals of a day."""
-    if channel is None:
-        count = sum(1 for field in record[2:] if field.strip()[:1].isdigit() or field.startswith("."))
-        log.rows_in += count
-        log.defects[Defect.OTHER_QUANTITY] += count
-        return
-    begin = datetime.strptime(record[1].strip(), "%Y%m%d")  # noqa: DTZ007
-    count = timedelta(days=1) // channel.length
-    quality = record[2 + count].strip()
-    energies = [exact(field, channel.micro_wh) for field in record[2 : 2 + count]]
-    if not quality[:1].isalpha() or any(energy is None or energy < 0 for energy in energies):
-        msg = f"not {count} values of energy and a quality"
+def _meter_id(text: str) -> str:
+    if not METER_ID.fullmatch(text.strip()):
+        msg = f"no NMI: {text!r}"
         raise ValueError(msg)
-    log.rows_in += count
-    if quality[0] in QUALITIES:
-        log.defects[QUALITIES[quality[0]]] += count
-    if not channel.is_open:
-        _at(values, channel, begin)[channel.register] = 0
-        channel.is_open = True
-    for place, energy in enumerate(energies, 1):
-        _at(values, channel, begin + place * channel.length)[channel.register] = channel.sum.add(energy or 0)
+    return text.strip()
 
 
-def _at(values: dict[tuple[str, datetime], dict[str, Any]], channel: _Channel, at: datetime) -> dict[str, Any]:
-    row = {"meter_id": channel.meter_id, "observed_at": at, "dialect": "nem12", "equipment_id": channel.serial or None}
-    return values.setdefault((channel.meter_id, at), row | dict.fromkeys(ALL_REGISTERS))
+def _channel(record: list[str]) -> _Channel:
+    suffix, serial, unit, minutes = (record[place].strip() for place in (4, 6, 7, 8))
+    length = timedelta(minutes=int(minutes))
+    if not timedelta(0) < length <= DAY or DAY % length:
+        msg = f"no interval length: {minutes!r}"
+        raise ValueError(msg)
+    factor = MICRO_WH.get(unit.upper())
+    return _Channel(_meter_id(record[1]), serial or None, CHANNELS.get(suffix) if factor else None, factor or 0, length)
 
 
-def _qualities(log: Log, record: list[str]) -> None:
+def _day(record: list[str], channel: _Channel | None) -> _Day:
+    if channel is None:
+        msg = "a day without a channel (200)"
+        raise ValueError(msg)
+    count = DAY // channel.length
+    begin, quality = datetime.strptime(record[1].strip(), "%Y%m%d"), record[2 + count].strip()  # noqa: DTZ007
+    energies = [exact(field, channel.micro_wh) for field in record[2 : 2 + count]]
+    if not quality[:1].isalpha() or (
+        channel.register and any(energy is not None and energy < 0 for energy in energies)
+    ):
+        msg = f"not {count} values and a quality"
+        raise ValueError(msg)
+    return _Day(channel, begin, energies, [quality[0]] * count)
+
+
+def _set_quality(record: list[str], day: _Day) -> None:
     """Quality of a stretch of intervals, where the day's own is V: mixed."""
     first, last, quality = int(record[1]), int(record[2]), record[3].strip()
-    if quality[:1] in QUALITIES:
-        log.defects[QUALITIES[quality[0]]] += last - first + 1
+    if not 1 <= first <= last <= len(day.qualities) or not quality[:1].isalpha():
+        msg = f"no stretch of {len(day.qualities)} intervals with a quality: {first} to {last}, {quality!r}"
+        raise ValueError(msg)
+    day.qualities[first - 1 : last] = [quality[0]] * (last - first + 1)
 
 
-def _register_read(log: Log, record: list[str], values: dict[tuple[str, datetime], dict[str, Any]]) -> None:
-    """Previous and current read of one register."""
-    nmi, serial, way = record[1].strip(), record[6].strip(), record[7].strip()
-    unit = record[19].strip().upper() if len(record) > 19 else ""
-    factor = MICRO_WH[unit] // 10**6
-    registers = NEM13_WAYS[way]
-    taken = {row["equipment_id"] for (of, _), row in values.items() if of == nmi and row[registers[0]] is not None}
-    register = registers[0] if not taken or taken == {serial} else registers[1]
+def _intervals(log: Log, days: list[_Day], register: str) -> pl.DataFrame:
+    """One summed register of each meter that has it."""
+    rows = []
+    for day in days:
+        channel = day.channel
+        if channel.register != register:
+            continue
+        for place, (energy, quality) in enumerate(zip(day.energies, day.qualities, strict=True)):
+            if energy is None or quality == "N":
+                log.defects[Defect.EMPTY_FIELDS] += 1
+                continue
+            if quality in QUALITIES:
+                log.defects[QUALITIES[quality]] += 1
+            begun_at = day.begin + place * channel.length
+            rows.append((channel.meter_id, begun_at + channel.length, channel.serial, register, begun_at, energy))
+    intervals = pl.DataFrame(rows, READ | {"begun_at": pl.Datetime("us"), "energy": pl.Int64}, orient="row")
+    return summed(intervals, "wh", MICRO_WH_PER_WH).with_columns(register=pl.lit(register), dialect=pl.lit("nem12"))
+
+
+def _register_reads(log: Log, record: list[str], earlier: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Previous and current read of one register; a second meter of one NMI has the second register."""
+    meter_id, serial, unit = _meter_id(record[1]), record[6].strip() or None, record[19].strip().upper()
+    first, second = NEM13_WAYS[record[7].strip()]
+    others = {read[2] for read in earlier if (read[0], read[3]) == (meter_id, first)} - {serial}
+    reads = []
     for place in (8, 13):
-        quality = record[place + 2].strip()
-        if quality[:1] in QUALITIES:
-            log.defects[QUALITIES[quality[0]]] += 1
-        at = datetime.strptime(record[place + 1].strip(), "%Y%m%d%H%M%S").replace(microsecond=0)  # noqa: DTZ007
-        row = {"meter_id": nmi, "observed_at": at, "dialect": "nem13", "equipment_id": serial or None}
-        found = values.setdefault((nmi, at), row | dict.fromkeys(ALL_REGISTERS))
-        found[register] = exact(record[place], factor)
+        at = datetime.strptime(record[place + 1].strip(), "%Y%m%d%H%M%S")  # noqa: DTZ007
+        wh = exact(record[place], MICRO_WH[unit] // MICRO_WH_PER_WH)
+        if wh is None or wh < 0:
+            msg = f"no register: {record[place]!r}"
+            raise ValueError(msg)
+        reads.append((meter_id, at, serial, second if others else first, wh))
+    for place in (8, 13):
+        if defect := QUALITIES.get(record[place + 2].strip()[:1]):
+            log.defects[defect] += 1
+    return reads
+
+
+def _as_read(reads: list[tuple[Any, ...]]) -> pl.DataFrame:
+    return pl.DataFrame(reads, READ | {"wh": pl.Int64}, orient="row").with_columns(dialect=pl.lit("nem13"))

@@ -1,22 +1,16 @@
 """P1-monitor day rows as CSV: the registers at the end of each local day."""
 
-from datetime import datetime, timedelta
 from pathlib import Path
 
-from replay.importers import Imported
-from replay.importers.p1mon import rows_of
+import polars as pl
+
+from replay.importers import Asked, Imported
+from replay.importers.p1mon import wall_readings
 
 FILES = ("*day*.csv", "*day*.csv.gz")
 
 
-def read(
-    path: Path,
-    *,
-    meter_id: str,
-    timezone: str | None = None,
-    keep_going: bool = False,
-    first_at: datetime | None = None,
-) -> Imported:
+def read(path: Path, asked: Asked) -> Imported:
     """The readings of a P1-monitor export of days.
 
     A row stamped with a day's 00:00 holds what the meter showed when that day was over (the minute rows of the same
@@ -25,8 +19,5 @@ def read(
     Raises:
         BadLog: a row that does not fit.
     """
-    log, rows = rows_of(path, meter_id, timezone, keep_going, "p1mon-daily")
-    ends = log.utc([row["observed_at"] + timedelta(days=1) for row in rows])
-    for row, stamp in zip(rows, ends, strict=True):
-        row["observed_at"] = stamp
-    return log.close(rows)
+    log, readings = wall_readings(path, asked, "p1mon-daily")
+    return log.close(log.utc(readings.with_columns(pl.col("observed_at") + pl.duration(days=1))))

@@ -1,23 +1,23 @@
 """A home with panels and a battery by its inverter's export: grid volts, amperes, watts, totals in 0.1 kWh, UTC."""
 
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from replay.importers import Imported, Log, exact, positive
+import polars as pl
+
+from replay.importers import Asked, Imported, Log, number, stamp
 
 FILES = ("*.csv", "*.csv.gz")
-TOTALS = {"import_t1_wh": "total.grid.import", "export_t1_wh": "total.grid.export"}
+FIELDS = {
+    "observed_at": stamp("time", "%Y-%m-%dT%H:%M:%S%.fZ"),
+    "voltage_l1_mv": number("power.grid.voltage", 1000),
+    "current_l1_ma": number("power.grid.current", 1000),
+    "export_w": number("power.grid.power", 1, is_signed=True),
+    "import_t1_wh": number("total.grid.import", 1000),
+    "export_t1_wh": number("total.grid.export", 1000),
+}
 
 
-def read(
-    path: Path,
-    *,
-    meter_id: str,
-    timezone: str | None = None,
-    keep_going: bool = False,
-    first_at: datetime | None = None,
-) -> Imported:
+def read(path: Path, asked: Asked) -> Imported:
     """The readings at the grid's connection; the inverter's own side is left out.
 
     Power is positive while the home exports. The totals count in steps of 100 Wh.
@@ -25,30 +25,14 @@ def read(
     Raises:
         BadLog: a row that does not fit.
     """
-    log = Log(path, meter_id=meter_id, timezone=timezone or "Europe/London", keep_going=keep_going)
-    rows: list[dict[str, Any]] = []
-    needed = ["time", "power.grid.voltage", "power.grid.current", "power.grid.power", *TOTALS.values()]
-    for line, fields in log.table(needed):
-        try:
-            export_w = exact(fields["power.grid.power"], 1)
-            rows.append(
-                {
-                    "observed_at": datetime.fromisoformat(_with_offset(fields["time"])),
-                    "dialect": "pv-home",
-                    "voltage_l1_mv": positive(fields["power.grid.voltage"], 1000),
-                    "current_l1_ma": positive(fields["power.grid.current"], 1000),
-                    "import_w": None if export_w is None else max(-export_w, 0),
-                    "export_w": None if export_w is None else max(export_w, 0),
-                    **{name: positive(fields[column], 1000) for name, column in TOTALS.items()},
-                }
-            )
-        except ValueError as error:
-            log.refuse(line, str(error))
-    return log.close(rows)
-
-
-def _with_offset(stamp: str) -> str:
-    if not stamp.endswith("Z"):
-        msg = f"not a time in UTC: {stamp!r}"
-        raise ValueError(msg)
-    return stamp
+    log = Log(path, asked, "Europe/London")
+    rows = log.parsed(log.table([field.column for field in FIELDS.values()]), **FIELDS)
+    export_w = pl.col("export_w")
+    return log.close(
+        rows.with_columns(
+            pl.col("observed_at").dt.replace_time_zone("UTC"),
+            import_w=(-export_w).clip(0),
+            export_w=export_w.clip(0),
+            dialect=pl.lit("pv-home"),
+        )
+    )

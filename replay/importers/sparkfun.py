@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from replay.importers import Imported, Log, exact
+from replay.importers import Asked, Imported, Log, as_frame, exact
 
 FILES = ("*.json", "*.json.gz", "*.csv", "*.csv.gz")
 COLUMNS = {
@@ -21,14 +21,7 @@ COLUMNS = {
 }
 
 
-def read(
-    path: Path,
-    *,
-    meter_id: str,
-    timezone: str | None = None,
-    keep_going: bool = False,
-    first_at: datetime | None = None,
-) -> Imported:
+def read(path: Path, asked: Asked) -> Imported:
     """The readings of an export, turned oldest first.
 
     The stamps are the server's arrival times in UTC, so steps are not whole; the time zone is for the reports only.
@@ -37,7 +30,7 @@ def read(
     Raises:
         BadLog: a row that does not fit.
     """
-    log = Log(path, meter_id=meter_id, timezone=timezone or "Europe/Amsterdam", keep_going=keep_going)
+    log = Log(path, asked, "Europe/Amsterdam")
     rows = []
     for number, line in _lines(log):
         log.rows_in += 1
@@ -47,7 +40,7 @@ def read(
             log.refuse(number, f"{type(error).__name__}: {error}")
     if rows and rows[0]["observed_at"] > rows[-1]["observed_at"]:
         rows.reverse()
-    return log.close(rows)
+    return log.close(as_frame(rows))
 
 
 def _lines(log: Log) -> list[tuple[int, Any]]:

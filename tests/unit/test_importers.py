@@ -3,12 +3,19 @@
 import gzip
 import os
 from datetime import UTC, datetime, timedelta
+from datetime import time as midnight
 from pathlib import Path
 
+import polars as pl
 import pytest
+from dsmr_parser.exceptions import InvalidChecksumError, ParseError
+from dsmr_parser.parsers import TelegramParser
+from hypothesis import given
+from hypothesis import strategies as st
 
-from replay.importers import formats, import_log
+from replay.importers import Asked, formats, import_log, number
 from replay.tape import read_tape
+from schemas.dsmr import split_telegrams
 from schemas.errors import BadLog, ConfigError
 from schemas.tables import REGISTERS
 
@@ -17,7 +24,7 @@ LOGS = Path(os.environ.get("METER_LOGS") or OWN)
 
 
 def read(path, format, **options):
-    return formats()[format].read(path, **{"meter_id": "m1", **options})
+    return formats()[format].read(path, Asked(**{"meter_id": "m1", **options}))
 
 
 def log(path, text):
@@ -179,6 +186,42 @@ def test_several_logs_make_one_tape_of_several_meters_named_by_their_files(tmp_p
         import_log(OWN / "p1-telegrams", "dsmr", tmp_path / "other")
 
 
+def test_a_crc_is_wrong_exactly_where_dsmr_parser_finds_it_wrong():
+    for path in sorted((LOGS / "p1-telegrams").glob("*.txt")):
+        for _, piece in split_telegrams(path.read_bytes()):
+            telegram = piece.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n").decode()
+            try:
+                TelegramParser.validate_checksum(telegram)
+                theirs = False
+            except InvalidChecksumError:
+                theirs = True
+            except ParseError:  # no CRC
+                continue
+            try:
+                read(path, "dsmr", first_at=datetime(2024, 1, 1, tzinfo=UTC))
+                ours = ""
+            except BadLog as error:
+                ours = str(error)
+            assert theirs == ("CRC is" in ours), path.name
+
+
+def test_the_real_telegrams_come_in_by_one_command_that_names_what_it_leaves_out(tmp_path):
+    if (LOGS / "p1-telegrams" / "v5_ok.txt").exists():
+        begin = datetime(2024, 1, 1, tzinfo=UTC)
+        options = {"first_at": begin, "ignore_crc": True, "keep_going": True}
+        tape, refused = import_log(LOGS / "p1-telegrams", "dsmr", tmp_path / "tape", **options)
+        assert tape.info.defects == {"wrong_crc": 13, "refused": 2, "cut_off": 2, "no_clock": 6}
+        assert (tape.info.rows_in, len(tape.readings), len(tape.registry), len(refused)) == (29, 25, 25, 4)
+
+
+def test_a_telegram_with_a_wrong_crc_is_taken_and_counted_where_that_is_asked_for():
+    path = OWN / "p1-telegrams" / "own-v5-bit-flipped.txt"
+    with pytest.raises(BadLog, match="CRC"):
+        read(path, "dsmr")
+    imported = read(path, "dsmr", ignore_crc=True)
+    assert (len(imported.readings), imported.defects) == (1, {"wrong_crc": 1})
+
+
 def test_a_meter_that_comes_in_two_logs_is_one_meter_and_is_told(tmp_path):
     header, *rows = (OWN / "p1-minutes" / "own-minutes.csv").read_text().splitlines(keepends=True)
     for name, part in (("2024-a", rows[:4]), ("2024-b", rows[4:])):
@@ -187,6 +230,11 @@ def test_a_meter_that_comes_in_two_logs_is_one_meter_and_is_told(tmp_path):
     assert tape.registry["meter_id"].to_pylist() == ["same"]
     assert tape.info.defects["same_meter_again"] == 1
     assert len(tape.readings) == len(rows)
+    log(tmp_path / "2024-c" / "same.csv", "".join([header, *rows[2:]]))
+    tape, _ = import_log([tmp_path / "2024-a" / "same.csv", tmp_path / "2024-c" / "same.csv"], "p1mon", tmp_path / "t")
+    assert (tape.info.defects["duplicate"], tape.info.defects["backward_step"]) == (2, 1), (
+        "the logs overlap by two rows"
+    )
 
 
 def test_a_telegram_without_a_clock_takes_the_begin_that_is_named_or_is_refused(tmp_path):
@@ -242,6 +290,23 @@ def test_the_uci_household_gets_a_register_that_loses_nothing(tmp_path):
     assert (column(imported, "voltage_l1_mv")[1], column(imported, "current_l1_ma")[1]) == (234_840, 18_400)
 
 
+def test_a_summed_register_is_exact_where_a_minute_is_no_whole_part_of_a_wh(tmp_path):
+    rows = [f"16/12/2006;{n // 60:02d}:{n % 60:02d}:00;0.001;0;234;1;0;0;0\n" for n in range(1200)]
+    wh = column(read(log(tmp_path / "log.txt", UCI + "".join(rows)), "uci-household"), "import_t1_wh")
+    assert wh == [minutes // 60 for minutes in range(1201)]
+
+
+@given(st.decimals(0, 10**6, places=4, allow_nan=False), st.sampled_from([1, 1000, 10**9]))
+def test_a_number_is_read_as_exactly_as_a_decimal(value, factor):
+    found = pl.select(pl.lit(str(value)).alias("x")).select(number("x", factor).value).item()
+    assert found == int((value * factor).to_integral_value())
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e300", "-1", "1,5", "0x1", "1_000"])
+def test_what_is_no_number_from_0_is_none(text):
+    assert pl.DataFrame({"x": [text]}).select(number("x", 1).value).item() is None
+
+
 PV = "time,power.grid.voltage,power.grid.current,power.grid.power,total.grid.import,total.grid.export\n"
 
 
@@ -262,6 +327,18 @@ def test_the_pv_home_keeps_its_duplicates_and_its_mixed_steps_and_turns_the_sign
     assert set(column(imported, "dialect")) == {"pv-home"}
 
 
+def test_a_second_usual_step_is_no_gap_and_its_own_multiple_is(tmp_path):
+    begin = datetime(2025, 6, 1, tzinfo=UTC)
+    at = [begin + timedelta(seconds=11 * n) for n in range(40)]
+    at += [at[-1] + timedelta(seconds=300 * n) for n in range(1, 21)]
+    at.append(at[-1] + timedelta(seconds=600))
+    imported = read(
+        log(tmp_path / "x.csv", PV + "".join(f"{t:%Y-%m-%dT%H:%M:%SZ},247,1,-10,1,1\n" for t in at)), "pv-home"
+    )
+    assert imported.defects == {"mixed_step": 20, "gap": 1, "missing_reading": 1}
+    assert imported.interval_s == 300, "a reading is overdue after the longer step only"
+
+
 LONDON = "LCLid,tstp,energy(kWh/hh)\n"
 
 
@@ -273,16 +350,50 @@ def test_londons_half_hours_become_a_register_that_is_read_at_their_ends(tmp_pat
         "2013-01-01 01:30:00, 0.0002 ",
     ]
     path = log(tmp_path / "MAC1.csv", LONDON + "".join(f"MAC1,{row}\n" for row in rows))
-    tariffs = "TariffDateTime,Tariff\n2013-01-01 00:00:00,Low\n2013-01-01 00:30:00,High\n2013-01-01 01:30:00,Normal\n"
+    tariffs = "TariffDateTime,Tariff\n2013-01-01 00:00:00,High\n2013-01-01 00:30:00,Low\n2013-01-01 01:00:00,Normal\n"
     log(tmp_path / "dtou_tariffs_2013.csv", tariffs)
     imported = read(path, "london")
-    begin = datetime(2013, 1, 1, tzinfo=UTC)
+    begin = datetime(2012, 12, 31, 23, 30, tzinfo=UTC)
     assert minutes_after(imported, begin) == [0, 30, 60, 120]
     assert column(imported, "import_t1_wh") == [0, 219, 460, 461], "460.9 and 461.1: nothing is lost to rounding"
-    assert column(imported, "tariff") == [None, 2, 3, 1]
+    assert column(imported, "tariff") == [None, None, 3, 1], "of the half hour that has just ended"
     assert set(column(imported, "meter_id")) == {"MAC1"}
     assert imported.defects == {"empty_fields": 1, "gap": 1, "missing_reading": 1}
     assert column(imported, "import_w") == [None] * 4
+
+
+def test_londons_tariff_is_in_local_time_and_its_half_hours_are_not(tmp_path):
+    path = log(tmp_path / "MAC1.csv", LONDON + "MAC1,2013-06-01 16:30:00,1\nMAC1,2013-06-01 17:30:00,1\n")
+    log(
+        tmp_path / "dtou_tariffs_2013.csv", "TariffDateTime,Tariff\n2013-06-01 17:00:00,High\n2013-06-01 18:00:00,Low\n"
+    )
+    assert column(read(path, "london"), "tariff") == [None, 3, 2]
+
+
+def test_a_log_of_several_homes_has_a_register_for_each(tmp_path):
+    rows = ["B,2013-01-01 00:30:00,1", "A,2013-01-01 00:30:00,2", "B,2013-01-01 01:00:00,3"]
+    imported = read(log(tmp_path / "block.csv", LONDON + "\n".join(rows) + "\n"), "london")
+    assert column(imported, "meter_id") == ["B", "B", "B", "A", "A"]
+    assert column(imported, "import_t1_wh") == [0, 1000, 4000, 0, 2000]
+
+
+def test_an_interval_that_comes_again_or_late_does_not_bend_the_register(tmp_path):
+    rows = ["00:30:00,1", "01:30:00,4", "01:30:00,4", "01:00:00,2", "01:30:00,5", "02:00:00,8"]
+    path = log(tmp_path / "MAC1.csv", LONDON + "".join(f"MAC1,2013-01-01 {row}\n" for row in rows))
+    imported = read(path, "london")
+    assert column(imported, "import_t1_wh") == [0, 1000, 7000, 7000, 3000, 8000, 15000]
+    assert [imported.defects[name] for name in ("duplicate", "conflict", "backward_step")] == [1, 1, 1]
+
+
+def test_the_real_half_hours_end_at_midnight():
+    """That a stamp is the end of its half hour is seen where a home's records stop early: always at 00:00."""
+    stops = set()
+    for path in (LOGS / "london-half-hourly").glob("MAC00000[2-9]*"):
+        stamps = column(read(path, "london"), "observed_at")
+        assert stamps[1].time() == midnight.min
+        if stamps[-1] < datetime(2013, 12, 31, 23, tzinfo=UTC):
+            stops.add(stamps[-1].time())
+    assert stops <= {midnight.min}
 
 
 def test_the_feeders_homes_have_power_a_register_and_their_place_in_the_grid(tmp_path):
@@ -296,9 +407,20 @@ def test_the_feeders_homes_have_power_a_register_and_their_place_in_the_grid(tmp
     assert [row["import_t1_wh"] for row in rows] == [0, 20, 40, 60, 0, 1, 2, 3]
     assert [row["import_w"] for row in rows] == [None, 1200, 1200, 1200, None, 60, 60, 60]
     assert rows[3]["observed_at"] == begin + timedelta(minutes=3)
+    assert tape.info.defects == {"no_clock": 6}
     homes = {row["meter_id"]: row for row in tape.registry.to_pylist()}
     assert (homes["LOAD2"]["usage_point_id"], homes["LOAD2"]["transformer_id"]) == ("bus-47-phase-3", "TR1")
     assert homes["LOAD1"]["interval_s"] == 60
+
+
+def test_a_damaged_profile_of_the_feeder_is_named_by_its_own_file_and_line(tmp_path):
+    path = log(tmp_path / "Loads.txt", "New Load.LOAD1 Phases=1 Bus1=34.1 kV=0.23 kW=1 PF=0.95 Yearly=Shape_1\n")
+    log(tmp_path / "load_profiles_1min_1.csv", "p1\n0.06\nx\n0.06\n")
+    with pytest.raises(BadLog, match=r"load_profiles_1min_1.csv:3: p1 is no number"):
+        read(path, "ieee-lv")
+    imported = read(path, "ieee-lv", keep_going=True)
+    assert (imported.rows_in, imported.defects["refused"], column(imported, "import_t1_wh")) == (3, 1, [0, 1, 2])
+    assert column(imported, "observed_at")[-1] - column(imported, "observed_at")[0] == timedelta(minutes=3)
 
 
 def nem12(*records):
@@ -324,6 +446,76 @@ def test_nem12_channels_of_one_meter_meet_at_the_ends_of_their_intervals(tmp_pat
     assert column(imported, "export_t1_wh")[:6] == [0, None, 1000, None, 2000, None]
     assert imported.defects == {"other_quantity": 48, "substituted": 24 + 7, "estimated": 1}
     assert set(column(imported, "equipment_id")) == {"SER1"}
+
+
+def day(date, *values, quality="A"):
+    return f"300,{date},{','.join(map(str, values))},{quality},,,,"
+
+
+def channel(suffix="E1", minutes=720, nmi="NMI1"):
+    return f"200,{nmi},E1B1,1,{suffix},N1,SER1,kWh,{minutes},"
+
+
+def test_a_channel_may_change_its_interval_length_and_its_days_may_come_in_any_order(tmp_path):
+    path = log(
+        tmp_path / "log.csv",
+        nem12(channel(minutes=480), day(20240203, 4, 5, 6), channel(), day(20240202, 3, 3), day(20240201, 1, 2)),
+    )
+    imported = read(path, "nem12")
+    assert column(imported, "import_t1_wh") == [0, 1000, 3000, 6000, 9000, 13000, 18000, 24000]
+    assert minutes_after(imported, datetime(2024, 1, 31, 14, tzinfo=UTC)) == [
+        0, 720, 1440, 2160, 2880, 3360, 3840, 4320,
+    ]  # fmt: skip
+
+
+def test_intervals_without_a_value_or_of_quality_n_add_nothing_and_have_no_reading(tmp_path):
+    path = log(
+        tmp_path / "log.csv",
+        nem12(
+            channel(minutes=360), day(20240201, 1, "", 2, 3, quality="V"), "400,1,2,A,,", "400,3,3,N,,", "400,4,4,A,,"
+        ),
+    )
+    imported = read(path, "nem12")
+    assert column(imported, "import_t1_wh") == [0, 1000, 4000]
+    assert imported.defects["empty_fields"] == 2
+
+
+def test_a_day_that_comes_again_is_kept_as_duplicate_or_conflict_and_summed_once(tmp_path):
+    path = log(tmp_path / "log.csv", nem12(channel(), day(20240201, 1, 2), day(20240201, 1, 5), day(20240202, 1, 1)))
+    imported = read(path, "nem12")
+    assert column(imported, "import_t1_wh") == [0, 1000, 1000, 3000, 6000, 4000, 5000]
+    assert (imported.defects["duplicate"], imported.defects["conflict"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("records", "line", "reason"),
+    [
+        ([day(20240201, 1, 2)], 2, "a day without a channel"),
+        ([channel(minutes=7), day(20240201, 1, 2)], 2, "no interval length"),
+        ([channel(minutes=0), day(20240201, 1, 2)], 2, "no interval length"),
+        ([channel(nmi="N 1"), day(20240201, 1, 2)], 2, "no NMI"),
+        ([channel(), day(20240201, 1, 2, quality="V"), "400,1,3,A,,"], 4, "no stretch of 2 intervals"),
+        ([channel(), day(20240201, -1, 2)], 3, "not 2 values and a quality"),
+    ],
+)
+def test_a_nem12_record_that_does_not_follow_is_refused_with_what_hangs_on_it(tmp_path, records, line, reason):
+    sound = [channel("B1", nmi="NMI2"), day(20240201, 1, 1)]
+    path = log(tmp_path / "log.csv", nem12(*records, *sound))
+    with pytest.raises(BadLog, match=rf"log.csv:{line}: .*{reason}"):
+        read(path, "nem12")
+    going = read(path, "nem12", keep_going=True)
+    assert going.refused[0].startswith(f"{path}:{line}: ")
+    assert [wh for wh in column(going, "export_t1_wh") if wh is not None] == [0, 1000, 2000]
+
+
+def test_western_power_keeps_its_own_markets_time(tmp_path):
+    text = nem12(channel(), day(20240201, 1, 2)).replace("MDA1", "WPNTKS")
+    imported = read(log(tmp_path / "log.csv", text), "nem12")
+    assert (imported.time_zone, column(imported, "observed_at")[0]) == (
+        "Australia/Perth",
+        datetime(2024, 1, 31, 16, tzinfo=UTC),
+    )
+    assert read(tmp_path / "log.csv", "nem12", timezone="Australia/Sydney").time_zone == "Australia/Sydney"
 
 
 def test_nem13_reads_are_registers_as_they_stand(tmp_path):
@@ -401,13 +593,30 @@ def test_both_clock_changes_come_out_right_in_every_format_with_local_stamps(tmp
         assert {name: imported.defects[name] for name in defects} == defects
 
 
+def test_a_local_day_of_25_or_23_hours_has_its_day_row_at_its_end(tmp_path):
+    days = ["2024-10-26", "2024-10-27", "2024-10-28", "2025-03-29", "2025-03-30"]
+    text = "TIMESTAMP,VERBR_KWH_181\n" + "".join(f"{day} 00:00:00,1\n" for day in days)
+    found = column(read(log(tmp_path / "days.csv", text), "p1mon-daily"), "observed_at")
+    hours = [(later - earlier) / timedelta(hours=1) for earlier, later in zip(found, found[1:], strict=False)]
+    assert hours == [25, 24, 152 * 24, 23]
+
+
+@pytest.mark.parametrize(
+    ("date", "defect"), [("20240407", "ambiguous_local_time"), ("20241006", "nonexistent_local_time")]
+)
+def test_a_nem12_file_in_a_zone_that_changes_its_clock_names_the_intervals_it_cannot_tell(tmp_path, date, defect):
+    path = log(tmp_path / "log.csv", nem12(channel(minutes=60), day(date, *[1] * 24)))
+    assert read(path, "nem12", timezone="Australia/Sydney").defects[defect] == 1
+    assert not read(path, "nem12").defects, "market time has no summer time"
+
+
 def test_every_real_log_gives_as_many_readings_as_it_has_sound_records(tmp_path):
     """Rows in and out of each folder, as docs/replay.md tells them; a register that is summed has one reading more."""
     expected = {
         "pv-home-voltage": ("pv-home", 4_465, 4_465, 1),
         "household-voltage-1min": ("uci-household", 37_283, 37_284, 1),
         "ieee-european-lv": ("ieee-lv", 79_200, 79_255, 55),
-        "nem12": ("nem12", 29_101, 18_639, 11),
+        "nem12": ("nem12", 29_091, 18_639, 11),
     }
     for folder, (format, rows_in, rows_out, meters) in expected.items():
         if (LOGS / folder).is_dir():

@@ -1,0 +1,552 @@
+"""Verify: a chain without Spark, of the jobs' own pure functions, over what a replay sent; then damage by hand."""
+
+import json
+import os
+import shutil
+import signal
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from typer.testing import CliRunner
+
+from ingest.decode import dead_letter, routed
+from lake import alarm_life, delta_engine, voltage
+from lake.seen_before import with_seen
+from replay.__main__ import app
+from replay.dirt import Entry
+from replay.run import Order, play, run_folder
+from replay.verify import RULES, Verdict, verify
+from schemas.closed_lists import Bucket, FaultKind, FaultOutcome, Poison
+from schemas.codec import decode
+from schemas.errors import ConfigError, InvalidMessage
+from schemas.tables import TABLES, polars_schema, table_path
+from schemas.topics import DEAD_LETTERS, KINDS, mqtt_topic, shard
+from streaming_jobs.alarms import IDENTITY
+from streaming_jobs.consumption_deltas import VALUES
+from tests.unit.test_run import Kept
+from tests.wire import small_tape
+
+METERS = 30
+NOW = datetime.now(UTC)
+DAY = "date=2024-03-04"
+DIRT = (
+    *[
+        Entry(kind=kind, **more)
+        for kind, more in {
+            FaultKind.DUPLICATE: {"times": 2},
+            FaultKind.LATE: {"by": "2h"},
+            FaultKind.REORDER: {},
+            FaultKind.GAP: {"length": 3},
+            FaultKind.CLOCK_1970: {"length": 2},
+            FaultKind.CLOCK_2099: {},
+            FaultKind.RESET: {},
+            FaultKind.ROLLOVER: {},
+            FaultKind.METER_EXCHANGE: {},
+            FaultKind.SPIKE: {},
+            FaultKind.FROZEN: {"length": 3},
+            FaultKind.UNIT_SLIP: {},
+            FaultKind.VOLTAGE_ALARM: {},
+            FaultKind.TAMPER: {},
+        }.items()
+    ],
+    Entry(kind=FaultKind.CLOCK_JUMP, by="1h", length=2),
+    Entry(kind=FaultKind.CLOCK_JUMP, by="-1h", length=2),
+    Entry(kind=FaultKind.CLOCK_JUMP, by="-62m"),
+    Entry(kind=FaultKind.POISON, meters=7, bytes=list(Poison)),
+)
+"""One entry of every kind but the storm, which needs a transformer to itself."""
+Rows = dict[str, pl.DataFrame]
+
+
+class Chain:
+    """A lake made of what a replay handed over, in batches."""
+
+    def __init__(self, sent: Sequence[tuple[str, str, str, bytes]], registry: pl.DataFrame, batches: int) -> None:
+        self.rows: dict[str, list[pl.DataFrame]] = defaultdict(list)
+        self.places: dict[tuple[str, int], int] = defaultdict(int)
+        self.known = registry.select("meter_id", "phases", "nominal_mv", "fuse_a", "interval_s", "jurisdiction")
+        records: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+        letters = []
+        for number, (kind, meter_id, encoding, payload) in enumerate(sent):
+            topic = mqtt_topic(meter_id, kind, encoding)
+            try:
+                message = routed(topic, payload, NOW)
+            except InvalidMessage as error:
+                letters.append(decode(dead_letter(topic, payload, error, NOW).value, DEAD_LETTERS.entity))
+                continue
+            record = decode(message.value, KINDS[kind].entity)
+            place = (message.topic, int(shard(meter_id), 16) % 4)
+            self.places[place] += 1
+            at = {"topic": place[0], "partition": place[1], "offset": self.places[place]}
+            of_batch = {"arrival_at": record["sent_at"], **at, "batch": number * batches // len(sent)}
+            records[kind].append({**record, **of_batch})
+        self.add("dead_letters", pl.DataFrame(letters, schema=polars_schema(TABLES["dead_letters"])))
+        self.count("readings_lake", pl.DataFrame({"run_id": [None] * len(letters), "bucket": Bucket.INVALID.value}))
+        self.add("registry", registry)
+        frames = {
+            kind: pl.DataFrame(rows, schema={**polars_schema(TABLES[kind]), "batch": pl.Int64}, orient="row")
+            for kind, rows in records.items()
+        }
+        for kind, frame in frames.items():
+            self.add(kind, frame)
+            again = frame.select(
+                pl.exclude("received_at", "arrival_at", "partition", "offset", "batch")
+            ).is_duplicated()
+            first = pl.struct("meter_id", "seq").is_first_distinct() | ~again
+            bucket = pl.when(first).then(pl.lit(Bucket.STORED.value)).otherwise(pl.lit(Bucket.DUPLICATE.value))
+            self.count("readings_lake", frame.with_columns(bucket=bucket))
+        self.steps(frames["readings"], batches)
+        self.windows(frames["readings"], batches)
+        self.alarms(frames["events"], batches)
+
+    def add(self, table: str, frame: pl.DataFrame) -> None:
+        schema = polars_schema(TABLES[table])
+        self.rows[table].append(frame.select(schema.names()).cast(schema))  # type: ignore[arg-type]
+
+    def count(self, stage: str, judged: pl.DataFrame) -> None:
+        counted = judged.group_by("run_id").agg(
+            received=pl.len(), **{each.value: (pl.col("bucket") == each.value).sum() for each in Bucket}
+        )
+        self.add("accounting", counted.with_columns(stage=pl.lit(stage), batch=pl.lit("0")))
+
+    def apart(self, stage: str, judged: pl.DataFrame, late: str, quarantined: str) -> None:
+        told = judged.with_columns(stage=pl.lit(stage), reason="why")
+        self.add(late, told.filter(pl.col("bucket") == Bucket.LATE.value))
+        self.add(quarantined, told.filter(pl.col("bucket") == Bucket.QUARANTINED.value))
+        self.count(stage, judged)
+
+    def cut(self, frame: pl.DataFrame, batches: int) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
+        ahead = pl.col("observed_at") - pl.col("arrival_at")
+        is_impossible = (ahead > timedelta(hours=36)) | (ahead < timedelta(days=-400))
+        for number in range(batches):
+            batch = frame.filter(pl.col("batch") == number).join(self.known, on="meter_id", how="left")
+            wrong = batch.filter(is_impossible).with_columns(
+                why=pl.lit("impossible_clock"), bucket=pl.lit(Bucket.QUARANTINED.value)
+            )
+            yield batch.filter(~is_impossible), wrong
+
+    def steps(self, readings: pl.DataFrame, batches: int) -> None:
+        baseline = pl.DataFrame(schema=delta_engine.BASELINE)
+        recent = readings.clear()
+        for right, wrong in self.cut(readings, batches):
+            marked = with_seen(delta_engine.with_limits(right), recent, ["meter_id", "observed_at"], VALUES)
+            result = delta_engine.steps(marked, baseline)
+            baseline = result.baseline
+            recent = pl.concat([recent, marked.filter(pl.col("seen").is_null()).select(recent.columns)])
+            self.add("consumption_deltas", result.steps)
+            judged = pl.concat([delta_engine.with_bucket(marked, result.steps), wrong], how="diagonal")
+            self.apart("consumption_deltas", judged, "late_readings", "quarantined_readings")
+
+    def windows(self, readings: pl.DataFrame, batches: int) -> None:
+        columns = ["meter_id", "observed_at", "run_id", "topic", "partition", "offset", *voltage.VOLTAGES]
+        columns += ["nominal_mv", "jurisdiction"]
+        samples = readings.join(self.known, on="meter_id", how="left").select(columns).clear()
+        closed = pl.DataFrame(schema={"meter_id": pl.String, "run_id": pl.String, "window_start": delta_engine.STAMP})
+        newest: datetime | None = None
+        late = timedelta(minutes=30)
+        for number, (right, wrong) in enumerate(self.cut(readings, batches)):
+            arrived = [each for each in (newest, right.get_column("arrival_at").max()) if isinstance(each, datetime)]
+            bounds = pl.DataFrame(
+                {"run_id": ["r1"], "bound_before": [newest], "bound_after": [max(arrived, default=None)]},
+                schema={"run_id": pl.String, "bound_before": delta_engine.STAMP, "bound_after": delta_engine.STAMP},
+            ).with_columns(pl.col("bound_before", "bound_after") - late)
+            newest = max(arrived, default=None)
+            moved = voltage.advance(right.select(columns), samples, closed, bounds, 10_000, number == batches - 1)
+            samples, closed = moved.samples, moved.closed
+            self.add("voltage_windows", moved.windows)
+            place = ["topic", "partition", "offset"]
+            judged = right.join(moved.readings.select(*place, "why", "bucket"), on=place)
+            self.apart(
+                "voltage_deviation",
+                pl.concat([judged, wrong], how="diagonal"),
+                "late_readings",
+                "quarantined_readings",
+            )
+
+    def alarms(self, events: pl.DataFrame, batches: int) -> None:
+        state = pl.DataFrame(schema=alarm_life.OPEN)
+        recent = events.clear()
+        for right, _ in self.cut(events, batches):
+            marked = with_seen(right.with_columns(event_at="observed_at"), recent, IDENTITY, [])
+            recent = pl.concat([recent, right.select(recent.columns)])
+            result = alarm_life.lives(marked, state)
+            state = result.open
+            self.add("alarms", result.alarms)
+            self.apart("alarms", result.events, "late_events", "quarantined_events")
+
+    def write(self) -> None:
+        for table, frames in self.rows.items():
+            folder = table_path(table) / DAY
+            folder.mkdir(parents=True, exist_ok=True)
+            pl.concat(frames).write_parquet(folder / "all.parquet")
+
+
+class Interrupted(Kept):
+    """A sink during which somebody presses Ctrl-C."""
+
+    def send(self, kind: str, meter_ids: Sequence[str], payloads: Sequence[bytes], encoding: str = "avro") -> None:
+        super().send(kind, meter_ids, payloads, encoding)
+        if self.acknowledged > METERS * small_tape.READINGS / 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            self.acknowledged = -(10**9)
+
+
+def chain(
+    home: Path, batches: int, dirt: Sequence[Entry], monkeypatch: pytest.MonkeyPatch, sink: Kept | None = None
+) -> Path:
+    monkeypatch.setenv("METERSTREAM_HOME", str(home))
+    small_tape.write(home / "tape")
+    sink = sink or Kept()
+    speed = 40_000.0 if isinstance(sink, Interrupted) else None
+    play(Order(home / "tape", "r1", "mqtt", METERS, speed=speed, dirt=tuple(dirt)), lambda: sink)
+    registry = next(table_path("registry").glob("date=*/*.parquet"))
+    rows = pl.read_parquet(registry)
+    shutil.rmtree(table_path("registry"))
+    Chain(sink.sent, rows, batches).write()
+    return home
+
+
+@pytest.fixture(scope="module")
+def homes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A lake of each kind: in one batch, in many small ones, with a storm, without any fault."""
+    storm = [Entry(kind=FaultKind.POWER_STORM, by="20m", at="2h")]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return {
+            "one batch": chain(tmp_path_factory.mktemp("one"), 1, DIRT, monkeypatch),
+            "many batches": chain(tmp_path_factory.mktemp("many"), 40, DIRT, monkeypatch),
+            "storm": chain(tmp_path_factory.mktemp("storm"), 4, storm, monkeypatch),
+            "clean": chain(tmp_path_factory.mktemp("clean"), 4, [], monkeypatch),
+        }
+
+
+@pytest.fixture
+def lake(homes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes a copy of one of the lakes the home."""
+
+    def take(name: str) -> None:
+        shutil.copytree(homes[name], tmp_path / "home")
+        monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path / "home"))
+
+    return take
+
+
+def table(name: str) -> Path:
+    return table_path(name) / DAY / "all.parquet"
+
+
+def change(name: str, which: pl.Expr, **columns: Any) -> str | None:
+    """Changes the first row that fits, or removes it where no columns are given. Returns its meter."""
+    rows = pl.read_parquet(table(name)).with_row_index("row")
+    row = rows.filter(which).row(0, named=True)
+    rest = rows.with_columns(
+        **{
+            column: pl.when(pl.col("row") == row["row"]).then(value).otherwise(column)
+            for column, value in columns.items()
+        }
+    )
+    if not columns:
+        rest = rows.filter(pl.col("row") != row["row"])
+    rest.drop("row").write_parquet(table(name))
+    meter: str | None = row.get("meter_id")
+    return meter
+
+
+def named(verdict: Verdict) -> set[str]:
+    """Meters of which verify says that something is wrong."""
+    wrong = verdict.faults.filter(~pl.col("is_explained")).get_column("meter_id").to_list()
+    return {*verdict.findings.get_column("meter_id").drop_nulls(), *wrong}
+
+
+@pytest.mark.parametrize("name", ["one batch", "many batches", "storm", "clean"])
+def test_a_run_is_balanced_and_every_fault_explained(lake: Callable[[str], None], name: str) -> None:
+    lake(name)
+    verdict = verify("r1")
+    assert verdict.findings.rows() == []
+    assert verdict.faults.filter(~pl.col("is_explained")).rows() == []
+    assert verdict.is_balanced
+    totals = verdict.totals
+    assert totals["sent"] == sum(totals[name] for name in ("stored", "duplicate", "late", "quarantined", "invalid"))
+    per_meter = pl.read_parquet(run_folder("r1") / "verify.parquet")
+    assert len(per_meter) == METERS
+    assert per_meter.get_column("wrong").unique().to_list() == [""]
+
+
+def outcomes(name: str, lake: Callable[[str], None]) -> dict[str, set[str]]:
+    lake(name)
+    return {kind: set(each["outcomes"]) for kind, each in verify("r1").kinds().items()}
+
+
+def test_what_the_stream_decides_is_the_outcome(lake: Callable[[str], None]) -> None:
+    assert outcomes("many batches", lake) == {
+        "clock_1970": {"impossible_clock"}, "clock_2099": {"impossible_clock"},
+        "clock_jump": {"conflict", "implausible", "out_of_order"}, "duplicate": {"duplicate"}, "frozen": {"zero_step"},
+        "gap": {"gap"}, "late": {"out_of_order"}, "meter_exchange": {"meter_exchange"}, "poison": {"dead_letter"},
+        "reorder": {"in_order"}, "reset": {"reset"}, "rollover": {"rollover"}, "spike": {"implausible"},
+        "tamper": {"raised"}, "unit_slip": {"implausible"}, "voltage_alarm": {"cleared", "raised"},
+    }  # fmt: skip
+
+
+def test_within_one_batch_what_came_late_is_in_order(lake: Callable[[str], None]) -> None:
+    found = outcomes("one batch", lake)
+    assert found["late"] == found["reorder"] == {"in_order"}
+    assert found["clock_jump"] == {"conflict", "implausible", "in_order"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "readings", "events", "consumption_deltas", "voltage_windows", "late_readings", "quarantined_readings",
+        "dead_letters", "alarms",
+    ],
+)  # fmt: skip
+def test_a_removed_row_is_found_and_its_meter_named(lake: Callable[[str], None], name: str) -> None:
+    lake("many batches")
+    row = pl.col("row") == len(pl.read_parquet(table(name))) // 2
+    meter = change(name, row)
+    verdict = verify("r1")
+    assert not verdict.is_balanced
+    assert named(verdict) == {meter}
+
+
+def test_a_removed_line_of_the_books_is_found(lake: Callable[[str], None]) -> None:
+    lake("clean")
+    stages = {"readings_lake", "consumption_deltas", "voltage_deviation", "alarms"}
+    for stage in stages:
+        change("accounting", (pl.col("stage") == stage) & (pl.col("received") > 0))
+    assert set(verify("r1").findings.get_column("place")) == stages
+
+
+def test_lost_records_are_named_by_their_seqs_in_the_middle_and_at_the_end(lake: Callable[[str], None]) -> None:
+    lake("clean")
+    rows = pl.read_parquet(table("readings"))
+    is_lost = (pl.col("meter_id") == "m0000003") & pl.col("seq").is_in([17, 18, 143])
+    rows.filter(~is_lost).write_parquet(table("readings"))
+    verdict = verify("r1")
+    wrong = verdict.meters.row(by_predicate=pl.col("meter_id") == "m0000003", named=True)
+    assert wrong["lost"] == verdict.totals["lost"] == 3
+    assert "3 of 144 lost: seq 17, 18, 143" in wrong["wrong"]
+    assert named(verdict) == {"m0000003"}
+
+
+def test_a_redelivered_record_is_no_loss(lake: Callable[[str], None]) -> None:
+    """All jobs see it: a copy of a row as NATS gives it after a reconnect, one offset on."""
+    lake("clean")
+    rows = pl.read_parquet(table("events"))
+    copy = rows.head(1).with_columns(offset=pl.col("offset") + 100_000)
+    pl.concat([rows, copy]).write_parquet(table("events"))
+    for stage in ("readings_lake", "alarms"):
+        change(
+            "accounting",
+            (pl.col("stage") == stage) & (pl.col("run_id") == "r1") & (pl.col("received") < 1_000),
+            received=pl.col("received") + 1,
+            duplicate=pl.col("duplicate") + 1,
+        )
+    verdict = verify("r1")
+    assert verdict.is_balanced, verdict.findings
+    assert (verdict.totals["redelivered"], verdict.totals["duplicate"], verdict.totals["lost"]) == (1, 1, 0)
+
+
+def test_records_that_change_places_are_found_where_no_fault_moved_them(lake: Callable[[str], None]) -> None:
+    lake("clean")
+    rows = pl.read_parquet(table("readings"))
+    mine = rows.filter(pl.col("meter_id") == "m0000005").sort("seq")
+    first, second = mine.row(50, named=True), mine.row(51, named=True)
+    swap = {first["offset"]: second["offset"], second["offset"]: first["offset"]}
+    moved = mine.with_columns(pl.col("offset").replace(swap))
+    others = rows.filter(pl.col("meter_id") != "m0000005")
+    pl.concat([others, moved]).write_parquet(table("readings"))
+    verdict = verify("r1")
+    assert verdict.totals["reordered"] == 1
+    assert named(verdict) == {"m0000005"}
+    assert "not in the order they were sent in: seq 50" in verdict.findings.row(0, named=True)["told"]
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("readings", {"import_w": pl.col("import_w") + 1}),
+        ("consumption_deltas", {"wh": pl.col("wh") + 1}),
+        ("consumption_deltas", {"delta_wh": pl.col("delta_wh") + 1}),
+        ("voltage_windows", {"max_mv": pl.col("max_mv") + 1}),
+        ("voltage_windows", {"sample_count": pl.col("sample_count") + 1}),
+        ("alarms", {"raised_at": pl.col("raised_at") + timedelta(seconds=1)}),
+        ("accounting", {"stored": pl.col("stored") - 1}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_a_changed_value_is_found(lake: Callable[[str], None], name: str, columns: dict[str, pl.Expr]) -> None:
+    lake("clean")
+    change(name, pl.col("row") == 0, **columns)
+    assert not verify("r1").is_balanced
+
+
+def at_fault(kind: FaultKind) -> pl.Expr:
+    """Rows of a meter that has a fault of a kind."""
+    faults = pl.read_parquet(run_folder("r1") / "faults.parquet").filter(pl.col("kind") == kind.value)
+    return pl.col("meter_id").is_in(faults.get_column("meter_id").unique().implode())
+
+
+DAMAGE: list[tuple[FaultKind, str, str, dict[str, Any]]] = [
+    (FaultKind.DUPLICATE, "consumption_deltas", "duplicate", {"reason": pl.lit("ok")}),
+    (FaultKind.LATE, "consumption_deltas", "out_of_order", {"reason": pl.lit("ok")}),
+    (FaultKind.GAP, "consumption_deltas", "gap", {"reason": pl.lit("ok")}),
+    (FaultKind.CLOCK_JUMP, "quarantined_readings", "conflict", {}),
+    (FaultKind.CLOCK_1970, "quarantined_readings", "impossible_clock", {"reason": pl.lit("conflict")}),
+    (FaultKind.CLOCK_2099, "quarantined_readings", "impossible_clock", {}),
+    (FaultKind.RESET, "consumption_deltas", "reset", {"delta_wh": pl.col("delta_wh") + 1}),
+    (FaultKind.ROLLOVER, "consumption_deltas", "rollover", {"delta_wh": pl.col("delta_wh") + 1}),
+    (FaultKind.METER_EXCHANGE, "consumption_deltas", "meter_exchange", {"reason": pl.lit("ok")}),
+    (FaultKind.SPIKE, "quarantined_readings", "implausible", {}),
+    (FaultKind.UNIT_SLIP, "quarantined_readings", "implausible", {"reason": pl.lit("conflict")}),
+    (FaultKind.POISON, "dead_letters", "invalid_json", {"payload": pl.lit(b"{}")}),
+    (FaultKind.LATE, "late_readings", "out_of_order", {}),
+    (FaultKind.GAP, "consumption_deltas", "gap", {"delta_wh": pl.col("delta_wh") - 1}),
+    (FaultKind.SPIKE, "consumption_deltas", "implausible", {"reason": pl.lit("ok")}),
+    (FaultKind.POISON, "dead_letters", "not_framed", {"reason": pl.lit("undecodable")}),
+]
+"""What is done to the row of a fault that tells what became of it: first a round of one each, then some more."""
+
+
+@pytest.mark.parametrize("damage", [DAMAGE[:12], DAMAGE[12:]], ids=["one of each kind", "more"])
+def test_a_fault_of_which_something_else_became_is_unexplained_and_only_that(
+    lake: Callable[[str], None], damage: list[tuple[FaultKind, str, str, dict[str, Any]]]
+) -> None:
+    lake("many batches")
+    meters = set()
+    for kind, name, reason, columns in damage:
+        which = at_fault(kind) & (pl.col("reason") == reason)
+        if name == "consumption_deltas":
+            which &= pl.col("register") == "import_t1"
+        meters.add((kind.value, change(name, which, **columns)))
+    faults = verify("r1").faults.filter(~pl.col("is_explained"))
+    assert set(faults.select("kind", "meter_id").iter_rows()) == meters
+
+
+def test_a_step_that_does_not_follow_from_the_one_before_is_found_on_any_register(lake: Callable[[str], None]) -> None:
+    lake("many batches")
+    meters: list[str | None] = []
+    for reason, columns in (
+        ("gap", {"reason": pl.lit("ok")}),
+        ("ok", {"reason": pl.lit("gap")}),
+        ("meter_exchange", {"reason": pl.lit("ok")}),
+        ("ok", {"previous_wh": pl.col("previous_wh") + 1, "delta_wh": pl.col("delta_wh") - 1}),
+    ):
+        which = (pl.col("reason") == reason) & (pl.col("register") == "export_t1")
+        meters.append(change("consumption_deltas", which & ~pl.col("meter_id").is_in(meters), **columns))
+    findings = verify("r1").findings.filter(pl.col("told").str.contains("do not follow"))
+    assert sorted(findings.get_column("meter_id")) == sorted(meters)
+
+
+def test_a_frozen_meter_that_steps_is_unexplained(lake: Callable[[str], None]) -> None:
+    lake("many batches")
+    row = pl.read_parquet(run_folder("r1") / "faults.parquet").filter(pl.col("kind") == "frozen").row(0, named=True)
+    which = (pl.col("meter_id") == row["meter_id"]) & (pl.col("observed_at") == row["observed_at"])
+    change("consumption_deltas", which & (pl.col("register") == "import_t1"), delta_wh=pl.lit(1))
+    assert verify("r1").faults.filter(~pl.col("is_explained")).get_column("kind").to_list() == ["frozen"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "alarm_type"),
+    [
+        ("many batches", FaultKind.TAMPER, "tamper_detect"),
+        ("many batches", FaultKind.VOLTAGE_ALARM, "under_voltage"),
+        ("storm", FaultKind.POWER_STORM, "power_failure"),
+    ],
+)
+def test_an_alarm_that_was_not_raised_leaves_its_fault_unexplained(
+    lake: Callable[[str], None], name: str, kind: FaultKind, alarm_type: str
+) -> None:
+    lake(name)
+    faults = pl.read_parquet(run_folder("r1") / "faults.parquet").filter(
+        (pl.col("kind") == kind.value) & (pl.col("topic") == "events")
+    )
+    said = faults.sort("due_at").row(0, named=True)
+    which = (pl.col("meter_id") == said["meter_id"]) & (pl.col("alarm_type") == alarm_type)
+    change("alarms", which & (pl.col("updated_at") == said["due_at"]))
+    verdict = verify("r1")
+    assert verdict.faults.filter(~pl.col("is_explained")).get_column("kind").to_list() == [kind.value]
+    assert said["meter_id"] in named(verdict)
+
+
+def test_a_fault_that_did_not_happen_is_unexplained_whatever_its_kind(lake: Callable[[str], None]) -> None:
+    """The strictest test of the rules: none of them takes an ordinary record for a fault of its kind."""
+    lake("clean")
+    path = run_folder("r1") / "faults.parquet"
+    schema = pl.read_parquet(path).schema
+    readings = pl.read_parquet(table("readings")).filter(pl.col("seq") == 70).sort("meter_id")
+    told: list[dict[str, Any]] = []
+    amounts = {
+        FaultKind.LATE: 2_700, FaultKind.CLOCK_JUMP: 3_600, FaultKind.RESET: 5_000_000, FaultKind.ROLLOVER: 10**8,
+        FaultKind.METER_EXCHANGE: 700, FaultKind.SPIKE: 500_000, FaultKind.UNIT_SLIP: 1_000,
+    }  # fmt: skip
+    ordinary = [kind for kind in FaultKind if kind not in (FaultKind.VOLTAGE_ALARM, FaultKind.TAMPER)]
+    for number, kind in enumerate(ordinary):
+        row = readings.row(number, named=True)
+        told.append(
+            {
+                "fault_id": number, "kind": kind.value, "meter_id": row["meter_id"], "topic": "readings", "seq": 70,
+                "due_at": row["sent_at"], "observed_at": row["observed_at"], "amount": amounts.get(kind),
+                "is_sent": kind not in (FaultKind.GAP, FaultKind.POWER_STORM),
+                "detail": "not_framed" if kind == FaultKind.POISON else "import_t1_wh" if kind in amounts else None,
+                "payload": b"poison" if kind == FaultKind.POISON else None,
+            }
+        )  # fmt: skip
+    pl.DataFrame(told, schema=schema).write_parquet(path)
+    faults = verify("r1").faults
+    assert faults.filter(pl.col("is_explained")).get_column("kind").to_list() == []
+
+
+def test_every_kind_of_fault_has_rules_of_its_own() -> None:
+    assert set(RULES) == set(FaultKind)
+    assert all(rules and FaultOutcome.UNEXPLAINED not in rules for rules in RULES.values())
+
+
+def test_an_interrupted_run_is_judged_by_what_it_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dirt = [each for each in DIRT if each.kind != FaultKind.LATE]
+    dirt += [Entry(kind=FaultKind.LATE, meters=4, by="3h", at="4h")]  # due after the end, with a later record sent
+    chain(tmp_path, 20, dirt, monkeypatch, Interrupted())
+    verdict = verify("r1")
+    assert not verdict.is_whole
+    assert verdict.findings.rows() == []
+    assert verdict.is_balanced
+    assert verdict.kinds()["late"]["outcomes"] == {"not_sent": 4}
+    assert "stopped before its end" in verdict.notes[0]
+    meter = change("readings", (pl.col("meter_id") == "m0000009") & (pl.col("seq") == 3))
+    assert named(verify("r1")) == {meter}
+
+
+def test_without_a_run_a_ledger_or_a_lake_it_is_wrong_use(
+    lake: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake("clean")
+    with pytest.raises(ConfigError, match="no run r2 .* there are: r1"):
+        verify("r2")
+    shutil.rmtree(table_path("readings"))
+    with pytest.raises(ConfigError, match="no lake"):
+        verify("r1")
+    (run_folder("r1") / "ledger.parquet").unlink()
+    with pytest.raises(ConfigError, match="no ledger"):
+        verify("r1")
+    assert CliRunner().invoke(app, ["verify", "--run", "r2"]).exit_code == 2
+
+
+def test_the_command_says_by_its_exit_code_and_in_json_what_it_found(lake: Callable[[str], None]) -> None:
+    lake("clean")
+    good = CliRunner().invoke(app, ["verify", "--run", "r1", "--json"])
+    assert good.exit_code == 0
+    assert json.loads(good.stdout)["is_balanced"] is True
+    meter = change("readings", (pl.col("meter_id") == "m0000007") & (pl.col("seq") == 33))
+    bad = CliRunner().invoke(app, ["verify", "--run", "r1", "--json"])
+    assert bad.exit_code == 1
+    told = json.loads(bad.stdout)
+    assert told["totals"]["lost"] == 1
+    assert any(row["meter_id"] == meter and "seq 33" in row["told"] for row in told["findings"])
+    text = CliRunner().invoke(app, ["verify", "--run", "r1"])
+    assert text.exit_code == 1
+    assert f"{meter}: consumption_deltas" in text.stdout
+    assert "1 of 144 lost: seq 33" in text.stdout

@@ -208,13 +208,14 @@ def _interrupted(number: int, _: FrameType | None) -> NoReturn:
 
 def _tape() -> Path:
     """The simulated grid's, the one that the demo plays; built where there is none."""
-    from stack.demo import DAY, VERSION
+    from replay.simulate import VERSION
+    from stack.demo import DAY
 
     folder = ROOT / "data" / "cache" / f"simbench-{DAY}-v{VERSION}"
     if (folder / "tape.json").exists():
         return folder
     progress.print("building the simulated grid's tape")
-    command = [sys.executable, "-m", "replay", "simulate", "--day", f"{DAY}", "--to", folder]
+    command = [sys.executable, "-m", "replay", "simulate", "--day", f"{DAY}", "--to", str(folder)]
     if subprocess.run(command, check=False, cwd=ROOT, stdout=sys.stderr).returncode:
         msg = "the simulated grid could not be built: see above"
         raise ConfigError(msg)
@@ -445,7 +446,7 @@ def _stack(plan: Plan, part: str) -> Iterator[tuple["StackSettings", dict[str, s
 
     def cpu_s() -> float:
         times = psutil.Process(stack.pid(part)).cpu_times()
-        return times.user + times.system
+        return float(times.user + times.system)
 
     try:
         stack.start([part])

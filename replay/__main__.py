@@ -20,14 +20,12 @@ from rich.table import Table
 
 from replay.dirt import read_dirt, seconds
 from replay.importers import formats, import_log
-from replay.record import record
 from replay.run import Ledger, Order, play
 from replay.simulate import DEFAULT_GRID
 from replay.simulate import simulate as build_simulation
 from replay.sinks import KafkaSink, MqttSink, NullSink, Sink
 from replay.statistics import TARGETS, Statistics, comparison, statistics
 from replay.tape import Tape, read_tape
-from replay.verify import told, verify
 from schemas.errors import ConfigError, exits
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode="markdown")
@@ -259,6 +257,8 @@ def verify_command(
 
     Example: replay verify --run dirty
     """
+    from replay.verify import told, verify  # DuckDB, which the processes of a run do without
+
     with exits():
         with problems.status("") as status:
             verdict = verify(run, lambda what: status.update(f"verify: {what}"))
@@ -289,6 +289,8 @@ def record_command(
 
     then: replay run --tape data/tapes/incident --clock original --speed max
     """
+    from replay.record import record
+
     with exits(), Progress(TextColumn("record"), BarColumn(), TimeElapsedColumn(), console=problems) as bar:
         task = bar.add_task("", total=None)
         _told(

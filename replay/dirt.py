@@ -18,7 +18,7 @@ import pyarrow as pa
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from replay.fleet import STAMP, Fleet, Integers, from_microseconds
+from replay.fleet import REGISTER_COLUMNS, STAMP, Fleet, Integers, from_microseconds
 from schemas.closed_lists import FaultKind, Poison
 from schemas.codec import FRAME, arrow_schema, encode
 from schemas.errors import ConfigError
@@ -139,10 +139,7 @@ BENDS = pl.Schema(
         "factor": pl.Float64(),
         "full_wh": pl.Int64(),
         "box": pl.String(),
-        "import_t1_wh": pl.Int64(),
-        "import_t2_wh": pl.Int64(),
-        "export_t1_wh": pl.Int64(),
-        "export_t2_wh": pl.Int64(),
+        **dict.fromkeys(REGISTER_COLUMNS, pl.Int64()),
     }
 )
 """What is done to the readings `from_number` … `to_number` − 1 of a meter: the clock is moved, or set and goes on from
@@ -356,9 +353,9 @@ class Dirt:
         each = np.array([meter]), np.array([number])
         known = self._fleet.readings(*each).to_dicts()[0]
         reading = {name: known.get(name) for name in arrow_schema("reading").names}
-        encoding, payload = poisoned(poison, reading)
+        payload = poisoned(poison, reading)
         self._withhold(meter, range(number, number + 1))
-        self._raw.append(Raw(self._due(meter, number), meter, encoding, payload))
+        self._raw.append(Raw(self._due(meter, number), meter, encoding_of(poison), payload))
         self._tell(entry, meter, range(number, number + 1), detail=poison.value, payload=payload)
 
     def _due(self, meter: int, number: int) -> int:
@@ -453,11 +450,10 @@ class Dirt:
                 "dialect_version": pl.String, "source_table": pl.String, "code": pl.String,
             },
         )  # fmt: skip
-        first_us = round(self._fleet.first_at.timestamp() * SECOND)
         return frame.with_columns(
             meter_id=self._fleet.meter_ids(meters),
             seq=pl.Series(of_tape + own, dtype=pl.Int64),
-            observed_at=from_microseconds((first_us + due) // SECOND * SECOND),  # meters log whole seconds
+            observed_at=from_microseconds((self._fleet.first_us + due) // SECOND * SECOND),  # meters log whole seconds
         )
 
     def events_before(self, meters: Integers, due: Integers) -> Integers:
@@ -527,12 +523,11 @@ class Dirt:
         clock = pl.from_epoch("bend_clock_us", time_unit="us").dt.replace_time_zone("UTC") + since
         moved = pl.col("observed_at") + pl.duration(microseconds=pl.col("bend_moved_us"))
         registers = []
-        for name in (name for name in BENDS if name.endswith("_t1_wh") or name.endswith("_t2_wh")):
-            if name in readings.columns:
-                value = (pl.col(name) * pl.col("bend_factor").fill_null(1.0)).round(0).cast(pl.Int64)
-                value = value + pl.col(f"bend_{name}").fill_null(0)
-                touched = pl.col("bend_full_wh").is_not_null() & pl.col(f"bend_{name}").is_not_null()
-                registers.append(pl.when(touched).then(value % pl.col("bend_full_wh")).otherwise(value).alias(name))
+        for name in (name for name in REGISTER_COLUMNS if name in readings.columns):
+            value = (pl.col(name) * pl.col("bend_factor").fill_null(1.0)).round(0).cast(pl.Int64)
+            value = value + pl.col(f"bend_{name}").fill_null(0)
+            touched = pl.col("bend_full_wh").is_not_null() & pl.col(f"bend_{name}").is_not_null()
+            registers.append(pl.when(touched).then(value % pl.col("bend_full_wh")).otherwise(value).alias(name))
         return both.with_columns(
             *registers,
             observed_at=pl.coalesce(clock, moved, "observed_at").cast(STAMP),
@@ -552,9 +547,8 @@ class Dirt:
                   "is_sent": pl.Boolean, "amount": pl.Int64, "detail": pl.String, "payload": pl.Binary}  # fmt: skip
         rows = pl.DataFrame(self._truth, schema=schema)
         meters, numbers = rows.get_column("meter").to_numpy(), rows.get_column("number").to_numpy()
-        first_us = round(self._fleet.first_at.timestamp() * SECOND)
-        due = self._fleet.due("readings", meters, numbers) + first_us
-        moved = pl.from_epoch(pl.col("due") + first_us, time_unit="us").dt.replace_time_zone("UTC")
+        due = self._fleet.due("readings", meters, numbers) + self._fleet.first_us
+        moved = pl.from_epoch(pl.col("due") + self._fleet.first_us, time_unit="us").dt.replace_time_zone("UTC")
         sent = self.bent(self._fleet.readings(meters, numbers).with_columns(number=pl.Series(numbers)))
         return (
             rows.with_columns(
@@ -568,10 +562,9 @@ class Dirt:
         )  # fmt: skip
 
     def _truth_of_events(self) -> pl.DataFrame:
-        first_us = round(self._fleet.first_at.timestamp() * SECOND)
         return self.events.with_columns(
             topic=pl.lit("events"),
-            due_at=from_microseconds(self.events.get_column("due").to_numpy() + first_us),
+            due_at=from_microseconds(self.events.get_column("due").to_numpy() + self._fleet.first_us),
             is_sent=pl.lit(True),
             amount=pl.lit(None, pl.Int64),
             detail=pl.col("code"),
@@ -579,28 +572,30 @@ class Dirt:
         ).select(FAULTS.names)
 
 
-def poisoned(poison: Poison, reading: dict[str, Any]) -> tuple[str, bytes]:
-    """(encoding, payload) of a record that cannot be taken, made of a good reading."""
+def poisoned(poison: Poison, reading: dict[str, Any]) -> bytes:
+    """A record that cannot be taken, made of a good reading."""
     good = encode("reading", reading)
     match poison:
         case Poison.NOT_FRAMED:
-            return "avro", b"\xff" + good[1:]
+            return b"\xff" + good[1:]
         case Poison.UNKNOWN_SCHEMA_ID:
-            return "avro", FRAME.pack(0, 9_999) + good[FRAME.size :]
+            return FRAME.pack(0, 9_999) + good[FRAME.size :]
         case Poison.UNDECODABLE:
-            return "avro", good[: FRAME.size + 6]
+            return good[: FRAME.size + 6]
         case Poison.TRAILING_BYTES:
-            return "avro", good + b"\x00"
+            return good + b"\x00"
         case Poison.METER_ID_MISMATCH:
-            return "avro", encode("reading", {**reading, "meter_id": f"{reading['meter_id']}-other"})
+            return encode("reading", {**reading, "meter_id": f"{reading['meter_id']}-other"})
         case Poison.INVALID_JSON:
-            return "json", f'{{"meter_id": "{reading["meter_id"]}", "seq": {reading["seq"]}, "observed_at": '.encode()
+            return f'{{"meter_id": "{reading["meter_id"]}", "seq": {reading["seq"]}, "observed_at": '.encode()
         case Poison.INVALID_TELEGRAM:
             seq = f"{reading['seq']:08d}"
-            return (
-                "dsmr",
-                f"/ISK5\\2M550T-1012\r\n\r\n0-0:96.1.1({seq})\r\n1-0:1.8.1(0034#2.827*kWh)\r\n!0000\r\n".encode(),
-            )
+            return f"/ISK5\\2M550T-1012\r\n\r\n0-0:96.1.1({seq})\r\n1-0:1.8.1(0034#2.827*kWh)\r\n!0000\r\n".encode()
+
+
+def encoding_of(poison: Poison) -> str:
+    """As what it is sent: the last level of its MQTT topic."""
+    return {Poison.INVALID_JSON: "json", Poison.INVALID_TELEGRAM: "dsmr"}.get(poison, "avro")
 
 
 def _code(meter: int, number: int) -> int:

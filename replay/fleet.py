@@ -19,7 +19,6 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyarrow as pa
 
 from replay.tape import Tape
 from schemas.codec import arrow_schema
@@ -148,6 +147,11 @@ class Fleet:
         if not self.has_weeks:
             return np.zeros_like(meters)
         return self._before(kind, meters, self.plan.week[meters])
+
+    @cached_property
+    def first_us(self) -> int:
+        """The run clock's begin, microseconds since 1970."""
+        return round(self.first_at.timestamp() * SECOND)
 
     @cached_property
     def has_weeks(self) -> bool:
@@ -429,8 +433,7 @@ def fleet(
         ConfigError: the tape is empty, its own clock is asked for more meters than it has or with another start, or a
             loop has no end.
     """
-    logs = _frame(tape.registry)
-    readings, events = _frame(tape.readings), _frame(tape.events)
+    logs, readings, events = (pl.DataFrame(table) for table in (tape.registry, tape.readings, tape.events))
     if not len(readings):
         msg = "the tape has no readings"
         raise ConfigError(msg)
@@ -492,12 +495,6 @@ def _plan(count: int, logs: int, seed: int, weeks: int, interval: int, own_clock
         shift_mv=np.where(is_copy, random.integers(-SHIFT_MV, SHIFT_MV + 1, count), 0),
         phase=random.integers(0, interval, count) if interval else np.zeros(count, np.int64),
     )
-
-
-def _frame(table: pa.Table) -> pl.DataFrame:
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    return frame
 
 
 def _due(rows: pl.DataFrame) -> pl.DataFrame:

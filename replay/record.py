@@ -235,9 +235,7 @@ def _registry(readings: pa.Table, events: pa.Table, interval_s: int | None) -> t
     lake.register("meters", pa.table({"meter_id": ids}))
     known = (
         lake.sql(
-            f"""SELECT {", ".join(REGISTRY.names)} FROM registry SEMI JOIN meters USING (meter_id)
-            QUALIFY row_number() OVER (
-                PARTITION BY meter_id ORDER BY valid_from DESC NULLS LAST, usage_point_id) = 1
+            f"""SELECT {", ".join(REGISTRY.names)} FROM newest_registry SEMI JOIN meters USING (meter_id)
             ORDER BY meter_id"""
         )
         .to_arrow_table()

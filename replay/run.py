@@ -295,7 +295,7 @@ def _settle(ledger: Ledger, parts: list[Sent]) -> None:
         total += part.digest
         for seconds, records in part.late.items():
             late[seconds] = late.get(seconds, 0) + records
-    ledger.digest = "".join(f"{int(lane):016x}" for lane in total)
+    ledger.digest = digest_text(total)
     if late:
         lateness = np.array(sorted(late))
         counts = np.array([late[each] for each in sorted(late)])
@@ -346,15 +346,15 @@ def _play_meters(
     sink: Sink | None = None
     try:
         sink = open_sink()
-        for slice_ in _slices(order, crew, dirt, low, high):
-            late_s = _sleep_until(began + slice_.end / SECOND / order.speed, stop) if order.speed else 0.0
+        for stretch in _slices(order, crew, dirt, low, high):
+            late_s = _sleep_until(began + stretch.end_us / SECOND / order.speed, stop) if order.speed else 0.0
             count = 0
-            for block in slice_.blocks():
+            for block in stretch.cut():
                 if stop.is_set():
                     break
                 count += _send(block, order, crew, dirt, late_s, sink, sent)
             if order.speed and count:
-                late_s = max(0.0, time.monotonic() - began - slice_.end / SECOND / order.speed)
+                late_s = max(0.0, time.monotonic() - began - stretch.end_us / SECOND / order.speed)
                 late_s = round(late_s, 3)
                 sent.late[late_s] = sent.late.get(late_s, 0) + count
             if stop.is_set():
@@ -384,7 +384,7 @@ def _sleep_until(due: float, stop: Event) -> float:
 
 @dataclass(frozen=True)
 class Block:
-    """Some meters in a slice: per kind the unrolled rows from `begin` to before `end`."""
+    """The meters low … high − 1 in a stretch of the run's clock: per kind the unrolled rows from `begin` to `end`."""
 
     low: int
     high: int
@@ -393,31 +393,17 @@ class Block:
     begin: dict[str, Integers]
     end: dict[str, Integers]
 
-
-@dataclass(frozen=True)
-class Slice:
-    """A stretch of the run's clock, for the meters low … high − 1."""
-
-    low: int
-    begin_us: int
-    end: int
-    first: dict[str, Integers]
-    last: dict[str, Integers]
-
-    def blocks(self) -> Iterator[Block]:
-        """Cuts it into blocks of meters with about `BLOCK_RECORDS` records each."""
-        counts = np.cumsum(sum(self.last[kind] - self.first[kind] for kind in self.last))
+    def cut(self) -> Iterator["Block"]:
+        """The same in pieces of about `BLOCK_RECORDS` records each, by meters."""
+        counts = np.cumsum(sum(self.end[kind] - self.begin[kind] for kind in self.end))
         edges = np.searchsorted(counts, np.arange(BLOCK_RECORDS, counts[-1] + 1, BLOCK_RECORDS), side="right")
         cuts = np.unique(np.concatenate([[0], edges, [len(counts)]]))
         for low, high in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
-            yield Block(
-                self.low + low, self.low + high, self.begin_us, self.end,
-                {kind: rows[low:high] for kind, rows in self.first.items()},
-                {kind: rows[low:high] for kind, rows in self.last.items()},
-            )  # fmt: skip
+            begin, end = ({kind: rows[low:high] for kind, rows in each.items()} for each in (self.begin, self.end))
+            yield Block(self.low + low, self.low + high, self.begin_us, self.end_us, begin, end)
 
 
-def _slices(order: Order, crew: Fleet, dirt: Dirt | None, low: int, high: int) -> Iterator[Slice]:
+def _slices(order: Order, crew: Fleet, dirt: Dirt | None, low: int, high: int) -> Iterator[Block]:
     """The run's time, cut so that a paced run goes out in ticks, and one flat out in slices that fit into memory."""
     meters = np.arange(low, high)
     far = FARTHEST // timedelta(microseconds=1)
@@ -435,7 +421,7 @@ def _slices(order: Order, crew: Fleet, dirt: Dirt | None, low: int, high: int) -
     for begin in range(0, whole, step):
         end = min(begin + step, whole)
         last = {kind: crew.sent_before(kind, meters, end) for kind in crew.kinds}
-        yield Slice(low, begin, end, first, last)
+        yield Block(low, high, begin, end, first, last)
         first = last
 
 
@@ -456,7 +442,7 @@ def _send(block: Block, order: Order, crew: Fleet, dirt: Dirt | None, late_s: fl
     for raw in dirt.raw_due(block.low, block.high, block.begin_us, block.end_us) if dirt else ():
         name = str(crew.meter_ids(np.array([raw.meter]))[0])
         sink.send("readings", [name], [raw.payload], raw.encoding)
-        sent.digest += digest_of([name.encode() + b"/" + raw.encoding.encode() + b"/" + raw.payload])
+        sent.digest += digest_of([raw_bytes(name, raw.encoding, raw.payload)])
         sent.counts["poison"][raw.meter - sent.low] += 1
         total += 1
     sent.until[block.low - sent.low : block.high - sent.low] = block.end_us
@@ -471,6 +457,16 @@ def digest_of(payloads: list[bytes]) -> npt.NDArray[np.uint64]:
     joined = b"".join([xxh3_128_digest(payload) for payload in payloads])
     lanes: npt.NDArray[np.uint64] = np.frombuffer(joined, "<u8").reshape(-1, 2).sum(axis=0, dtype=np.uint64)
     return lanes
+
+
+def raw_bytes(meter_id: str, encoding: str, payload: bytes) -> bytes:
+    """What the digest takes of bytes that are sent as they are: they need not name their meter themselves."""
+    return f"{meter_id}/{encoding}/".encode() + payload
+
+
+def digest_text(lanes: npt.NDArray[np.uint64]) -> str:
+    """A digest as the ledger has it."""
+    return "".join(f"{int(lane):016x}" for lane in lanes)
 
 
 def _readings(block: Block, crew: Fleet, dirt: Dirt | None) -> pl.DataFrame | None:
@@ -529,9 +525,8 @@ def _bare(rows: pl.DataFrame, entity: str) -> pa.Table:
 def _stamped(bare: pa.Table, due: Integers, order: Order, crew: Fleet, late_s: float) -> pa.Table:
     """The same with the stamps of the run."""
     lateness = round(late_s * (order.speed or 0) * SECOND)
-    first_us = round(crew.first_at.timestamp() * SECOND)
     stamps = {
-        "sent_at": from_microseconds(due + (first_us + lateness)),
+        "sent_at": from_microseconds(due + (crew.first_us + lateness)),
         "run_id": pl.repeat(order.run_id, len(due), eager=True),
     }
     if order.to == "kafka":

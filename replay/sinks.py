@@ -16,6 +16,14 @@ from schemas.topics import KINDS, mqtt_topic
 IN_FLIGHT = 20  # paho publishes fastest with a small window
 QUEUED = 2_000  # messages handed to paho and not acknowledged, all connections together: bounds memory
 KAFKA_QUEUED = 100_000  # records handed to librdkafka and not acknowledged: some 20 MB
+PRODUCER = {
+    "acks": "all",
+    "enable.idempotence": "true",
+    "compression.type": "lz4",
+    "linger.ms": "50",
+    "batch.size": "1000000",
+}
+"""How Kafka is written to; every Kafka producer has settings of these names."""
 CHUNK = 10_000  # records handed to librdkafka at a time
 DRAIN_S = 60.0
 
@@ -57,11 +65,7 @@ class KafkaSink:
         self._producer = Producer(
             {
                 "bootstrap.servers": bootstrap,
-                "enable.idempotence": True,
-                "acks": "all",
-                "compression.type": "lz4",
-                "linger.ms": 50,
-                "batch.size": 1_000_000,
+                **PRODUCER,
                 "partitioner": "murmur2_random",
                 "queue.buffering.max.messages": KAFKA_QUEUED + CHUNK,
                 "delivery.report.only.error": True,

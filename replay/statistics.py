@@ -96,13 +96,11 @@ def is_in_range(name: str, figure: Spread) -> bool:
 
 def statistics(tape: Tape) -> Statistics:
     """All figures of a tape."""
-    frame = pl.DataFrame(pl.from_arrow(tape.readings.select(COLUMNS))).with_columns(
-        pl.col("meter_id").cast(pl.Categorical)
-    )
+    frame = pl.DataFrame(tape.readings.select(COLUMNS)).with_columns(pl.col("meter_id").cast(pl.Categorical))
     readings = ordered(frame)
     interval_s = usual_interval_s(readings)
     minutes = minute_values(readings)
-    registry = pl.DataFrame(pl.from_arrow(tape.registry)).with_columns(pl.col("meter_id").cast(pl.Categorical))
+    registry = pl.DataFrame(tape.registry).with_columns(pl.col("meter_id").cast(pl.Categorical))
     local = pl.col("minute").dt.convert_time_zone(tape.info.time_zone).dt.hour()
     by_hour = minutes.group_by(hour=local).agg(pl.col("volts", "import_w").mean())
     mean_day = pl.DataFrame({"hour": pl.Series(range(24), dtype=pl.Int8)}).join(by_hour, on="hour", how="left")

@@ -8,7 +8,6 @@ the lake's records byte by byte with the run's digest, and every injected fault 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,13 @@ from rich.markup import escape
 from rich.table import Table
 
 import schemas
-from replay.dirt import FAULTS
-from replay.run import UNSTAMPED, Ledger, digest_of, run_folder
+from replay.dirt import FAULTS, encoding_of
+from replay.outcomes import GAP_FACTOR, MAX_AHEAD, MAX_BEHIND, STEP_SLACK_WH, judged
+from replay.run import UNSTAMPED, Ledger, digest_of, digest_text, raw_bytes, run_folder
 from schemas.closed_lists import (
     ACCEPTED_DELTAS,
     AlarmState,
     Bucket,
-    DeadLetterReason,
     DeltaReason,
     Edge,
     EventAction,
@@ -43,12 +42,6 @@ from schemas.topics import KINDS
 
 DELTAS, VOLTAGE, ALARMS, LAKE = "consumption_deltas", "voltage_deviation", "alarms", "readings_lake"
 """The stages, by the name of their job."""
-MAX_AHEAD, MAX_BEHIND = timedelta(hours=36), timedelta(days=400)
-"""Where the alarms job takes the arrival for the meter's own time; the jobs' settings have the same."""
-GAP_FACTOR = 1.5  # a step over more than so many intervals is a gap
-NEAR_WH = 1_000  # how near to 0 a register begins again, where no fuse is known
-UNKNOWN_INTERVAL_S = 3_600  # how late a reading may be told, where the registry knows no interval
-STEP_SLACK_WH = 100  # the coarsest register counts in such steps: a step may be so much above the fuse's limit
 NAMED_SEQS = 20  # missing records of one meter that are named
 DIGEST_ROWS = 100_000  # records that are encoded at once
 Step = Callable[[str], None]
@@ -74,7 +67,7 @@ class Books:
 
 
 def open_lake() -> duckdb.DuckDBPyConnection:
-    """A connection with one view per table that has files, over its plain glob."""
+    """A connection with a view per table, over its plain glob, and `newest_registry`: the newest row of each meter."""
     connection = duckdb.connect()
     connection.execute("SET TimeZone = 'UTC'")
     connection.execute(f"SET temp_directory = '{home() / 'staging' / 'duckdb'}'")
@@ -85,6 +78,10 @@ def open_lake() -> duckdb.DuckDBPyConnection:
             schema = polars_schema(TABLES[table])
             connection.register(f"no_{table}", pl.DataFrame(schema=schema).to_arrow())
             connection.execute(f"CREATE VIEW {table} AS FROM no_{table}")
+    connection.execute(
+        """CREATE VIEW newest_registry AS FROM registry QUALIFY row_number() OVER (
+            PARTITION BY meter_id ORDER BY valid_from DESC NULLS LAST, usage_point_id) = 1"""
+    )
     return connection
 
 
@@ -321,17 +318,16 @@ class Run:
             )
         )
         lake.register("faults", self.faults.to_arrow())
-        lake.register("sent", self._sent().to_arrow())
-        lake.register("holes", self._holes().to_arrow())
+        holes = self._holes()
+        lake.register("sent", self._sent(holes).to_arrow())
+        lake.register("holes", holes.to_arrow())
         lake.register("ledger_meters", self.meters.select("meter_id").to_arrow())
         truth = run_folder(self.ledger.run_id) / "truth.parquet"
         lake.execute(f"CREATE VIEW truth AS FROM read_parquet('{truth}')")
         lake.execute(
             """CREATE TEMP TABLE limits AS SELECT meter_id, interval_s,
                 CAST(fuse_a * len(string_split(phases, ',')) * coalesce(nominal_mv, 230000) / 1000 AS BIGINT) AS max_w
-            FROM registry SEMI JOIN ledger_meters USING (meter_id)
-            QUALIFY row_number() OVER (
-                PARTITION BY meter_id ORDER BY valid_from DESC NULLS LAST, usage_point_id) = 1"""
+            FROM newest_registry SEMI JOIN ledger_meters USING (meter_id)"""
         )
         lake.execute(
             f"""CREATE TEMP TABLE shared AS
@@ -356,19 +352,20 @@ class Run:
             WHERE turn <= letters"""
         )
 
-    def _copies(self) -> pl.DataFrame:
-        """Copies that were injected: topic, meter_id, seq, copies."""
-        is_copy = pl.col("was_sent") & (pl.col("kind") == FaultKind.DUPLICATE)
-        return self.faults.filter(is_copy).group_by("topic", "meter_id", "seq").agg(copies=pl.len().cast(pl.Int64))
+    def _sent(self, holes: pl.DataFrame) -> pl.DataFrame:
+        """Per topic and meter: `sent` records, `copies` among them, `end`: its seqs are 0 … end − 1 but for holes.
 
-    def _sent(self) -> pl.DataFrame:
-        """Per topic and meter: `sent` records, `copies` among them, `end`: its seqs are 0 … end − 1 but for holes."""
-        copies = self._copies().group_by("topic", "meter_id").agg(pl.col("copies").sum())
-        holes = self._holes().group_by("topic", "meter_id").agg(holes=pl.len().cast(pl.Int64))
+        Args:
+            holes: seqs that were not sent: topic, meter_id, seq.
+        """
+        of = ["topic", "meter_id"]
+        is_copy = pl.col("was_sent") & (pl.col("kind") == FaultKind.DUPLICATE)
+        copies = self.faults.filter(is_copy).group_by(of).agg(copies=pl.len().cast(pl.Int64))
+        missed = holes.group_by(of).agg(holes=pl.len().cast(pl.Int64))
         both = pl.concat([self.meters.select("meter_id", topic=pl.lit(kind), sent=kind) for kind in KINDS])
         return (
-            both.join(copies, on=["topic", "meter_id"], how="left")
-            .join(holes, on=["topic", "meter_id"], how="left")
+            both.join(copies, on=of, how="left")
+            .join(missed, on=of, how="left")
             .with_columns(pl.col("copies", "holes").fill_null(0))
             .with_columns(end=pl.col("sent") - pl.col("copies") + pl.col("holes"))
         )
@@ -385,20 +382,13 @@ class Run:
         if self.ledger.is_whole:
             return certain
         moved = pl.col("kind").is_in([FaultKind.LATE.value, FaultKind.REORDER.value])
-        sent = pl.concat([self.meters.select("meter_id", topic=pl.lit(kind), sent=kind) for kind in KINDS])
-        counted = certain.group_by(of).agg(holes=pl.len())
-        copies = self._copies().group_by(of).agg(pl.col("copies").sum())
         open_ = (
             self.faults.filter(moved & ~pl.col("was_sent"))
             .sort("seq")
-            .join(sent, on=of, how="left")
-            .join(counted, on=of, how="left")
-            .join(copies, on=of, how="left")
-            .with_columns(pl.col("holes", "copies").fill_null(0))
+            .join(self._sent(certain), on=of, how="left")
             .with_columns(rank=pl.int_range(pl.len()).over(of))
         )
-        below = pl.col("seq") < pl.col("sent") - pl.col("copies") + pl.col("holes") + pl.col("rank")
-        return pl.concat([certain, open_.filter(below).select(*of, "seq")])
+        return pl.concat([certain, open_.filter(pl.col("seq") < pl.col("end") + pl.col("rank")).select(*of, "seq")])
 
 
 def _told(lake: duckdb.DuckDBPyConnection, place: str, sql: str) -> pl.DataFrame:
@@ -409,9 +399,7 @@ def _told(lake: duckdb.DuckDBPyConnection, place: str, sql: str) -> pl.DataFrame
 
 def _frame(lake: duckdb.DuckDBPyConnection, sql: str) -> pl.DataFrame:
     """Rows of a query."""
-    frame = pl.from_arrow(lake.sql(sql).to_arrow_table())
-    assert isinstance(frame, pl.DataFrame)
-    return frame
+    return pl.DataFrame(lake.sql(sql).to_arrow_table())
 
 
 def _finding(place: str, told: str) -> pl.DataFrame:
@@ -868,148 +856,6 @@ def _each(column: str) -> str:
     return ", ".join(column.format(register) for register in REGISTERS)
 
 
-def _is(reason: DeltaReason) -> pl.Expr:
-    return pl.col("reason") == reason.value
-
-
-SPAN_S = (pl.col("next_at") - pl.col("next_previous_at")).dt.total_microseconds() / 1e6
-STEP_WH = pl.col("wh") - pl.col("previous_wh")
-LIMIT_WH = pl.col("max_w") * (pl.col("stamped_at") - pl.col("previous_at")).dt.total_microseconds() / 3.6e9
-"""The largest plausible step, less the register's own quantum."""
-IS_EVENT = pl.col("topic") == "events"
-ARRIVED = (pl.col("copies") >= 1) & (IS_EVENT | (pl.col("stamped_at") == pl.col("observed_at")))
-PLAIN = _is(DeltaReason.OK) | _is(DeltaReason.GAP)
-IS_APART = pl.col("quarantine").is_not_null() | pl.col("is_late")
-TAKEN = ARRIVED & ~IS_APART
-WILD = ARRIVED & (pl.col("quarantine") == QuarantineReason.IMPLAUSIBLE.value) & _is(DeltaReason.IMPLAUSIBLE)
-IS_TOO_FAR = (STEP_WH < 0) | (STEP_WH > LIMIT_WH)
-CAME_OLD = ARRIVED & pl.col("is_late") & _is(DeltaReason.OUT_OF_ORDER)
-COLLIDED = ARRIVED & (pl.col("quarantine") == QuarantineReason.CONFLICT.value) & _is(DeltaReason.CONFLICT)
-SAME = ARRIVED & _is(DeltaReason.DUPLICATE) & ~IS_APART
-MISSING = pl.col("copies") == 0
-HELD = (
-    (pl.col("next_previous_at") == pl.col("before_at"))
-    & (pl.col("next_previous_wh") == pl.col("before_wh"))
-    & (pl.col("next_delta_wh") == pl.col("next_wh") - pl.col("before_wh"))
-)
-"""The next step goes from the last value before the hole to the first one after it: no energy is lost."""
-IS_WIDE = SPAN_S > GAP_FACTOR * pl.col("interval_s")
-CAME_AFTER = pl.col("is_reordered") | (pl.col("amount") < pl.col("interval_s"))
-CATCHES_UP = (pl.col("next_previous_wh") == pl.col("wh")) & (
-    pl.col("next_delta_wh") == pl.col("next_wh") - pl.col("wh")
-)
-HOLE = {
-    FaultOutcome.NO_REGISTER: MISSING & pl.col("register").is_null(),
-    FaultOutcome.AT_THE_END: MISSING & ~pl.col("has_later"),
-    FaultOutcome.GAP: MISSING & HELD & IS_WIDE & (pl.col("next_reason") == DeltaReason.GAP.value),
-    FaultOutcome.WIDE_STEP: MISSING
-    & HELD
-    & ~IS_WIDE.fill_null(False)
-    & (pl.col("next_reason") == DeltaReason.OK.value),
-}
-SAID = {
-    outcome: ARRIVED & (pl.col("change") == outcome.value) & pl.col("is_found")
-    for outcome in (FaultOutcome.RAISED, FaultOutcome.REPEATED, FaultOutcome.CLEARED, FaultOutcome.STAYS_CLEARED)
-}
-NEAR_LIMIT_WH = LIMIT_WH.fill_null(NEAR_WH)
-LOST_CLOCK = {
-    FaultOutcome.IMPOSSIBLE_CLOCK: ARRIVED
-    & (pl.col("quarantine") == QuarantineReason.IMPOSSIBLE_CLOCK.value)
-    & (pl.col("quarantine_voltage") == QuarantineReason.IMPOSSIBLE_CLOCK.value)
-}
-TOLD_WH = (
-    pl.when(pl.col("kind") == FaultKind.UNIT_SLIP.value)
-    .then(pl.col("wh") - pl.col("wh") / pl.col("amount"))
-    .otherwise(pl.col("amount"))
-)
-"""How much a value was raised by its fault."""
-TOO_MUCH = {
-    FaultOutcome.IMPLAUSIBLE: WILD & IS_TOO_FAR,
-    # no fuse known, or little enough to be true
-    FaultOutcome.PLAUSIBLE: TAKEN & PLAIN & ~(TOLD_WH > LIMIT_WH + STEP_SLACK_WH).fill_null(False),
-}
-FORWARD = pl.col("amount") > 0
-AHEAD_S = (pl.col("stamped_at") - pl.col("due_at")).dt.total_microseconds() / 1e6
-JUMPED = (AHEAD_S - pl.col("amount")).is_between(-1 - pl.col("interval_s").fill_null(UNKNOWN_INTERVAL_S), 1)
-"""A meter reports within an interval of its reading: what is more is its clock's."""
-JUMPED_TOO_FAR = ~pl.col("amount").is_between(-MAX_BEHIND.total_seconds(), MAX_AHEAD.total_seconds())
-POISONED = pl.when((pl.col("to") == "kafka") & pl.col("detail").is_in([Poison.INVALID_JSON, Poison.INVALID_TELEGRAM]))
-EXPECTED_LETTER = POISONED.then(pl.lit(DeadLetterReason.NOT_FRAMED.value)).otherwise(pl.col("detail"))
-"""JSON and telegrams come by MQTT; in Kafka they are bytes without a frame."""
-
-RULES: dict[FaultKind, dict[FaultOutcome, pl.Expr]] = {
-    FaultKind.DUPLICATE: {FaultOutcome.DUPLICATE: (pl.col("copies") >= 2) & (pl.col("duplicates") >= 1) & PLAIN},
-    FaultKind.LATE: {
-        FaultOutcome.OUT_OF_ORDER: CAME_AFTER & CAME_OLD,
-        FaultOutcome.IN_ORDER: CAME_AFTER & TAKEN & PLAIN,  # it came within one batch, which is sorted
-    },
-    FaultKind.REORDER: {
-        FaultOutcome.OUT_OF_ORDER: pl.col("is_reordered") & CAME_OLD,
-        FaultOutcome.IN_ORDER: pl.col("is_reordered") & TAKEN & PLAIN,
-    },
-    FaultKind.GAP: HOLE,
-    FaultKind.CLOCK_JUMP: {
-        FaultOutcome.IMPOSSIBLE_CLOCK: JUMPED & JUMPED_TOO_FAR & LOST_CLOCK[FaultOutcome.IMPOSSIBLE_CLOCK],
-        FaultOutcome.CONFLICT: JUMPED & COLLIDED,
-        FaultOutcome.DUPLICATE: JUMPED & SAME,
-        FaultOutcome.IMPLAUSIBLE: JUMPED & WILD & IS_TOO_FAR,
-        FaultOutcome.OUT_OF_ORDER: JUMPED & ~FORWARD & CAME_OLD,
-        FaultOutcome.AHEAD: JUMPED & FORWARD & TAKEN & PLAIN,
-        FaultOutcome.IN_ORDER: JUMPED & ~FORWARD & TAKEN & PLAIN,  # within one batch, and no reading has its stamp
-    },
-    FaultKind.CLOCK_1970: LOST_CLOCK,
-    FaultKind.CLOCK_2099: LOST_CLOCK,
-    FaultKind.RESET: {
-        FaultOutcome.RESET: TAKEN
-        & _is(DeltaReason.RESET)
-        & (pl.col("delta_wh") == pl.col("wh"))
-        & (pl.col("previous_wh") == pl.col("amount")),
-        FaultOutcome.NO_CHANGE: TAKEN & PLAIN & (pl.col("previous_wh") == 0) & (pl.col("amount") == 0),
-        FaultOutcome.IMPLAUSIBLE: WILD & ((pl.col("wh") > NEAR_LIMIT_WH) | (pl.col("wh") >= pl.col("previous_wh") / 2)),
-    },
-    FaultKind.ROLLOVER: {
-        FaultOutcome.ROLLOVER: TAKEN
-        & _is(DeltaReason.ROLLOVER)
-        & (pl.col("delta_wh") == pl.col("amount") - pl.col("previous_wh") + pl.col("wh")),
-        FaultOutcome.IMPLAUSIBLE: WILD & (pl.col("amount") - pl.col("previous_wh") + pl.col("wh") > NEAR_LIMIT_WH),
-    },
-    FaultKind.METER_EXCHANGE: {
-        FaultOutcome.METER_EXCHANGE: TAKEN
-        & _is(DeltaReason.METER_EXCHANGE)
-        & (pl.col("delta_wh") == 0)
-        & ((pl.col("wh") >= pl.col("amount")) | (pl.col("previous_wh") == 0))
-    },
-    FaultKind.SPIKE: TOO_MUCH,
-    FaultKind.UNIT_SLIP: TOO_MUCH,
-    FaultKind.FROZEN: {FaultOutcome.ZERO_STEP: TAKEN & PLAIN & (pl.col("delta_wh") == 0) & CATCHES_UP},
-    FaultKind.POISON: {
-        FaultOutcome.DEAD_LETTER: MISSING & (pl.col("letters") >= 1) & (pl.col("letter_reason") == EXPECTED_LETTER)
-    },
-    FaultKind.POWER_STORM: {
-        **{outcome: ~IS_EVENT & rule for outcome, rule in HOLE.items()},
-        **{outcome: IS_EVENT & rule for outcome, rule in SAID.items()},
-    },
-    FaultKind.VOLTAGE_ALARM: SAID,
-    FaultKind.TAMPER: {
-        FaultOutcome.RAISED: SAID[FaultOutcome.RAISED],
-        FaultOutcome.REPEATED: SAID[FaultOutcome.REPEATED],
-    },
-}
-"""Kind of fault → what may become of a record that it touches, and how that is recognised; the first that holds."""
-
-
-def judged(facts: pl.DataFrame) -> pl.DataFrame:
-    """The facts with `outcome`: `unexplained` where no rule of its kind holds."""
-    kind = pl.col("kind")
-    cases = [
-        pl.when((kind == fault.value) & rule.fill_null(False)).then(pl.lit(outcome.value))
-        for fault, rules in RULES.items()
-        for outcome, rule in rules.items()
-    ]
-    not_sent = pl.when(~pl.col("was_sent")).then(pl.lit(FaultOutcome.NOT_SENT.value))
-    return facts.with_columns(outcome=pl.coalesce(not_sent, *cases, pl.lit(FaultOutcome.UNEXPLAINED.value)))
-
-
 def _per_fault(faults: pl.DataFrame) -> pl.DataFrame:
     """One row a fault: what became of its records, and of the first unexplained one what is known."""
     if not len(faults):
@@ -1135,11 +981,10 @@ def _digested(lake: duckdb.DuckDBPyConnection, run: Run, counts: pl.DataFrame) -
                 ON i.topic = a.topic AND i.meter_id = a.meter_id AND i.seq = a.seq
             WHERE a.copies - 1 > coalesce(i.copies, 0) GROUP BY a.meter_id, a.seq"""
         total -= lanes(again)  # redelivered copies: sent once
-    encodings = {Poison.INVALID_JSON.value: "json", Poison.INVALID_TELEGRAM.value: "dsmr"}
     poison = run.faults.filter((pl.col("kind") == FaultKind.POISON) & pl.col("was_sent"))
     for meter_id, detail, payload in poison.select("meter_id", "detail", "payload").iter_rows():
-        total += digest_of([f"{meter_id}/{encodings.get(detail, 'avro')}/".encode() + payload])
-    digest = "".join(f"{int(lane):016x}" for lane in total)
+        total += digest_of([raw_bytes(meter_id, encoding_of(Poison(detail)), payload)])
+    digest = digest_text(total)
     if digest == run.ledger.digest:
         return []
     told = f"records differ from what was sent: digest {digest} in the lake, {run.ledger.digest} sent"

@@ -44,6 +44,7 @@ SEED = 1
 SHORT_LIVED_JVM = "-XX:TieredStopAtLevel=1"
 """For a driver that lives minutes: compiling for the long run took 40 % of its CPU time."""
 DAY = date(2016, 6, 15)
+GRID_TAPE = ROOT / "data" / "cache" / f"simbench-{DAY}-v{VERSION}"
 BAD_INPUT = (
     Entry(
         kind=FaultKind.POISON,
@@ -96,10 +97,8 @@ def _demo(meters: int, log: Path | None, format: str | None, timezone: str | Non
         if log and format:
             tape, _ = import_log(log, format, tape_folder, timezone=timezone)
         else:
-            tape_folder = ROOT / "data" / "cache" / f"simbench-{DAY}-v{VERSION}"
-            tape = (
-                read_tape(tape_folder) if tape_folder.exists() else simulated(tape_folder, date(2016, 6, 15), 300, SEED)
-            )
+            tape_folder = GRID_TAPE
+            tape = read_tape(tape_folder) if tape_folder.exists() else simulated(tape_folder, DAY, 300, SEED)
         console.print(f"  {tape.info.rows_out:,} readings of {len(tape.registry)} meters from {tape.info.source}")
     stack.stop()
     _empty(folder)

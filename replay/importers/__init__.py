@@ -225,7 +225,7 @@ def stem(path: Path) -> str:
 
 def _registry(imported: Imported) -> pl.DataFrame:
     """Registry rows of one log's meters."""
-    own = pl.DataFrame(pl.from_arrow(registry_of(imported.readings, time_zone=imported.time_zone, interval_s=None)))
+    own = pl.DataFrame(registry_of(imported.readings, time_zone=imported.time_zone, interval_s=None))
     steps = pl.DataFrame(list(imported.intervals_s.items()), schema=["meter_id", "interval_s"], orient="row")
     own = own.update(steps.cast({"meter_id": pl.String, "interval_s": pl.Int64}), on="meter_id")
     return own if imported.registry is None else own.update(imported.registry, on="meter_id")

@@ -17,21 +17,9 @@ from schemas.errors import ConfigError, InvalidMessage
 from tests.unit.test_run import Kept
 from tests.wire import small_tape
 
+pytestmark = pytest.mark.usefixtures("home")
 METERS = 40
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def tape(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tape") / "small"
-    small_tape.write(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
-    return tmp_path
 
 
 class Played:

@@ -17,10 +17,8 @@ WEEK = timedelta(days=7)
 
 
 @pytest.fixture(scope="module")
-def tape(tmp_path_factory: pytest.TempPathFactory) -> Tape:
-    folder = tmp_path_factory.mktemp("tape") / "small"
-    small_tape.write(folder)
-    return read_tape(folder)
+def tape(tape: Path) -> Tape:
+    return read_tape(tape)
 
 
 def sent(crew: Fleet, step: timedelta = STEP, kind: str = "readings") -> pl.DataFrame:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,8 +16,10 @@ from replay.run import Ledger, Order, play, run_folder
 from replay.sinks import NullSink
 from schemas.codec import decode
 from schemas.errors import ConfigError, RetryLater
+from tests.eventually import eventually
 from tests.wire import small_tape
 
+pytestmark = pytest.mark.usefixtures("home")
 RECORDS = 50 * small_tape.READINGS + 50 * 2 + 10  # readings, power failures, tampers (every fifth home)
 
 
@@ -42,19 +43,6 @@ class Full(NullSink):
             msg = "gone"
             raise RetryLater(msg)
         super().send(kind, meter_ids, payloads, encoding)
-
-
-@pytest.fixture(scope="module")
-def tape(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tape") / "small"
-    small_tape.write(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
-    return tmp_path
 
 
 def test_the_ledger_says_what_was_sent_and_the_records_carry_the_run(tape: Path, home: Path) -> None:
@@ -113,11 +101,8 @@ def test_ctrl_c_ends_a_run_with_a_ledger_that_is_right(tape: Path, home: Path, p
     command = [sys.executable, "-m", "replay", "run", "--tape", str(tape), "--to", "null", "--speed", "60"]
     options = ["--run-id", "r1", "--json", "--processes", str(processes)]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, start_new_session=True) as replay:
-        deadline = time.monotonic() + 60
-        while not (run_folder("r1") / "run.json").exists():
-            assert time.monotonic() < deadline
-            assert replay.poll() is None
-            time.sleep(0.05)
+        eventually((run_folder("r1") / "run.json").exists, 60)
+        assert replay.poll() is None
         os.killpg(replay.pid, signal.SIGINT)
         out, _ = replay.communicate(timeout=60)
     assert replay.returncode == 130

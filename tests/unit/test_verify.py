@@ -19,8 +19,9 @@ from lake import alarm_life, delta_engine, voltage
 from lake.seen_before import with_seen
 from replay.__main__ import app
 from replay.dirt import Entry
+from replay.outcomes import RULES
 from replay.run import Order, play, run_folder
-from replay.verify import RULES, Verdict, verify
+from replay.verify import Verdict, verify
 from schemas.closed_lists import Bucket, FaultKind, FaultOutcome, Poison
 from schemas.codec import decode
 from schemas.errors import ConfigError, InvalidMessage

@@ -199,7 +199,9 @@ def run(
     duration: Annotated[
         str | None, typer.Option(help="How much of the log each meter plays: 90s, 40m, 6h, 7d.")
     ] = None,
-    loop: Annotated[bool, typer.Option(help="Begin the log again at its end, until --duration is over.")] = False,
+    loop: Annotated[
+        bool, typer.Option(help="Begin the log again after its whole weeks, or days, until --duration is over.")
+    ] = False,
     burst: Annotated[bool, typer.Option(help="All meters report at the same moment.")] = False,
     processes: Annotated[int, typer.Option(help="How many share the meters.", min=1)] = 1,
     connections: Annotated[int, typer.Option(help="MQTT connections of each process.", min=1)] = 1,
@@ -236,6 +238,7 @@ def run(
             console.print(
                 f"run {ledger.run_id}: {ledger.records:,} records of {ledger.meters:,} meters in {ledger.seconds:.1f} s"
                 f", {ledger.records_per_s:,.0f}/s, {ledger.cpu_s:.1f} s of CPU; late by {late}; digest {ledger.digest}"
+                f"{'; by one process, the tape is too sparse to share' if ledger.processes < processes else ''}"
                 f"{'' if ledger.is_whole else '; stopped before its end'}",
                 highlight=False,
             )

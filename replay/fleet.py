@@ -4,17 +4,19 @@ Everything is a pure function of the tape, the seed and the meter's number: whic
 not depend on how the run is cut into slices, or into processes. Times inside are microseconds since the run's begin.
 
 With the run's clock, meter i plays log i mod M from a week of the log that the seed chooses (whole weeks, so that hours
-and week days stay in place; at the log's end it goes on at its begin). Registers start anew and are summed again from
-the log's own steps, times a scale and with a wave along the register that bends every home's use a little and cannot
-make a register step back; powers bend with them. Voltages are moved a little. Reports of a meter come at its own phase
-of the interval. The first M meters are the logs themselves: no week, no scale, no wave. With the log's own clock
-nothing at all is changed.
+and week days stay in place; at the end of the last whole week it goes on at the log's begin). Registers start anew and
+are summed again from the log's own steps, times a scale and with a wave along the register that bends every home's use
+a little and cannot make a register step back; powers bend with them. Where the log's register steps back or its box
+changes, the copy's begins anew at what the log shows there. Voltages are moved a little. Reports of a meter come at its
+own phase of the interval. The first M meters are the logs themselves: no week, no scale, no wave, the log's own
+registers. With the log's own clock nothing at all is changed.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +40,7 @@ START_WH = 20_000_000  # a meter some years old
 SHIFT_MV = 800  # two neighbouring grids of one kind
 WAVE = 0.3  # how much a home's use is bent at most; below 1, or a register could step back
 WAVE_WH = (400.0, 4_000.0)  # length of the wave: some hours of a home's use
-MAX_OUTLIER = timedelta(days=400)  # a stamp this far from the log's middle is a broken clock, not a time to wait for
+MAX_HOLE = timedelta(days=400)  # beyond a hole as long as this stand broken clocks: no times to wait for
 SECOND = 1_000_000
 DAY, WEEK = 86_400 * SECOND, 7 * 86_400 * SECOND
 STAMP = pl.Datetime("us", "UTC")
@@ -54,10 +56,12 @@ class Rows:
         due: microseconds since the tape's begin when a row is sent: never before the one above it in the log.
         first: per log its first row.
         cycle: per log its rows within one cycle.
-        energy: per register and row the Wh since the log's first value; not a number where the tape has none.
-        filled: the same with the last known value instead.
+        used: per register and row the Wh since the log's first value: the sum of its steps ahead.
+        blank: per register where the tape has no value; not named where it has all.
         has: per register and log whether there is any value.
-        base_wh: per register and log its first value.
+        base_wh: per register and row what the log shows where it began anew the last time, or at first.
+        anew: per register and row the row where it began anew the last time, −1 if it has not since the log's begin.
+        last_anew: per register and log the same at a cycle's end.
         cycle_wh: per register and log the Wh of a whole cycle.
     """
 
@@ -66,10 +70,12 @@ class Rows:
     due: Integers
     first: Integers
     cycle: Integers
-    energy: dict[str, Floats]
-    filled: dict[str, Floats]
+    used: dict[str, Floats]
+    blank: dict[str, npt.NDArray[np.bool_]]
     has: dict[str, npt.NDArray[np.bool_]]
     base_wh: dict[str, Floats]
+    anew: dict[str, Integers]
+    last_anew: dict[str, Integers]
     cycle_wh: dict[str, Floats]
 
 
@@ -84,7 +90,7 @@ class Plan:
         wave: how much its use is bent, 0 to `WAVE`.
         wave_per_wh: angle per Wh of the wave along the register.
         angle: where on the wave it begins.
-        start_wh: its registers' first value.
+        start_wh: its registers' first value, if it is a copy.
         shift_mv: on its voltages.
         phase: microseconds after the log's time that it reports.
     """
@@ -100,6 +106,20 @@ class Plan:
     phase: Integers
 
 
+class Shown(NamedTuple):
+    """What a register shows in some rows.
+
+    Attributes:
+        wh: its values; not a number where the tape has none.
+        energy_wh: what went through since the meter's begin.
+        slope: factor by which power is bent there.
+    """
+
+    wh: Floats
+    energy_wh: Floats
+    slope: Floats
+
+
 @dataclass(frozen=True)
 class Fleet:
     """A fleet that plays a tape.
@@ -111,7 +131,8 @@ class Fleet:
         first_at: the run clock's begin.
         length: microseconds of the log that every meter plays.
         last_at: the last record is due before.
-        cycle: microseconds after which a log begins again.
+        cycle: microseconds after which a log begins again, for a copy or in a loop.
+        is_loop: whether it does so for the logs themselves, too.
         span: what `Rows.keys` counts logs by.
         rebase: what the run's clock adds to the log's stamps.
         interval: microseconds between two readings of a meter, usually.
@@ -125,6 +146,7 @@ class Fleet:
     length: int
     last_at: datetime
     cycle: int
+    is_loop: bool
     span: int
     rebase: timedelta
     interval: int
@@ -164,23 +186,32 @@ class Fleet:
         own = np.clip(until - plan.phase[meters], 0, self.length)
         return self._before(kind, meters, plan.week[meters] + own)
 
+    @cached_property
+    def has_laps(self) -> bool:
+        """Whether any meter comes to its log's end and goes on at its begin."""
+        return self.is_loop or self.has_weeks
+
+    def _goes_round(self, meters: Integers) -> npt.NDArray[np.bool_]:
+        return np.full(len(meters), True) if self.is_loop else meters >= len(self.logs)
+
     def _before(self, kind: str, meters: Integers, log_time: Integers) -> Integers:
         rows = self.kinds[kind]
         log = self.plan.log[meters]
-        lap, within = np.divmod(log_time, self.cycle)
-        found = np.searchsorted(rows.keys, log * self.span + within) - rows.first[log]
-        before: Integers = lap * rows.cycle[log] + (
-            np.minimum(found, rows.cycle[log]) if self.cycle < self.span else found
-        )
-        return before
+        if not self.has_laps:
+            before: Integers = np.searchsorted(rows.keys, log * self.span + log_time) - rows.first[log]
+            return before
+        lap, within = np.divmod(log_time, np.where(self._goes_round(meters), self.cycle, self.span))
+        before = np.searchsorted(rows.keys, log * self.span + within) - rows.first[log]
+        return np.where(self._goes_round(meters), lap * rows.cycle[log] + np.minimum(before, rows.cycle[log]), before)
 
     def _place(self, kind: str, meters: Integers, numbers: Integers) -> tuple[Integers, Integers]:
         """Row of the tape and lap of each unrolled row."""
         rows = self.kinds[kind]
         log = self.plan.log[meters]
-        if self.cycle >= self.span:
+        if not self.has_laps:
             return rows.first[log] + numbers, np.zeros_like(numbers)
-        lap, within = np.divmod(numbers, np.maximum(rows.cycle[log], 1))
+        endless = np.iinfo(np.int64).max
+        lap, within = np.divmod(numbers, np.where(self._goes_round(meters), np.maximum(rows.cycle[log], 1), endless))
         return rows.first[log] + within, lap
 
     def due(self, kind: str, meters: Integers, numbers: Integers) -> Integers:
@@ -206,27 +237,45 @@ class Fleet:
             numbers: the unrolled rows.
             filled: take the last known value where the tape has none.
         """
-        return {name: values for name, (values, _) in self._registers(meters, numbers, filled).items()}
+        return {name: shown.wh for name, shown in self._registers(meters, numbers, filled).items()}
 
-    def _registers(self, meters: Integers, numbers: Integers, filled: bool) -> dict[str, tuple[Floats, Floats]]:
-        """Per register the values and the factor by which power is bent there."""
+    def _registers(self, meters: Integers, numbers: Integers, filled: bool) -> dict[str, "Shown"]:
+        """What each register shows."""
         rows, plan = self.kinds["readings"], self.plan
         row, lap = self._place("readings", meters, numbers)
         log = plan.log[meters]
-        begun = self._place("readings", meters, self.begin("readings", meters)) if self.has_weeks else None
+        begun = self._place("readings", meters, self.begin("readings", meters))
         scale, wave, per_wh, angle = plan.scale[meters], plan.wave[meters], plan.wave_per_wh[meters], plan.angle[meters]
-        result = {}
-        for name, energy in (rows.filled if filled else rows.energy).items():
-            used = energy[row] + lap * rows.cycle_wh[name][log]
-            if begun is not None:
-                used -= rows.filled[name][begun[0]] + begun[1] * rows.cycle_wh[name][log]
+        is_copy = (meters >= len(self.logs)) & (not self.own_clock)
+
+        def through(name: str, row: Integers, lap: Integers) -> tuple[Floats, Floats]:
+            """What went through the meter since its begin, and where on its wave that is."""
+            used = rows.used[name][row] + lap * rows.cycle_wh[name][log]
+            if self.has_weeks:
+                used -= rows.used[name][begun[0]] + begun[1] * rows.cycle_wh[name][log]
             at = angle + used * per_wh
-            shown = scale * (used + wave / per_wh * (np.sin(at) - np.sin(angle)))
+            return np.floor(scale * (used + wave / per_wh * (np.sin(at) - np.sin(angle))) + 0.5), at
+
+        result = {}
+        for name in rows.used:
+            energy, at = through(name, row, lap)
+            since = energy
             # a home without panels has no export: its register stays at 0
-            start = np.where(rows.cycle_wh[name][log] != 0, plan.start_wh[meters], 0)
-            if self.own_clock:
-                start = rows.base_wh[name][log]
-            result[name] = (start + np.floor(shown + 0.5), scale * (1 + wave * np.cos(at)))
+            own_start = np.where(rows.cycle_wh[name][log] != 0, plan.start_wh[meters], 0)
+            start = np.where(is_copy, own_start, rows.base_wh[name][rows.first[log]])
+            if (rows.last_anew[name] >= 0).any():
+                anew, anew_lap = rows.anew[name][row], lap
+                is_before = (anew < 0) & (lap > begun[1])  # the lap has not begun anew yet: the one before has
+                anew = np.where(is_before, rows.last_anew[name][log], anew)
+                anew_lap = lap - is_before
+                has_begun = (anew >= 0) & ((anew_lap > begun[1]) | ((anew_lap == begun[1]) & (anew > begun[0])))
+                anew = np.where(has_begun, anew, begun[0])
+                start = np.where(has_begun, rows.base_wh[name][anew], start)
+                since = energy - through(name, anew, np.where(has_begun, anew_lap, begun[1]))[0]
+            values = start + since
+            if not filled and name in rows.blank:
+                values = np.where(rows.blank[name][row], np.nan, values)
+            result[name] = Shown(values, energy, scale * (1 + wave * np.cos(at)))
         return result
 
     def pairs(self, kind: str, low: int, high: int, begin: Integers, end: Integers) -> tuple[Integers, Integers]:
@@ -253,7 +302,7 @@ class Fleet:
             return frame
         registers = self._registers(meters, numbers if shown is None else shown, False)
         new: dict[str, pl.Series] = {
-            name: pl.Series(name, values).fill_nan(None).cast(pl.Int64) for name, (values, _) in registers.items()
+            name: pl.Series(name, shown.wh).fill_nan(None).cast(pl.Int64) for name, shown in registers.items()
         }
         imports, exports = self._factors(frame, registers, plan.scale[meters])
         shift = pl.Series(plan.shift_mv[meters])
@@ -266,19 +315,20 @@ class Fleet:
             elif name in CURRENT_COLUMNS:
                 factor = imports if has_import is None else imports.zip_with(has_import.fill_null(True), exports)
                 new[name] = _whole(frame.get_column(name) * factor)
-            elif name in VOLTAGE_COLUMNS:
-                new[name] = frame.get_column(name) + shift
+            elif name in VOLTAGE_COLUMNS:  # a dead phase stays dead
+                volts = frame.get_column(name)
+                new[name] = volts.zip_with((volts <= 0).fill_null(False), (volts + shift).clip(1))
         return frame.with_columns(**new)
 
     def _factors(
-        self, frame: pl.DataFrame, registers: dict[str, tuple[Floats, Floats]], scale: Floats
+        self, frame: pl.DataFrame, registers: dict[str, "Shown"], scale: Floats
     ) -> tuple[pl.Series, pl.Series]:
         """Factor on imported and exported power: the slope of the register that counts at that time."""
         second = (frame.get_column("tariff") == 2).fill_null(False).to_numpy() if "tariff" in frame.columns else None
         found = []
         for way in ("import", "export"):
             slopes = [
-                registers[f"{way}_{tariff}_wh"][1] for tariff in ("t1", "t2") if f"{way}_{tariff}_wh" in registers
+                registers[f"{way}_{tariff}_wh"].slope for tariff in ("t1", "t2") if f"{way}_{tariff}_wh" in registers
             ]
             slope = slopes[0] if slopes else scale
             if len(slopes) == 2 and second is not None:
@@ -346,6 +396,7 @@ class Fleet:
         meters = np.arange(low, high)
         ids = self.meter_ids(meters)
         copy = pl.Series("copy", meters // len(self.logs) + 1)
+        is_copy, moved = pl.col("copy") > 1, pl.col("valid_from") + self.rebase
         grid = ["transformer_id", "feeder_id", "community_id"]
         return (
             named.with_columns(copy, meter_id=ids)
@@ -353,7 +404,7 @@ class Fleet:
                 *[pl.format("{}-{}", name, "copy").alias(name) for name in grid],
                 usage_point_id=pl.format("up-{}", "meter_id"),
                 equipment_id=self.boxes(meters),
-                valid_from=pl.col("valid_from") + self.rebase,
+                valid_from=pl.when(is_copy).then(pl.min_horizontal(moved, pl.lit(self.first_at))).otherwise(moved),
             )
             .select(REGISTRY.names)
             .cast(polars_schema(REGISTRY))
@@ -362,14 +413,15 @@ class Fleet:
     def truth(self, low: int, high: int) -> pl.DataFrame:
         """What the registers of the meters low … high − 1 show.
 
-        Columns meter_id, register, first_wh, last_wh, energy_wh, readings. The energy is what went through the meter:
-        no fault that is injected changes it.
+        Columns meter_id, register, first_wh, last_wh, energy_wh, begins_anew, readings. The energy is what went through
+        the meter, the sum of its steps ahead: no fault that is injected changes it. Where the log's own register begins
+        anew (a step back, another box), what went through in between is in no log.
         """
         meters = np.arange(low, high)
         begin = self.begin("readings", meters)
         count = self.counts("readings", meters)
         meters, begin, count = meters[count > 0], begin[count > 0], count[count > 0]
-        first, last = self.registers(meters, begin, True), self.registers(meters, begin + count - 1, True)
+        first, last = self._registers(meters, begin, True), self._registers(meters, begin + count - 1, True)
         ids, number = self.meter_ids(meters), pl.Series(meters)
         log = self.plan.log[meters]
         rows = self.kinds["readings"]
@@ -378,9 +430,10 @@ class Fleet:
                 {
                     "meter_id": ids,
                     "register": pl.repeat(name.removesuffix("_wh"), len(meters), eager=True),
-                    "first_wh": first[name],
-                    "last_wh": last[name],
-                    "energy_wh": last[name] - first[name],
+                    "first_wh": first[name].wh,
+                    "last_wh": last[name].wh,
+                    "energy_wh": last[name].energy_wh,
+                    "begins_anew": rows.last_anew[name][log] >= 0,
                     "readings": count,
                     "meter": number,
                 }
@@ -389,7 +442,7 @@ class Fleet:
         ]
         schema = {
             "meter_id": pl.String, "register": pl.String, "first_wh": pl.Int64, "last_wh": pl.Int64,
-            "energy_wh": pl.Int64, "readings": pl.Int64,
+            "energy_wh": pl.Int64, "begins_anew": pl.Boolean, "readings": pl.Int64,
         }  # fmt: skip
         if not pieces:
             return pl.DataFrame(schema=schema)
@@ -445,9 +498,14 @@ def fleet(
     if loop and duration is None:
         msg = "--loop goes on until --duration is over: give both"
         raise ConfigError(msg)
-    readings, events = _due(readings), _due(events)
-    first = min(rows.get_column("due_at").min() for rows in (readings, events) if len(rows))  # type: ignore[type-var]
-    last = max(rows.get_column("due_at").max() for rows in (readings, events) if len(rows))  # type: ignore[type-var]
+    unnamed = pl.concat([rows.get_column("meter_id") for rows in (readings, events)]).unique()
+    unnamed = unnamed.filter(~unnamed.is_in(logs.get_column("meter_id").implode())).sort()
+    if len(unnamed):
+        msg = f"the tape's registry lacks {len(unnamed)} of its meters: {', '.join(unnamed.head(5))}"
+        raise ConfigError(msg)
+    readings, events = _due(readings, events)
+    times = pl.concat([rows.get_column("due_at") for rows in (readings, events)])
+    first, last = times.min(), times.max()
     assert isinstance(first, datetime)
     assert isinstance(last, datetime)
     interval = max(int(tape.info.interval_s or 1), 1) * SECOND
@@ -457,13 +515,15 @@ def fleet(
     )
     has_weeks = not own_clock and count > len(logs) and whole >= 2 * WEEK
     cycle = whole if loop or has_weeks else length + interval
-    span = length + interval + 1 if loop or has_weeks else cycle
-    longest = length if not loop and not has_weeks else whole
-    wanted = longest if duration is None else duration // timedelta(microseconds=1)
-    play = wanted if loop else min(wanted, longest)
-    if play <= 0:
+    span = length + interval + 1
+    wanted = length if duration is None else duration // timedelta(microseconds=1)
+    if wanted <= 0:
         msg = f"--duration is more than 0, not {duration}"
         raise ConfigError(msg)
+    if wanted > length + interval and not loop:
+        msg = f"--duration {duration} is more than the tape's {last - first}: give --loop to begin it again at its end"
+        raise ConfigError(msg)
+    play = wanted if loop else min(wanted, length)
     kinds = {}
     for kind, rows in (("readings", readings), ("events", events)):
         kinds[kind] = _rows(rows, logs, first, span, cycle, kind == "readings")
@@ -472,18 +532,19 @@ def fleet(
     )
     first_at = start or first
     last_at = first_at + timedelta(microseconds=int(play + interval))
-    return Fleet(logs, plan, kinds, first_at, play, last_at, cycle, span, first_at - first, interval, own_clock)
+    return Fleet(logs, plan, kinds, first_at, play, last_at, cycle, loop, span, first_at - first, interval, own_clock)
 
 
 def _plan(count: int, logs: int, seed: int, weeks: int, interval: int, own_clock: bool) -> Plan:
-    random = np.random.default_rng(seed)
+    """Each attribute has a generator of its own: a meter's plan does not depend on how many come after it."""
+    random = [np.random.default_rng(each) for each in np.random.SeedSequence(seed).spawn(8)]
     number = np.arange(count)
     is_copy = (number >= logs) & (not own_clock)
-    week = random.integers(0, weeks, count) * WEEK
-    scale = np.round(random.uniform(*SCALES, count), 4)
-    wave = np.round(random.uniform(0, WAVE, count), 4)
-    wave_wh = random.uniform(math.log(WAVE_WH[0]), math.log(WAVE_WH[1]), count)
-    angle = random.uniform(0, 2 * math.pi, count)
+    week = random[0].integers(0, weeks, count) * WEEK
+    scale = np.round(random[1].uniform(*SCALES, count), 4)
+    wave = np.round(random[2].uniform(0, WAVE, count), 4)
+    wave_wh = random[3].uniform(math.log(WAVE_WH[0]), math.log(WAVE_WH[1]), count)
+    angle = random[4].uniform(0, 2 * math.pi, count)
     return Plan(
         log=number % logs,
         week=np.where(is_copy, week, 0),
@@ -491,24 +552,43 @@ def _plan(count: int, logs: int, seed: int, weeks: int, interval: int, own_clock
         wave=np.where(is_copy, wave, 0.0),
         wave_per_wh=np.asarray(2 * math.pi / np.round(np.exp(wave_wh), 1), np.float64),
         angle=np.round(angle, 6),
-        start_wh=random.integers(0, START_WH, count),
-        shift_mv=np.where(is_copy, random.integers(-SHIFT_MV, SHIFT_MV + 1, count), 0),
-        phase=random.integers(0, interval, count) if interval else np.zeros(count, np.int64),
+        start_wh=random[5].integers(0, START_WH, count),
+        shift_mv=np.where(is_copy, random[6].integers(-SHIFT_MV, SHIFT_MV + 1, count), 0),
+        phase=random[7].integers(0, interval, count) if interval else np.zeros(count, np.int64),
     )
 
 
-def _due(rows: pl.DataFrame) -> pl.DataFrame:
-    """Adds due_at: when a record is sent, never before the one above it in the log."""
-    middle = pl.col("observed_at").median()
-    is_sane = (pl.col("observed_at") - middle).abs() <= MAX_OUTLIER
-    known = pl.when(is_sane).then("observed_at").cum_max().forward_fill().backward_fill()
-    return rows.sort("log_row").with_columns(due_at=known.over("meter_id"))
+def _due(readings: pl.DataFrame, events: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Adds due_at: when a record is sent, never before the one above it in the log.
+
+    A log's time is where most of its readings stand, between two holes of `MAX_HOLE`; a stamp outside is of a broken
+    clock and is sent when its neighbours are.
+    """
+    hole = (pl.col("observed_at").diff() > MAX_HOLE).fill_null(False).cum_sum()
+    times = (
+        readings.sort("observed_at")
+        .select("meter_id", "observed_at", part=hole.over("meter_id"))
+        .group_by("meter_id", "part")
+        .agg(begin=pl.col("observed_at").min(), end=pl.col("observed_at").max(), rows=pl.len())
+        .sort("rows", "end")
+        .group_by("meter_id")
+        .agg(pl.col("begin", "end").last())
+    )
+    every = times.select(pl.col("begin").min(), pl.col("end").max())
+    both = []
+    for rows in (readings, events):
+        known = rows.sort("log_row").join(times, on="meter_id", how="left", maintain_order="left")
+        begin, end = pl.col("begin").fill_null(every["begin"][0]), pl.col("end").fill_null(every["end"][0])
+        is_sane = pl.col("observed_at").is_between(begin - MAX_HOLE, end + MAX_HOLE)
+        due = pl.when(is_sane).then("observed_at").cum_max().forward_fill().backward_fill()
+        both.append(known.with_columns(due_at=due.over("meter_id")).drop("begin", "end"))
+    return both[0], both[1]
 
 
 def _rows(rows: pl.DataFrame, logs: pl.DataFrame, first: datetime, span: int, cycle: int, has_registers: bool) -> Rows:
     number = pl.DataFrame({"meter_id": logs.get_column("meter_id"), "log": np.arange(len(logs))})
     known = (
-        rows.join(number, on="meter_id", how="inner", maintain_order="left")
+        rows.join(number, on="meter_id", how="left", maintain_order="left")
         .with_columns(due=(pl.col("due_at") - first).dt.total_microseconds().fill_null(0))
         .sort("log", "due", "log_row")
     )
@@ -516,30 +596,38 @@ def _rows(rows: pl.DataFrame, logs: pl.DataFrame, first: datetime, span: int, cy
     edges = np.searchsorted(log, np.arange(len(logs) + 1))
     keys = log * span + due
     ends = np.searchsorted(keys, np.arange(len(logs)) * span + min(cycle, span - 1))
-    frame = known.drop("log_row", "due_at", "log", "due")
+    found = Rows(known, keys, due, edges[:-1], ends - edges[:-1], {}, {}, {}, {}, {}, {}, {})
     if has_registers:
         boxes = pl.col("equipment_id").forward_fill().backward_fill()
-        frame = frame.with_columns(box=boxes.rle_id().over("meter_id").cast(pl.Int64))
-    energy: dict[str, Floats] = {}
-    filled: dict[str, Floats] = {}
-    has: dict[str, npt.NDArray[np.bool_]] = {}
-    base_wh: dict[str, Floats] = {}
-    cycle_wh: dict[str, Floats] = {}
+        known = known.with_columns(box=boxes.rle_id().over("log").cast(pl.Int64))
+    has_rows = edges[1:] > edges[:-1]
+    # to the first row after the cycle, where there is one: the step from a lap to the next is in it
+    after = np.minimum(np.maximum(np.minimum(ends, edges[1:] - 1), edges[:-1]), len(known) - 1)
+    last = np.minimum(np.maximum(np.minimum(ends, edges[1:]) - 1, edges[:-1]), len(known) - 1)
     for name in REGISTER_COLUMNS if has_registers else ():
-        column = known.get_column(name)
-        if column.null_count() == len(column):
+        if known.get_column(name).null_count() == len(known):
             continue
-        own = known.select("log", wh=name, base=pl.col(name).drop_nulls().first().over("log"))
-        used = (pl.col("wh") - pl.col("base")).cast(pl.Float64)
-        energy[name] = own.select(used.fill_null(float("nan"))).to_series().to_numpy()
-        filled[name] = own.select(used.forward_fill().over("log").fill_null(0.0)).to_series().to_numpy()
-        bases = own.group_by("log").agg(pl.col("base").first()).drop_nulls()
-        logged = bases.get_column("log").to_numpy()
-        has[name], base_wh[name] = np.zeros(len(logs), bool), np.zeros(len(logs))
-        has[name][logged], base_wh[name][logged] = True, bases.get_column("base").to_numpy()
-        last = np.maximum(np.minimum(ends, edges[1:] - 1), edges[:-1])
-        cycle_wh[name] = np.where(edges[1:] > edges[:-1], filled[name][np.minimum(last, len(keys) - 1)], 0.0)
-    frame = frame.drop(
-        [column.name for column in frame.get_columns() if column.null_count() == len(frame) and len(frame)]
-    )
-    return Rows(frame, keys, due, edges[:-1], ends - edges[:-1], energy, filled, has, base_wh, cycle_wh)
+        wh = pl.col(name).forward_fill().over("log", "box")
+        step = wh.diff().over("log", "box")
+        is_anew = (step < 0) | (pl.col("box") > 0) & wh.is_not_null() & wh.shift(1).over("log", "box").is_null()
+        own = known.select(
+            used=step.clip(0).fill_null(0).cum_sum().over("log").cast(pl.Float64),
+            anew=pl.when(is_anew).then(pl.int_range(pl.len())).forward_fill().over("log").fill_null(-1),
+            is_blank=pl.col(name).is_null(),
+            base_wh=pl.col(name).drop_nulls().first().over("log").fill_null(0).cast(pl.Float64),
+            wh=pl.col(name).cast(pl.Float64),
+        )  # fmt: skip
+        base, wh_there, anew = (own.get_column(each).to_numpy() for each in ("base_wh", "wh", "anew"))
+        found.used[name], found.anew[name] = own.get_column("used").to_numpy(), anew
+        # where a register begins anew the log shows a value
+        found.base_wh[name] = np.where(anew == np.arange(len(known)), wh_there, base)
+        if known.get_column(name).null_count():
+            found.blank[name] = own.get_column("is_blank").to_numpy()
+        found.has[name] = np.array(
+            [not blank.all() for blank in np.split(own.get_column("is_blank").to_numpy(), edges[1:-1])]
+        )
+        found.last_anew[name] = np.where(has_rows, anew[last], -1)
+        found.cycle_wh[name] = np.where(has_rows, found.used[name][after], 0.0)
+    frame = known.drop("log_row", "due_at", "log", "due")
+    empty = [column.name for column in frame.get_columns() if column.null_count() == len(frame) and len(frame)]
+    return replace(found, frame=frame.drop(empty))

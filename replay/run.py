@@ -1,7 +1,7 @@
 """Playing a tape: pacing, sending, and the ledger of what was sent.
 
-Open loop: a record is due when the run's clock says so, however late the one before was; the sender's own lateness is
-measured for every record. sent_at is the run's clock when the record is sent: its due time plus that lateness × speed.
+Open loop: a record is due when the run's clock says so, however late the one before was; how late it is handed over is
+measured for every record against its own due time. sent_at is the run's clock when it is sent; flat out, its due time.
 
 The run's time is cut into slices, the fleet into blocks of meters; processes share the fleet, each its own meters. None
 of that changes what a meter sends.
@@ -14,11 +14,11 @@ import queue
 import signal
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from multiprocessing.context import SpawnContext
 from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from xxhash import xxh3_128_digest
 
-from replay.dirt import FAULTS, Dirt, Entry
-from replay.fleet import STAMP, Fleet, Integers, fleet, from_microseconds
-from replay.sinks import DRAIN_S, Sink
+from replay.dirt import FAULTS, Dirt, Entry, Raw
+from replay.fleet import STAMP, Fleet, Floats, Integers, fleet, from_microseconds
+from replay.sinks import Sink
 from replay.tape import read_tape
 from schemas.codec import arrow_schema, encode_batch
 from schemas.errors import ConfigError, MeterstreamError, RetryLater
@@ -42,9 +42,10 @@ TICK_S = 0.1  # wall time between two bursts of a paced run
 TICK_PER_METER_S = 1e-6  # looking for what is due costs 0.2 s per million meters
 BLOCK_RECORDS = 20_000  # records that are in memory at once: some MB
 BLOCK_METERS = 100_000  # rows of registry and truth that are in memory at once
-FARTHEST = timedelta(
-    minutes=10
-)  # blocks and processes keep this close together: a third of what the jobs allow as late
+FARTHEST_US = 10 * 60 * 1_000_000
+"""Meters and processes keep this close together on the run's clock: a third of what the jobs allow as late."""
+LAST_WORDS_S = 1.0  # what a process said before it died is heard by then
+SHARED_RECORDS = 2_000  # fewer in a slice of that length cost less than meeting after it
 SECOND = 1_000_000
 ENDING = (signal.SIGINT, signal.SIGTERM)
 UNSTAMPED = ("sent_at", "received_at", "run_id")
@@ -108,7 +109,9 @@ class Ledger:
         poison: handed over.
         faults: number of injected faults by kind.
         cpu_s: CPU time of all processes since they began, set-up included.
-        late_mean_s: how late a record was handed over against its due time, wall time, mean over the records.
+        processes: how many it took; one where the tape is too sparse to share.
+        late_mean_s: how late a record was handed over against its due time, wall time, mean over the records; what is
+            due within a tick goes out at its end.
         late_p99_s: 99 of 100 records were less late.
         late_max_s: the latest one.
         digest: hash of every meter's byte stream without run_id, sent_at and received_at; it does not depend on how
@@ -151,7 +154,7 @@ class Sent:
         counts: per readings, events and poison the records handed over.
         until: microseconds of the run up to which the meter's records were handed over.
         digest: sum of the records' hashes, two times 64 bits.
-        late: lateness in seconds → records.
+        late: lateness in milliseconds → records.
         acknowledged: records that are safe on the other side.
         cpu_s: of this process.
     """
@@ -160,7 +163,7 @@ class Sent:
     counts: dict[str, npt.NDArray[np.int32]]
     until: Integers
     digest: npt.NDArray[np.uint64]
-    late: dict[float, int] = field(default_factory=dict)
+    late: dict[int, int] = field(default_factory=dict)
     acknowledged: int = 0
     cpu_s: float = 0.0
 
@@ -238,22 +241,23 @@ def play(order: Order, open_sink: Callable[[], Sink], on_progress: Progress = la
         first_at=crew.first_at.isoformat(), last_at=crew.last_at.isoformat(), started_at=datetime.now(UTC).isoformat(),
         faults=dict(counted),
     )  # fmt: skip
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
+    processes = order.processes if _is_dense(order, crew) else 1
+    ledger.processes = processes
     failure: MeterstreamError | None = None
-    with _stopped_by_signals(stop):
+    with _stopped_by_signals() as stop:
         _prepare(crew, dirt, ledger)
         ids = crew.meter_ids(np.arange(len(crew)))
         began = time.monotonic()
-        if order.processes == 1:
-            sent, failure = _play_meters(order, crew, dirt, 0, len(crew), open_sink, began, stop, on_progress)
+        if processes == 1:
+            game = Game(order, crew, dirt, began, lambda: stop.is_asked)
+            sent, failure = _play_meters(game, 0, len(crew), open_sink, on_progress)
             parts = [sent]
         else:
             del crew, dirt
-            parts, failure = _share(context, order, ledger.meters, open_sink, stop, on_progress)
+            parts, failure = _share(order, ledger.meters, open_sink, stop, on_progress)
     ledger.seconds = round(time.monotonic() - began, 3)
     _settle(ledger, parts)
-    ledger.is_whole = failure is None and not stop.is_set()
+    ledger.is_whole = failure is None and not stop.is_asked
     _write(_per_meter(ids, parts, ledger), run_folder(ledger.run_id) / "ledger.parquet")
     _write_ledger(ledger)
     if failure:
@@ -261,21 +265,36 @@ def play(order: Order, open_sink: Callable[[], Sink], on_progress: Progress = la
     return ledger
 
 
+def _is_dense(order: Order, crew: Fleet) -> bool:
+    """Whether a run has enough to share: flat out, processes meet after every slice of `FARTHEST_US`."""
+    if order.speed or order.processes == 1:
+        return True
+    return crew.records * FARTHEST_US >= SHARED_RECORDS * ((crew.last_at - crew.first_at) // timedelta(microseconds=1))
+
+
+@dataclass
+class Stop:
+    """Whether somebody asked for the end. A plain flag: a signal may come while a lock is held."""
+
+    is_asked: bool = False
+
+
 @contextmanager
-def _stopped_by_signals(stop: Event) -> Iterator[None]:
+def _stopped_by_signals() -> Iterator[Stop]:
     """SIGINT and SIGTERM let the block at hand go out; a second one ends at once."""
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stop
         return
 
     def end(number: int, _: Any) -> None:
-        if stop.is_set():
+        if stop.is_asked:
             raise KeyboardInterrupt
-        stop.set()
+        stop.is_asked = True
 
     before = {number: signal.signal(number, end) for number in ENDING}
     try:
-        yield
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -290,14 +309,14 @@ def _settle(ledger: Ledger, parts: list[Sent]) -> None:
     ledger.records_per_s = round(ledger.records / max(ledger.seconds, 1e-3), 1)
     ledger.cpu_s = round(time.process_time() + sum(part.cpu_s for part in parts), 3)
     total = np.zeros(2, np.uint64)
-    late: dict[float, int] = {}
+    late: dict[int, int] = {}
     for part in parts:
         total += part.digest
-        for seconds, records in part.late.items():
-            late[seconds] = late.get(seconds, 0) + records
+        for milliseconds, records in part.late.items():
+            late[milliseconds] = late.get(milliseconds, 0) + records
     ledger.digest = digest_text(total)
     if late:
-        lateness = np.array(sorted(late))
+        lateness = np.array(sorted(late)) / 1_000
         counts = np.array([late[each] for each in sorted(late)])
         within_99 = np.searchsorted(np.cumsum(counts), 0.99 * counts.sum())
         ledger.late_max_s = round(float(lateness[-1]), 3)
@@ -315,29 +334,46 @@ def _per_meter(ids: pl.Series, parts: list[Sent], ledger: Ledger) -> Iterator[pa
         yield pl.DataFrame({"meter_id": own, **counts, "sent_until": until}).to_arrow()
 
 
+@dataclass(frozen=True)
+class Game:
+    """What a process plays.
+
+    Attributes:
+        order: of the run.
+        crew: the whole fleet.
+        dirt: its faults.
+        began: monotonic wall time of the run's begin.
+        is_stopped: whether to end after the block at hand.
+    """
+
+    order: Order
+    crew: Fleet
+    dirt: Dirt | None
+    began: float
+    is_stopped: Callable[[], bool]
+
+    def late_s(self, due: Integers) -> Floats:
+        """By how many seconds of wall time records are late now; nobody is before the time, or flat out."""
+        if not self.order.speed:
+            return np.zeros(len(due))
+        return np.maximum(0.0, time.monotonic() - self.began - due / (SECOND * self.order.speed))
+
+
 def _play_meters(
-    order: Order,
-    crew: Fleet,
-    dirt: Dirt | None,
+    game: Game,
     low: int,
     high: int,
     open_sink: Callable[[], Sink],
-    began: float,
-    stop: Event,
     on_progress: Progress,
     meet: Callable[[], None] = lambda: None,
 ) -> tuple[Sent, MeterstreamError | None]:
     """Sends the records of the meters low … high − 1.
 
     Args:
-        order: of the run.
-        crew: the whole fleet.
-        dirt: its faults.
+        game: what is played.
         low: first meter.
         high: the one after the last.
         open_sink: where to.
-        began: monotonic wall time of the run's begin.
-        stop: ends the run after the block at hand.
         on_progress: called a few times a second.
         meet: called after each slice, to keep processes together.
     """
@@ -346,40 +382,38 @@ def _play_meters(
     sink: Sink | None = None
     try:
         sink = open_sink()
-        for stretch in _slices(order, crew, dirt, low, high):
-            late_s = _sleep_until(began + stretch.end_us / SECOND / order.speed, stop) if order.speed else 0.0
-            count = 0
+        for stretch in _slices(game, low, high):
+            _wait_for(game, stretch.end_us)
             for block in stretch.cut():
-                if stop.is_set():
+                if game.is_stopped():
                     break
-                count += _send(block, order, crew, dirt, late_s, sink, sent)
-            if order.speed and count:
-                late_s = max(0.0, time.monotonic() - began - stretch.end_us / SECOND / order.speed)
-                late_s = round(late_s, 3)
-                sent.late[late_s] = sent.late.get(late_s, 0) + count
-            if stop.is_set():
+                _send(block, game, sink, sent)
+            if game.is_stopped():
                 break
-            on_progress(sum(sent.total(kind) for kind in sent.counts), late_s)
+            on_progress(
+                sum(sent.total(kind) for kind in sent.counts), float(game.late_s(np.array([stretch.end_us]))[0])
+            )
             meet()
     except MeterstreamError as error:
         failure = error
     except threading.BrokenBarrierError:
-        failure = None if stop.is_set() else RetryLater("another process of the run ended")
-    finally:
-        if sink is not None:
-            try:
-                sink.close()
-            except MeterstreamError as error:
-                failure = failure or error
-            sent.acknowledged = sink.acknowledged
+        pass  # another process of the run ended, and says why
+    if sink is not None:
+        try:
+            sink.close()
+        except MeterstreamError as error:
+            failure = failure or error
+        sent.acknowledged = sink.acknowledged
     return sent, failure
 
 
-def _sleep_until(due: float, stop: Event) -> float:
-    """Waits for a moment of the monotonic clock. Returns by how many seconds it is over."""
-    while (left := due - time.monotonic()) > 0 and not stop.is_set():
+def _wait_for(game: Game, due: int) -> None:
+    """Waits until it is time for what is due then."""
+    if not game.order.speed:
+        return
+    moment = game.began + due / SECOND / game.order.speed
+    while (left := moment - time.monotonic()) > 0 and not game.is_stopped():
         time.sleep(min(left, 0.25))
-    return max(0.0, -left)
 
 
 @dataclass(frozen=True)
@@ -393,6 +427,18 @@ class Block:
     begin: dict[str, Integers]
     end: dict[str, Integers]
 
+    def halves(self, crew: Fleet) -> Iterator["Block"]:
+        """The same, halved in time until a piece fits into a block or all its meters keep close together."""
+        records = sum(int((self.end[kind] - self.begin[kind]).sum()) for kind in self.end)
+        if records <= BLOCK_RECORDS or self.end_us - self.begin_us <= FARTHEST_US:
+            yield self
+            return
+        middle_us = (self.begin_us + self.end_us) // 2
+        meters = np.arange(self.low, self.high)
+        middle = {kind: crew.sent_before(kind, meters, middle_us) for kind in crew.kinds}
+        yield from replace(self, end_us=middle_us, end=middle).halves(crew)
+        yield from replace(self, begin_us=middle_us, begin=middle).halves(crew)
+
     def cut(self) -> Iterator["Block"]:
         """The same in pieces of about `BLOCK_RECORDS` records each, by meters."""
         counts = np.cumsum(sum(self.end[kind] - self.begin[kind] for kind in self.end))
@@ -403,50 +449,65 @@ class Block:
             yield Block(self.low + low, self.low + high, self.begin_us, self.end_us, begin, end)
 
 
-def _slices(order: Order, crew: Fleet, dirt: Dirt | None, low: int, high: int) -> Iterator[Block]:
+def _slices(game: Game, low: int, high: int) -> Iterator[Block]:
     """The run's time, cut so that a paced run goes out in ticks, and one flat out in slices that fit into memory."""
+    order, crew = game.order, game.crew
     meters = np.arange(low, high)
-    far = FARTHEST // timedelta(microseconds=1)
     whole = (crew.last_at - crew.first_at) // timedelta(microseconds=1)
-    whole = max(whole, dirt.last_due() + 1 if dirt else 0)
+    whole = max(whole, game.dirt.last_due() + 1 if game.dirt else 0)
+    is_shared = len(meters) < len(crew)
     if order.speed:
         step = round((TICK_S + TICK_PER_METER_S * len(crew)) * order.speed * SECOND)
+        step = min(step, FARTHEST_US) if is_shared else step
     else:
         records = sum(int(crew.counts(kind, meters).sum()) for kind in crew.kinds)
-        step = max(1, whole * BLOCK_RECORDS // max(records, 1))
-        if step < far or order.processes > 1:
-            step = far  # in several blocks, or beside other processes
+        step = FARTHEST_US if is_shared else max(FARTHEST_US, whole * BLOCK_RECORDS // max(records, 1))
     step = max(step, 1)
     first = {kind: crew.begin(kind, meters) for kind in crew.kinds}
     for begin in range(0, whole, step):
         end = min(begin + step, whole)
         last = {kind: crew.sent_before(kind, meters, end) for kind in crew.kinds}
-        yield Block(low, high, begin, end, first, last)
+        yield from Block(low, high, begin, end, first, last).halves(crew)
         first = last
 
 
-def _send(block: Block, order: Order, crew: Fleet, dirt: Dirt | None, late_s: float, sink: Sink, sent: Sent) -> int:
-    """Hands a block's records over. Returns how many."""
-    total = 0
-    for kind, rows in (("readings", _readings(block, crew, dirt)), ("events", _events(block, crew, dirt))):
+def _send(block: Block, game: Game, sink: Sink, sent: Sent) -> None:
+    """Hands a block's records over. They count as sent before that: a sink that fails may have taken any of them."""
+    ready: list[tuple[str, list[str], list[bytes], Integers]] = []
+    for kind, rows in (("readings", _readings(block, game)), ("events", _events(block, game))):
         if rows is None or not len(rows):
             continue
         entity = kind.removesuffix("s")
-        bare = _bare(rows, entity)
-        stamped = _stamped(bare, rows.get_column("due").to_numpy(), order, crew, late_s)
-        sink.send(kind, rows.get_column("meter_id").to_list(), encode_batch(entity, stamped))
+        bare, due = _bare(rows, entity), rows.get_column("due").to_numpy()
+        payloads = encode_batch(entity, _stamped(bare, due, game))
+        ready.append((kind, rows.get_column("meter_id").to_list(), payloads, due))
         sent.digest += digest_of(encode_batch(entity, bare))
         counted = np.bincount(rows.get_column("meter").to_numpy() - block.low, minlength=block.high - block.low)
         sent.counts[kind][block.low - sent.low : block.high - sent.low] += counted.astype(np.int32)
-        total += len(rows)
-    for raw in dirt.raw_due(block.low, block.high, block.begin_us, block.end_us) if dirt else ():
-        name = str(crew.meter_ids(np.array([raw.meter]))[0])
-        sink.send("readings", [name], [raw.payload], raw.encoding)
-        sent.digest += digest_of([raw_bytes(name, raw.encoding, raw.payload)])
+    raws = game.dirt.raw_due(block.low, block.high, block.begin_us, block.end_us) if game.dirt else []
+    for raw in raws:
+        sent.digest += digest_of([raw_bytes(_name(game, raw), raw.encoding, raw.payload)])
         sent.counts["poison"][raw.meter - sent.low] += 1
-        total += 1
     sent.until[block.low - sent.low : block.high - sent.low] = block.end_us
-    return total
+    if raws and (not ready or ready[0][0] != "readings"):
+        ready.insert(0, ("readings", [], [], np.array([], np.int64)))
+    for kind, ids, payloads, due in ready:
+        among = raws if kind == "readings" else []
+        begin = 0
+        for raw in among:  # each at its time among the others
+            end = bisect_right(due, raw.due)
+            sink.send(kind, ids[begin:end], payloads[begin:end])
+            sink.send(kind, [_name(game, raw)], [raw.payload], raw.encoding)
+            begin = end
+        sink.send(kind, ids[begin:], payloads[begin:])
+        if game.order.speed:
+            late = np.concatenate([game.late_s(due), game.late_s(np.array([raw.due for raw in among], np.int64))])
+            for milliseconds, records in zip(*np.unique(np.rint(late * 1_000), return_counts=True), strict=True):
+                sent.late[int(milliseconds)] = sent.late.get(int(milliseconds), 0) + int(records)
+
+
+def _name(game: Game, raw: Raw) -> str:
+    return str(game.crew.meter_ids(np.array([raw.meter]))[0])
 
 
 def digest_of(payloads: list[bytes]) -> npt.NDArray[np.uint64]:
@@ -469,8 +530,9 @@ def digest_text(lanes: npt.NDArray[np.uint64]) -> str:
     return "".join(f"{int(lane):016x}" for lane in lanes)
 
 
-def _readings(block: Block, crew: Fleet, dirt: Dirt | None) -> pl.DataFrame | None:
+def _readings(block: Block, game: Game) -> pl.DataFrame | None:
     """Readings of a block in the order of their due times, with `due`, microseconds of the run."""
+    crew, dirt = game.crew, game.dirt
     meters, numbers = crew.pairs("readings", block.low, block.high, block.begin["readings"], block.end["readings"])
     due = crew.due("readings", meters, numbers)
     touched = None
@@ -492,8 +554,9 @@ def _readings(block: Block, crew: Fleet, dirt: Dirt | None) -> pl.DataFrame | No
     return bent.with_columns(due=pl.Series(due))
 
 
-def _events(block: Block, crew: Fleet, dirt: Dirt | None) -> pl.DataFrame | None:
+def _events(block: Block, game: Game) -> pl.DataFrame | None:
     """Events of a block, the same way."""
+    crew, dirt = game.crew, game.dirt
     meters, numbers = crew.pairs("events", block.low, block.high, block.begin["events"], block.end["events"])
     events = None
     if len(meters):
@@ -522,11 +585,12 @@ def _bare(rows: pl.DataFrame, entity: str) -> pa.Table:
     return pa.table(arrays, schema=schema)
 
 
-def _stamped(bare: pa.Table, due: Integers, order: Order, crew: Fleet, late_s: float) -> pa.Table:
+def _stamped(bare: pa.Table, due: Integers, game: Game) -> pa.Table:
     """The same with the stamps of the run."""
-    lateness = round(late_s * (order.speed or 0) * SECOND)
+    order = game.order
+    lateness = np.rint(game.late_s(due) * ((order.speed or 0) * SECOND)).astype(np.int64)
     stamps = {
-        "sent_at": from_microseconds(due + (crew.first_us + lateness)),
+        "sent_at": from_microseconds(due + lateness + game.crew.first_us),
         "run_id": pl.repeat(order.run_id, len(due), eager=True),
     }
     if order.to == "kafka":
@@ -538,19 +602,15 @@ def _stamped(bare: pa.Table, due: Integers, order: Order, crew: Fleet, late_s: f
 
 
 def _share(
-    context: SpawnContext,
-    order: Order,
-    meters: int,
-    open_sink: Callable[[], Sink],
-    stop: Event,
-    on_progress: Progress,
+    order: Order, meters: int, open_sink: Callable[[], Sink], stop: Stop, on_progress: Progress
 ) -> tuple[list[Sent], MeterstreamError | None]:
     """Plays in several processes, each its own meters."""
+    context = multiprocessing.get_context("spawn")
     edges = np.linspace(0, meters, order.processes + 1).astype(int).tolist()
     told: Any = context.Queue()
-    barrier = context.Barrier(order.processes)
+    barrier, is_stopped = context.Barrier(order.processes), context.Event()
     workers = [
-        context.Process(target=_work, args=(order, number, low, high, open_sink, stop, barrier, told), daemon=True)
+        context.Process(target=_work, args=(order, number, low, high, open_sink, is_stopped, barrier, told))
         for number, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True))
     ]
     # they inherit this for life: Ctrl-C goes to all of a terminal's processes, and the parent says when to stop
@@ -561,28 +621,37 @@ def _share(
     parts: dict[int, Sent] = {}
     failure: MeterstreamError | None = None
     done = dict.fromkeys(range(order.processes), 0)
-    while len(parts) < order.processes:
-        try:
-            number, what = told.get(timeout=1)
-        except queue.Empty:
-            dead = [number for number, worker in enumerate(workers) if number not in parts and not worker.is_alive()]
-            if dead:
-                stop.set()
+    died: dict[int, float] = {}
+    try:
+        while len(parts) < order.processes:
+            if stop.is_asked:
+                is_stopped.set()
+            for number, worker in enumerate(workers):
+                if number in parts or worker.is_alive():
+                    continue
+                if time.monotonic() - died.setdefault(number, time.monotonic()) > LAST_WORDS_S:
+                    parts[number] = _nothing(edges[number], edges[number + 1])  # what it had sent is not known
+                    failure = failure or RetryLater(f"process {number + 1} of {order.processes} of the run died")
+                    is_stopped.set()
+                    barrier.abort()
+            try:
+                number, what = told.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            if isinstance(what, Sent):
+                parts[number] = what
+            elif isinstance(what, MeterstreamError):
+                failure = failure or what
+                is_stopped.set()
                 barrier.abort()
-                failure = failure or RetryLater(f"{len(dead)} of {order.processes} processes of the run died")
-                for number in dead:  # what it had sent is not known
-                    parts[number] = _nothing(edges[number], edges[number + 1])
-            continue
-        if isinstance(what, Sent):
-            parts[number] = what
-        elif isinstance(what, MeterstreamError):
-            failure = failure or what
-            stop.set()
-        else:
-            done[number], late_s = what
-            on_progress(sum(done.values()), late_s)
-    for worker in workers:
-        worker.join()
+            else:
+                done[number], late_s = what
+                on_progress(sum(done.values()), late_s)
+        for worker in workers:
+            worker.join()
+    finally:  # on a second Ctrl-C they end at once
+        for worker in workers:
+            worker.kill()
     return [parts[number] for number in sorted(parts)], failure
 
 
@@ -591,18 +660,26 @@ def _nothing(low: int, high: int) -> Sent:
     return Sent(low, counts, np.zeros(high - low, np.int64), np.zeros(2, np.uint64))
 
 
+def _end_with_parent() -> None:
+    """Kills this process when its parent dies: nobody would write the ledger."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _work(
     order: Order,
     number: int,
     low: int,
     high: int,
     open_sink: Callable[[], Sink],
-    stop: Event,
+    is_stopped: Event,
     barrier: Barrier,
     told: Any,
 ) -> None:
     """One of several processes of a run; it ends when its parent does."""
-    parent = os.getppid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     shown = 0.0
 
     def on_progress(records: int, late_s: float) -> None:
@@ -612,25 +689,22 @@ def _work(
             told.put((number, (records, late_s)))
 
     def meet() -> None:
-        if os.getppid() != parent:
-            stop.set()
         if order.speed is None:
-            barrier.wait(2 * DRAIN_S)
+            barrier.wait()
 
     try:
         crew = order.fleet()
         dirt = order.faults(crew)
-        barrier.wait(2 * DRAIN_S)
-        sent, failure = _play_meters(
-            order, crew, dirt, low, high, open_sink, time.monotonic(), stop, on_progress, meet
-        )  # fmt: skip
+        barrier.wait()
+        game = Game(order, crew, dirt, time.monotonic(), is_stopped.is_set)
+        sent, failure = _play_meters(game, low, high, open_sink, on_progress, meet)
     except MeterstreamError as error:
         sent, failure = _nothing(low, high), error
     except threading.BrokenBarrierError:  # another one ended before the run began, and says why
         sent, failure = _nothing(low, high), None
     sent.cpu_s = time.process_time()
-    if failure or stop.is_set():
-        barrier.abort()
     if failure:
         told.put((number, failure))
+    elif is_stopped.is_set():
+        barrier.abort()
     told.put((number, sent))

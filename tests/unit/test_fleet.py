@@ -1,5 +1,7 @@
 """N meters from M logs: what they send, in which order, and the truth about it."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -142,7 +144,9 @@ def test_a_copy_plays_another_week_of_the_log_at_the_same_hour_of_the_week(tmp_p
     step = timedelta(minutes=30)
     crew = fleet(one_log(tmp_path / "long", 30, step), 200, burst=True)
     readings = sent(crew, timedelta(days=3)).sort("meter", "seq")
-    assert readings.get_column("seq").max() == 4 * WEEK // step - 1, "four whole weeks"
+    assert readings.get_column("seq").max() == 30 * 48 - 1, (
+        "as long as the log; at the end of its fourth week it goes on"
+    )
     weeks = crew.plan.week // (WEEK // timedelta(microseconds=1))
     assert set(weeks[1:].tolist()) == {0, 1, 2, 3}
     assert weeks[0] == 0
@@ -225,3 +229,103 @@ def test_a_stamp_in_2099_does_not_hold_up_the_run(tape: Tape) -> None:
     crew = fleet(Tape(readings, tape.events, tape.registry, tape.info), own_clock=True)
     assert crew.last_at < wild
     assert len(sent(crew)) == len(frame)
+
+
+def changed(tape: Tape, **columns: pl.Expr) -> Tape:
+    """The tape with other values in its readings."""
+    rows = pl.DataFrame(pl.from_arrow(tape.readings)).with_columns(**columns)
+    return replace(tape, readings=rows.to_arrow().cast(tape.readings.schema))
+
+
+def test_a_log_of_three_years_is_played_at_its_own_times_and_one_stamp_of_1970_moves_nothing(tmp_path: Path) -> None:
+    tape = one_log(tmp_path / "long", 1_200, timedelta(days=1))
+    broken = pl.when(pl.col("log_row") == 700).then(pl.datetime(1970, 1, 1, time_zone="UTC"))
+    crew = fleet(changed(tape, observed_at=broken.otherwise("observed_at")), own_clock=True)
+    readings = sent(crew, timedelta(days=100))
+    assert crew.first_at == small_tape.BEGIN
+    assert len(readings) == 1_200
+    moved = readings.filter(pl.col("seq") != 700)
+    since = (moved.get_column("observed_at") - small_tape.BEGIN).dt.total_microseconds()
+    assert moved.get_column("due").equals(since, check_names=False)
+
+
+def test_a_meters_only_event_of_1970_does_not_begin_the_run(tape: Tape) -> None:
+    events = pl.DataFrame(pl.from_arrow(tape.events)).head(1)
+    events = events.with_columns(observed_at=pl.datetime(1970, 1, 1, time_zone="UTC"))
+    crew = fleet(replace(tape, events=events.to_arrow().cast(tape.events.schema)))
+    assert crew.first_at == small_tape.BEGIN
+    assert len(sent(crew, kind="events")) == 1
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_a_register_that_begins_anew_in_the_log_does_so_in_every_copy_and_is_never_negative(
+    tmp_path: Path, looped: bool
+) -> None:
+    tape = one_log(tmp_path / "reset", 1, timedelta(hours=1))
+    anew = changed(tape, import_t1_wh=1_000 + pl.when(pl.col("log_row") < 15).then("import_t1_wh").otherwise(
+        pl.col("import_t1_wh") - 990))  # fmt: skip
+    days = {"duration": timedelta(days=3), "loop": True} if looped else {}
+    crew = fleet(anew, 5, **days)  # type: ignore[arg-type]
+    readings = sent(crew).sort("meter", "seq")
+    logged = pl.DataFrame(pl.from_arrow(anew.readings)).get_column("import_t1_wh").to_list()
+    through = sum(max(after - before, 0) for before, after in zip(logged, logged[1:], strict=False))
+    laps = 3 if looped else 1
+    for (number,), rows in readings.group_by("meter", maintain_order=True):
+        shown = rows.get_column("import_t1_wh")
+        steps = shown.diff()
+        assert rows.filter(steps < 0).get_column("seq").to_list() == [15 + 24 * lap for lap in range(laps)]
+        assert shown[15] == logged[15], "what the log shows there"
+        truth = crew.truth(number, number + 1)
+        assert truth.get_column("begins_anew").to_list() == [True]
+        assert truth.get_column("energy_wh").to_list() == [steps.filter(steps > 0).sum()]
+        if number == 0:
+            assert shown[:24].to_list() == logged
+            assert truth.get_column("energy_wh").to_list() == [laps * through]
+
+
+def test_another_box_begins_a_register_anew_though_it_shows_more(tmp_path: Path) -> None:
+    tape = one_log(tmp_path / "two", 1, timedelta(hours=1))
+    later = pl.col("log_row") >= 10
+    boxes = pl.when(later).then(pl.lit("second")).otherwise(pl.lit("first"))
+    crew = fleet(changed(tape, equipment_id=boxes, import_t1_wh=pl.col("import_t1_wh") + later * 5_000_000), 2)
+    logged = [n * (n + 1) // 2 for n in range(24)]
+    assert crew.truth(0, 1).get_column("energy_wh").to_list() == [logged[-1] - (logged[10] - logged[9])]
+    copy = sent(crew).filter(pl.col("meter") == 1).sort("seq").get_column("import_t1_wh")
+    assert copy[10] == 5_000_000 + logged[10]
+
+
+def test_the_logs_themselves_are_played_to_their_end_though_copies_go_round_by_weeks(tmp_path: Path) -> None:
+    tape = one_log(tmp_path / "long", 17, timedelta(hours=1))
+    logged = pl.DataFrame(pl.from_arrow(tape.readings)).get_column("import_t1_wh").to_list()
+    readings = sent(fleet(tape, 3)).sort("meter", "seq")
+    assert readings.filter(pl.col("meter") == 0).get_column("import_t1_wh").to_list() == logged
+    assert readings.group_by("meter").len().get_column("len").to_list() == [17 * 24] * 3
+
+
+def test_a_meters_plan_does_not_depend_on_the_fleets_size(tape: Tape) -> None:
+    few, many = fleet(tape, 50), fleet(tape, 500)
+    assert sent(few).equals(sent(many).filter(pl.col("meter") < 50))
+    assert few.truth(0, 50).equals(many.truth(0, 50))
+
+
+def test_a_copy_is_known_before_its_first_report_and_a_dead_phase_stays_dead(tape: Tape) -> None:
+    valid = pl.DataFrame(pl.from_arrow(tape.registry)).with_columns(valid_from=small_tape.BEGIN + timedelta(hours=6))
+    dead = changed(tape, voltage_l1_mv=pl.when(pl.col("log_row") % 7 == 0).then(0).otherwise(100))
+    crew = fleet(replace(dead, registry=valid.to_arrow().cast(tape.registry.schema)), 100)
+    known = crew.registry(0, 100).get_column("valid_from").to_list()
+    assert known == [small_tape.BEGIN + timedelta(hours=6)] * 20 + [small_tape.BEGIN] * 80
+    volts = sent(crew).get_column("voltage_l1_mv")
+    assert int(str(volts.min())) == 0
+    assert (volts == 0).sum() == (pl.DataFrame(pl.from_arrow(dead.readings)).get_column("voltage_l1_mv") == 0).sum() * 5
+
+
+@pytest.mark.parametrize(
+    ("bent", "told"),
+    [
+        (lambda tape: replace(tape, registry=tape.registry.slice(0, 18)), "lacks 2 of its meters: home-18, home-19"),
+        (lambda tape: tape, "more than the tape's"),
+    ],
+)
+def test_nothing_of_a_tape_is_left_out_in_silence(tape: Tape, bent: Callable[[Tape], Tape], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        fleet(bent(tape), duration=timedelta(days=2))

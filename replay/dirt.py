@@ -7,7 +7,7 @@ function of file, seed and meter number: it does not depend on slices or process
 import re
 from bisect import bisect_left
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from replay.fleet import REGISTER_COLUMNS, STAMP, Fleet, Integers, from_microseconds
 from schemas.closed_lists import FaultKind, Poison
@@ -87,9 +87,9 @@ class Entry(BaseModel):
         times: how often per meter, spread over the run.
         length: readings that are touched each time (gap, clock_*, spike, frozen, unit_slip).
         by: seconds that a late record is late, that a clock jumps (may be negative) or an outage or alarm lasts.
-        amount: Wh of a spike, or factor of a unit_slip.
+        amount: Wh of a spike, or factor of a unit_slip: whole numbers.
         bytes: kinds of poison, in turn.
-        at: seconds after the run's begin; drawn by seed if absent.
+        at: seconds after the run's begin, once; drawn by seed if absent.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -101,8 +101,33 @@ class Entry(BaseModel):
     length: Count = 1
     by: Seconds | None = None
     amount: float | None = None
-    bytes: list[Poison] = list(ON_EVERY_WAY)
-    at: Seconds | None = None
+    bytes: Annotated[list[Poison], Field(min_length=1)] = list(ON_EVERY_WAY)
+    at: Annotated[Seconds, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "Entry":
+        named = self.meters if isinstance(self.meters, list) else []
+        number = 1.0 if isinstance(self.meters, list) else self.meters
+        least = {FaultKind.UNIT_SLIP: 2, FaultKind.SPIKE: 1}.get(self.kind)
+        wrong = [
+            told
+            for is_wrong, told in (
+                (not (0 < number < 1 or (number >= 1 and number == int(number))) or self.meters == [],
+                 "meters is a number above 0, a share below 1, or a list of ids"),
+                (len(set(named)) < len(named), "meters names one twice"),
+                (self.at is not None and self.times > 1, "at says when: leave times out"),
+                (self.by == 0, "by is not 0"),
+                (self.by is not None and self.by < 0 and self.kind != FaultKind.CLOCK_JUMP,
+                 "by is more than 0: only a clock jumps back"),
+                (self.kind in ONCE and self.times > 1, f"a {self.kind} comes once per meter, not {self.times} times"),
+                (least is not None and self.amount is not None and (self.amount < least or self.amount % 1 != 0),
+                 f"amount is a whole number from {least} on"),
+            )
+            if is_wrong
+        ]  # fmt: skip
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
 
 
 class DirtFile(BaseModel):
@@ -219,15 +244,16 @@ class Dirt:
 
     def _numbers(self, entry: Entry, meter: int) -> list[int]:
         """Unrolled rows at which the faults of one meter begin."""
-        if entry.kind in ONCE and entry.times > 1:
-            msg = f"{entry.kind} comes once per meter, not {entry.times} times"
-            raise ConfigError(msg)
         each = np.array([meter])
         begin = int(self._fleet.begin("readings", each)[0])
         count = self._count(meter)
         if entry.at is not None:
             at = int(self._fleet.sent_before("readings", each, round(entry.at * SECOND))[0])
-            return [min(max(at, begin + MARGIN), begin + count - MARGIN - entry.length)]
+            if not begin + MARGIN <= at <= begin + count - MARGIN - entry.length:
+                name = self._fleet.meter_ids(each)[0]
+                msg = f"{entry.kind} at {entry.at:.0f} s: {name} has not {MARGIN} readings before and after"
+                raise ConfigError(msg)
+            return [at]
         reach = entry.length + round(abs(entry.by or 0) / self._interval)
         room = (count - MARGIN) // entry.times - reach - MARGIN
         if room < 1:
@@ -274,9 +300,10 @@ class Dirt:
 
     def _plan_register(self, entry: Entry, meter: int, number: int) -> None:
         before = self._values(meter, number - 1)
-        register = next(iter(before), None)
+        register = next((name for name, value in before.items() if value > 0), None)
         if register is None:
-            msg = f"{entry.kind}: the tape has no registers"
+            name = self._fleet.meter_ids(np.array([meter]))[0]
+            msg = f"{entry.kind}: no register of {name} shows more than 0 there"
             raise ConfigError(msg)
         end = number + self._count(meter) + entry.length  # to the end of the run
         match entry.kind:
@@ -286,11 +313,14 @@ class Dirt:
             case FaultKind.METER_EXCHANGE:
                 new = int(self._random.integers(0, NEW_BOX_WH))
                 first = {name: (new if value else 0) - value for name, value in before.items()}
+                if self._fleet.own_clock and "equipment_id" not in self._fleet.kinds["readings"].frame.columns:
+                    msg = f"{entry.kind}: the tape names no equipment, so that nobody could tell another one"
+                    raise ConfigError(msg)
                 box = f"{self._fleet.boxes(np.array([meter]))[0]}-new"
                 self._bend(meter, number, end, box=box, **first)
                 self._tell(entry, meter, range(number, number + 1), amount=new, detail=register)
             case FaultKind.ROLLOVER:
-                number = self._next_rise(meter, number, register)
+                number, register = self._next_rise(meter, number, list(before))
                 after = self._values(meter, number)[register]
                 begin = int(self._fleet.begin("readings", np.array([meter]))[0])
                 self._bend(meter, begin, end, full_wh=FULL_WH, **{register: FULL_WH - after})
@@ -308,19 +338,24 @@ class Dirt:
         """All meters of a transformer lose their supply and get it back."""
         fleet = self._fleet
         log, copy = fleet.plan.log, np.arange(len(fleet)) // len(fleet.logs)
-        names = fleet.logs.get_column("transformer_id").to_list()
-        groups = sorted({(int(number), name) for number in set(copy.tolist()) for name in set(names) if name})
+        own = np.array([name or "" for name in fleet.logs.get_column("transformer_id").to_list()])[log]
+        free = sorted(self._left.tolist())
+        groups = sorted({(int(copy[meter]), str(own[meter])) for meter in free if own[meter]})
         if len(groups) < entry.transformers:
-            msg = f"power_storm asks for {entry.transformers} transformers, the fleet has {len(groups)}"
+            msg = (
+                f"power_storm asks for {entry.transformers} transformers, {len(groups)} have meters without a fault yet"
+            )
             raise ConfigError(msg)
-        own = np.array([name or "" for name in names])[log]
         lasts = round((1_200 if entry.by is None else entry.by) * SECOND)
         for index in self._random.choice(len(groups), entry.transformers, replace=False):
             number, transformer = groups[int(index)]
             members = np.flatnonzero((copy == number) & (own == transformer))
             members = members[np.isin(members, self._left)]
             self._left = self._left[~np.isin(self._left, members)]
-            latest = max(fleet.length - lasts - 2 * MARGIN * self._interval * SECOND, 1)
+            latest = fleet.length - lasts - 2 * MARGIN * self._interval * SECOND
+            if latest < 4 or (entry.at is not None and entry.at * SECOND > latest):
+                msg = f"power_storm: {fleet.length / SECOND:.0f} s do not hold it and {2 * MARGIN} readings after it"
+                raise ConfigError(msg)
             down = int(self._random.integers(latest // 4, latest)) if entry.at is None else round(entry.at * SECOND)
             first = fleet.sent_before("readings", members, down)
             after = fleet.sent_before("readings", members, down + lasts)
@@ -371,16 +406,17 @@ class Dirt:
         log = self._fleet.plan.log[meter]
         return {name: int(values[0]) for name, values in found.items() if has[name][log]}
 
-    def _next_rise(self, meter: int, number: int, register: str) -> int:
-        """The first row from `number` on at which the register shows more than before."""
+    def _next_rise(self, meter: int, number: int, registers: list[str]) -> tuple[int, str]:
+        """The first row from `number` on at which a register shows more than before, and the first one that does."""
         last = int(self._fleet.begin("readings", np.array([meter]))[0]) + self._count(meter)
         numbers = np.arange(number - 1, last)
-        values = self._fleet.registers(np.full(len(numbers), meter), numbers, filled=True)[register]
-        rises = np.flatnonzero(np.diff(values) > 0)
-        if not len(rises):
-            msg = f"rollover: {register} of the chosen meter does not rise"
-            raise ConfigError(msg)
-        return number + int(rises[0])
+        values = self._fleet.registers(np.full(len(numbers), meter), numbers, filled=True)
+        for register in registers:
+            rises = np.flatnonzero(np.diff(values[register]) > 0)
+            if len(rises):
+                return number + int(rises[0]), register
+        msg = f"rollover: no register of {self._fleet.meter_ids(np.array([meter]))[0]} rises any more"
+        raise ConfigError(msg)
 
     def _withhold(self, meter: int, numbers: range) -> None:
         self._withheld += [_code(meter, number) for number in numbers]
@@ -428,11 +464,13 @@ class Dirt:
         self.raw = sorted(self._raw, key=lambda raw: (raw.due, raw.meter))
         self._raw_due = [raw.due for raw in self.raw]
         self._event_meters = np.flatnonzero(self.has_events)
+        whole = (fleet.last_at - fleet.first_at) // timedelta(microseconds=1)
+        self._stride = max([whole, *(row["due"] for row in self._events)]) + 1
         self.events = self._numbered_events()
         self.faults = pl.concat([self._truth_of_readings(), self._truth_of_events()])
 
     def _event_keys(self, meters: Integers, due: Integers) -> Integers:
-        keys: Integers = np.searchsorted(self._event_meters, meters) * (self._fleet.length * 2 + 2**40) + due
+        keys: Integers = np.searchsorted(self._event_meters, meters) * self._stride + due
         return keys
 
     def _numbered_events(self) -> pl.DataFrame:
@@ -508,6 +546,8 @@ class Dirt:
         Args:
             readings: of `Fleet.readings`, with `number`, the unrolled row.
         """
+        if "equipment_id" not in readings.columns:
+            readings = readings.with_columns(equipment_id=pl.lit(None, pl.String))
         keys = readings.select("meter", "number")
         hits = (
             keys.unique()
@@ -581,7 +621,7 @@ def poisoned(poison: Poison, reading: dict[str, Any]) -> bytes:
         case Poison.UNKNOWN_SCHEMA_ID:
             return FRAME.pack(0, 9_999) + good[FRAME.size :]
         case Poison.UNDECODABLE:
-            return good[: FRAME.size + 6]
+            return good[:-1]
         case Poison.TRAILING_BYTES:
             return good + b"\x00"
         case Poison.METER_ID_MISMATCH:
@@ -589,8 +629,8 @@ def poisoned(poison: Poison, reading: dict[str, Any]) -> bytes:
         case Poison.INVALID_JSON:
             return f'{{"meter_id": "{reading["meter_id"]}", "seq": {reading["seq"]}, "observed_at": '.encode()
         case Poison.INVALID_TELEGRAM:
-            seq = f"{reading['seq']:08d}"
-            return f"/ISK5\\2M550T-1012\r\n\r\n0-0:96.1.1({seq})\r\n1-0:1.8.1(0034#2.827*kWh)\r\n!0000\r\n".encode()
+            name = f"{reading['meter_id']}/{reading['seq']}".encode().hex()  # an octet string
+            return f"/ISK5\\2M550T-1012\r\n\r\n0-0:96.1.1({name})\r\n1-0:1.8.1(0034#2.827*kWh)\r\n!0000\r\n".encode()
 
 
 def encoding_of(poison: Poison) -> str:

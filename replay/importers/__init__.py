@@ -352,11 +352,11 @@ class Log:
         """The error that names file, line and reason."""
         return BadLog(f"{self.path}:{line}: {reason}")
 
-    def refuse(self, line: int, reason: str, defect: Defect = Defect.REFUSED) -> None:
-        """Leave a record out, counted; unless told to keep going that is an error."""
+    def refuse(self, line: int, reason: str, defect: Defect = Defect.REFUSED, records: int = 1) -> None:
+        """Leave the records of a line out, counted; unless told to keep going that is an error."""
         if not self.keep_going:
             raise self.bad(line, reason)
-        self.defects[defect] += 1
+        self.defects[defect] += records
         if len(self.refused) < TOLD:
             self.refused.append(f"{self.path}:{line}: {reason}")
 

@@ -100,8 +100,9 @@ def read(path: Path, asked: Asked) -> Imported:
                     log.rows_in += 1
                     log.refuse(number, f"record {kind!r} is none that we know")
         except (ValueError, IndexError, KeyError) as error:
-            log.rows_in += kind == "300"
-            log.refuse(number, f"{type(error).__name__}: {error}")
+            records = DAY // channel.length if kind == "300" and channel else 1
+            log.rows_in += records if kind == "300" else 0
+            log.refuse(number, f"{type(error).__name__}: {error}", records=records)
     log.defects[Defect.OTHER_QUANTITY] += sum(len(day.energies) for day in days if day.channel.register is None)
     values = [*(_intervals(log, days, register) for register in REGISTERS), _as_read(reads)]
     readings = pl.concat(values, how="diagonal")

@@ -1,5 +1,6 @@
 """Faults: each is planned, sent as planned, and told as the truth."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from replay.dirt import Dirt, Entry, read_dirt
 from replay.fleet import fleet
 from replay.run import Order, play, run_folder
-from replay.tape import read_tape
+from replay.tape import Tape, read_tape
 from schemas.closed_lists import DeadLetterReason, FaultKind, Poison
 from schemas.codec import decode
 from schemas.errors import ConfigError, InvalidMessage
@@ -253,6 +254,17 @@ def test_the_example_has_one_of_every_kind(tape: Path) -> None:
         ("faults: [{kind: gap, lenght: 3}]", "lenght"),
         ("faults: [", "cannot read"),
         ("[]", "dirt.yml"),
+        ("faults: [{kind: reset, times: 2}]", "once per meter"),
+        ("faults: [{kind: late, by: -5m}]", "only a clock jumps back"),
+        ("faults: [{kind: clock_jump, by: 0}]", "by is not 0"),
+        ("faults: [{kind: gap, times: 2, at: 3h}]", "leave times out"),
+        ("faults: [{kind: gap, at: -3h}]", r"faults\.0\.at"),
+        ("faults: [{kind: gap, meters: -2}]", "a number above 0"),
+        ("faults: [{kind: gap, meters: 1.5}]", "a number above 0"),
+        ("faults: [{kind: gap, meters: [a, b, a]}]", "names one twice"),
+        ("faults: [{kind: poison, bytes: []}]", r"faults\.0\.bytes"),
+        ("faults: [{kind: unit_slip, amount: 0.4}]", "whole number from 2 on"),
+        ("faults: [{kind: spike, amount: 0}]", "whole number from 1 on"),
     ],
 )
 def test_a_wrong_file_is_told_with_its_place(tmp_path: Path, text: str, told: str) -> None:
@@ -265,12 +277,80 @@ def test_a_wrong_file_is_told_with_its_place(tmp_path: Path, text: str, told: st
     ("wrong", "told"),
     [
         (entry(FaultKind.GAP, meters=41), "asks for 41 meters, 40 are left"),
-        (entry(FaultKind.RESET, times=2), "once per meter"),
         (entry(FaultKind.GAP, length=200), "do not hold"),
         (entry(FaultKind.GAP, meters=["m0000001", "nobody"]), "nobody"),
-        (Entry(kind=FaultKind.POWER_STORM, transformers=9), "asks for 9 transformers"),
+        (Entry(kind=FaultKind.POWER_STORM, transformers=9), "asks for 9 transformers, 2 have"),
+        (Entry(kind=FaultKind.POWER_STORM, at="11h"), "do not hold it"),
+        (entry(FaultKind.METER_EXCHANGE, at="5m"), "before and after"),
+        (entry(FaultKind.GAP, at="30h"), "before and after"),
     ],
 )
 def test_what_a_tape_cannot_hold_is_said(tape: Path, wrong: Entry, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         Dirt(fleet(read_tape(tape), METERS), [wrong], 1)
+
+
+def test_a_fault_comes_when_at_says(tape: Path) -> None:
+    played = Played(tape, entry(FaultKind.SPIKE, at="3h"))
+    assert played.faults.get_column("seq").is_between(35, 36).all()
+    late = played.faults.get_column("due_at") - (small_tape.BEGIN + timedelta(hours=3))
+    assert ((late >= timedelta(0)) & (late <= small_tape.STEP)).all()
+
+
+def test_a_second_storm_takes_another_transformer_and_a_third_finds_none(tape: Path) -> None:
+    storm = Entry(kind=FaultKind.POWER_STORM)
+    played = Played(tape, storm, storm)
+    assert played.faults.filter(pl.col("topic") == "events").get_column("meter_id").n_unique() == METERS
+    with pytest.raises(ConfigError, match="asks for 1 transformers, 0 have"):
+        Dirt(fleet(read_tape(tape), METERS), [storm] * 3, 1)
+
+
+def bent(tape: Path, **columns: pl.Expr) -> Tape:
+    """The tape with other values in its readings."""
+    sound = read_tape(tape)
+    rows = pl.DataFrame(pl.from_arrow(sound.readings)).with_columns(**columns)
+    return replace(sound, readings=rows.to_arrow().cast(sound.readings.schema))
+
+
+def test_a_fault_finds_a_register_that_counts_and_says_so_where_none_does(tape: Path) -> None:
+    reset = [entry(FaultKind.RESET)]
+    second = bent(tape, import_t1_wh=pl.lit(0), import_t2_wh=pl.col("import_t1_wh") + 1)
+    faults = Dirt(fleet(second, METERS), [*reset, entry(FaultKind.ROLLOVER)], 1).faults
+    assert faults.get_column("detail").to_list() == ["import_t2_wh"] * 10
+    with pytest.raises(ConfigError, match="no register of m00000.. shows more than 0"):
+        Dirt(fleet(bent(tape, import_t1_wh=pl.lit(0), export_t1_wh=pl.lit(0)), METERS), reset, 1)
+
+
+def test_a_log_that_names_no_equipment_takes_every_fault_but_an_exchange(tape: Path) -> None:
+    crew = fleet(bent(tape, equipment_id=pl.lit(None, pl.String)), own_clock=True)
+    other = [kind for kind in FaultKind if kind not in (FaultKind.POWER_STORM, FaultKind.METER_EXCHANGE)]
+    faults = Dirt(crew, [entry(kind, meters=1) for kind in other], 1).faults
+    assert set(faults.get_column("kind")) == {kind.value for kind in other}
+    with pytest.raises(ConfigError, match="names no equipment"):
+        Dirt(crew, [entry(FaultKind.METER_EXCHANGE)], 1)
+
+
+def test_poison_of_no_two_meters_is_the_same(tape: Path) -> None:
+    for poison in Poison:
+        crew = fleet(read_tape(tape), METERS)
+        faults = Dirt(crew, [entry(FaultKind.POISON, meters=METERS, bytes=[poison], at="2h")], 1).faults
+        assert faults.get_column("payload").n_unique() == METERS, poison
+
+
+def test_poison_goes_out_at_its_time(tape: Path) -> None:
+    played = Played(tape, entry(FaultKind.POISON, meters=30, bytes=[Poison.TRAILING_BYTES]))
+    place = {payload: place for place, (*_, payload) in enumerate(played.sent)}
+    for fault in played.faults.iter_rows(named=True):
+        of = played.dirty.filter(pl.col("meter_id") == fault["meter_id"])
+        before = of.filter(pl.col("seq") < fault["seq"]).get_column("place").max()
+        after = of.filter(pl.col("seq") > fault["seq"]).get_column("place").min()
+        assert before < place[fault["payload"]] < after  # type: ignore[operator]
+
+
+def test_events_of_a_run_of_a_month_keep_to_their_meters(tmp_path: Path) -> None:
+    small_tape.write(tmp_path / "tape")
+    crew = fleet(read_tape(tmp_path / "tape"), METERS, duration=timedelta(days=30), loop=True)
+    dirt = Dirt(crew, [entry(FaultKind.TAMPER, meters=METERS, times=3)], 1)
+    for (_,), own in dirt.faults.sort("due_at").group_by("meter_id", maintain_order=True):
+        assert own.get_column("seq").is_sorted()
+        assert own.get_column("seq").n_unique() == 3

@@ -508,6 +508,15 @@ def test_a_nem12_record_that_does_not_follow_is_refused_with_what_hangs_on_it(tm
     assert [wh for wh in column(going, "export_t1_wh") if wh is not None] == [0, 1000, 2000]
 
 
+def test_a_nem12_day_that_is_refused_counts_all_its_intervals(tmp_path):
+    path = log(
+        tmp_path / "x.csv", nem12(channel(), day(20240201, 1, 1), day(20240202, 1, 2, quality=""), day(20240203, 1, 1))
+    )
+    going = read(path, "nem12", keep_going=True)
+    assert (going.rows_in, going.defects["refused"]) == (6, 2)
+    assert len(going.readings) == 5, "the begin, and four intervals"
+
+
 def test_western_power_keeps_its_own_markets_time(tmp_path):
     text = nem12(channel(), day(20240201, 1, 2)).replace("MDA1", "WPNTKS")
     imported = read(log(tmp_path / "log.csv", text), "nem12")
@@ -553,7 +562,6 @@ def test_nem13_reads_are_registers_as_they_stand(tmp_path):
         ),
         ("london", "MACx.csv", LONDON + "MAC1,2013-01-01 00:00:00,0.2\nMAC1,2013-01-01 00:30:00,x\n", 3),
         ("london", "MACx.csv", LONDON + "MAC1,2013-01-01 00:00:00,0.2\nMAC1,2013-01-01 00:30:00\n", 3),
-        ("nem12", "x.csv", nem12("200,N,E1,1,E1,N1,S,kWh,720,", "300,20040201,1,1,A,", "300,20040202,1,A,"), 4),
         ("nem12", "x.csv", nem12("200,N,E1,1,E1,N1,S,kWh,720,", "300,20040201,1,1,A,", "777,1"), 4),
         ("p1mon-daily", "x.csv", 'TIMESTAMP,VERBR_KWH_181\n2024-01-01 00:00:00,1\n2024-01-02 00:00:00,"1,5"\n', 3),
     ],

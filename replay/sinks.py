@@ -95,7 +95,12 @@ class KafkaSink:
                 {"key": key, "value": value}
                 for key, value in zip(meter_ids[start:stop], payloads[start:stop], strict=True)
             ]
-            self._sent += self._producer.produce_batch(topic, messages, on_delivery=self._delivered)
+            taken = self._producer.produce_batch(topic, messages, on_delivery=self._delivered)
+            self._sent += taken
+            if taken < len(messages):
+                refused = next(message["_error"] for message in messages if "_error" in message)
+                msg = f"Kafka's client did not take {len(messages) - taken} records: {refused}"
+                raise RetryLater(msg)
             self._producer.poll(0)
 
     def _delivered(self, error: KafkaError | None, _: Message) -> None:

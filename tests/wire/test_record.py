@@ -132,3 +132,11 @@ def test_nothing_of_a_recording_is_left_on_the_broker(broker: Broker) -> None:
 def test_without_a_broker_it_says_to_try_again(tmp_path: Path) -> None:
     with pytest.raises(RetryLater, match="127.0.0.1:1"):
         record(tmp_path / "tape", "127.0.0.1:1")
+
+
+def test_a_record_that_the_client_refuses_is_told_and_the_others_arrive(broker: Broker) -> None:
+    sink = broker.sink()
+    with pytest.raises(RetryLater, match="did not take 1 records: .*MSG_SIZE_TOO_LARGE"):
+        sink.send("events", ["a", "b", "c"], [b"1", bytes(2_000_000), b"3"])
+    sink.close()
+    assert sink.acknowledged == 2

@@ -599,7 +599,7 @@ def _rows(rows: pl.DataFrame, logs: pl.DataFrame, first: datetime, span: int, cy
     found = Rows(known, keys, due, edges[:-1], ends - edges[:-1], {}, {}, {}, {}, {}, {}, {})
     if has_registers:
         boxes = pl.col("equipment_id").forward_fill().backward_fill()
-        known = known.with_columns(box=boxes.rle_id().over("log").cast(pl.Int64))
+        known = known.with_columns(box=boxes.rle_id().over("log").cast(pl.Int64), row=pl.int_range(pl.len()))
     has_rows = edges[1:] > edges[:-1]
     # to the first row after the cycle, where there is one: the step from a lap to the next is in it
     after = np.minimum(np.maximum(np.minimum(ends, edges[1:] - 1), edges[:-1]), len(known) - 1)
@@ -612,7 +612,7 @@ def _rows(rows: pl.DataFrame, logs: pl.DataFrame, first: datetime, span: int, cy
         is_anew = (step < 0) | (pl.col("box") > 0) & wh.is_not_null() & wh.shift(1).over("log", "box").is_null()
         own = known.select(
             used=step.clip(0).fill_null(0).cum_sum().over("log").cast(pl.Float64),
-            anew=pl.when(is_anew).then(pl.int_range(pl.len())).forward_fill().over("log").fill_null(-1),
+            anew=pl.when(is_anew).then("row").forward_fill().over("log").fill_null(-1),
             is_blank=pl.col(name).is_null(),
             base_wh=pl.col(name).drop_nulls().first().over("log").fill_null(0).cast(pl.Float64),
             wh=pl.col(name).cast(pl.Float64),
@@ -628,6 +628,6 @@ def _rows(rows: pl.DataFrame, logs: pl.DataFrame, first: datetime, span: int, cy
         )
         found.last_anew[name] = np.where(has_rows, anew[last], -1)
         found.cycle_wh[name] = np.where(has_rows, found.used[name][after], 0.0)
-    frame = known.drop("log_row", "due_at", "log", "due")
+    frame = known.drop("log_row", "due_at", "log", "due", "row", strict=False)
     empty = [column.name for column in frame.get_columns() if column.null_count() == len(frame) and len(frame)]
     return replace(found, frame=frame.drop(empty))

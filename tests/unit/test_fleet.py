@@ -283,6 +283,19 @@ def test_a_register_that_begins_anew_in_the_log_does_so_in_every_copy_and_is_nev
             assert truth.get_column("energy_wh").to_list() == [laps * through]
 
 
+def test_each_log_and_its_copies_begin_anew_where_the_log_does(tape: Tape) -> None:
+    at = pl.int_range(pl.len()).over("meter_id")
+    own = pl.col("import_t1_wh")
+    crew = fleet(
+        changed(tape, import_t1_wh=pl.when(at < 100).then(own).otherwise(own - own.min().over("meter_id"))), 60
+    )
+    readings = sent(crew).sort("meter", "seq").with_columns(step=pl.col("import_t1_wh").diff().over("meter"))
+    back = readings.filter(pl.col("step") < 0)
+    assert back.get_column("meter").to_list() == [number for number in range(60) if number % 20]
+    assert back.get_column("seq").unique().to_list() == [100]
+    assert int(str(readings.get_column("import_t1_wh").min())) >= 0
+
+
 def test_another_box_begins_a_register_anew_though_it_shows_more(tmp_path: Path) -> None:
     tape = one_log(tmp_path / "two", 1, timedelta(hours=1))
     later = pl.col("log_row") >= 10

@@ -39,7 +39,24 @@ ON_EVERY_WAY = (
 """What is poison over MQTT and in Kafka alike; JSON and telegrams are for MQTT only."""
 FULL_WH = 10**8  # where a register of eight digits begins again
 SECOND = 1_000_000
+CENTURY = 36_525 * 86_400
+TRIES = 1_000  # meters, or transformers, beyond those asked for that are looked at, where one cannot have a fault
 ONCE = (FaultKind.RESET, FaultKind.ROLLOVER, FaultKind.METER_EXCHANGE)
+OF_REGISTERS = (*ONCE, FaultKind.SPIKE, FaultKind.UNIT_SLIP)
+AMOUNTS = {FaultKind.SPIKE: (1, 10**12), FaultKind.UNIT_SLIP: (2, 10**6)}
+PARTS = {
+    "meters": set(FaultKind) - {FaultKind.POWER_STORM},
+    "times": set(FaultKind) - {FaultKind.POWER_STORM},
+    "length": {
+        FaultKind.GAP, FaultKind.CLOCK_JUMP, FaultKind.CLOCK_1970, FaultKind.CLOCK_2099, FaultKind.SPIKE,
+        FaultKind.FROZEN, FaultKind.UNIT_SLIP,
+    },
+    "by": {FaultKind.LATE, FaultKind.CLOCK_JUMP, FaultKind.VOLTAGE_ALARM, FaultKind.POWER_STORM},
+    "amount": set(AMOUNTS),
+    "bytes": {FaultKind.POISON},
+    "transformers": {FaultKind.POWER_STORM},
+}  # fmt: skip
+"""Part of an entry → the kinds that heed it."""
 FAULTS = pa.schema(
     [
         ("fault_id", pa.int64()),
@@ -73,7 +90,7 @@ def seconds(value: Any) -> float:
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2] or "s"]
 
 
-Seconds = Annotated[float, BeforeValidator(seconds)]
+Seconds = Annotated[float, BeforeValidator(seconds), Field(ge=-CENTURY, le=CENTURY)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -86,7 +103,7 @@ class Entry(BaseModel):
         transformers: for a power_storm: how many transformers lose their supply.
         times: how often per meter, spread over the run.
         length: readings that are touched each time (gap, clock_*, spike, frozen, unit_slip).
-        by: seconds that a late record is late, that a clock jumps (may be negative) or an outage or alarm lasts.
+        by: whole seconds that a late record is late, that a clock jumps (may be negative) or an outage or alarm lasts.
         amount: Wh of a spike, or factor of a unit_slip: whole numbers.
         bytes: kinds of poison, in turn.
         at: seconds after the run's begin, once; drawn by seed if absent.
@@ -108,20 +125,23 @@ class Entry(BaseModel):
     def _makes_sense(self) -> "Entry":
         named = self.meters if isinstance(self.meters, list) else []
         number = 1.0 if isinstance(self.meters, list) else self.meters
-        least = {FaultKind.UNIT_SLIP: 2, FaultKind.SPIKE: 1}.get(self.kind)
+        least, most = AMOUNTS.get(self.kind, (0, 0))
+        unheeded = sorted(part for part in self.model_fields_set & set(PARTS) if self.kind not in PARTS[part])
         wrong = [
             told
             for is_wrong, told in (
-                (not (0 < number < 1 or (number >= 1 and number == int(number))) or self.meters == [],
+                (not (0 < number < 1 or (number >= 1 and number % 1 == 0)) or self.meters == [],
                  "meters is a number above 0, a share below 1, or a list of ids"),
                 (len(set(named)) < len(named), "meters names one twice"),
                 (self.at is not None and self.times > 1, "at says when: leave times out"),
-                (self.by == 0, "by is not 0"),
+                (bool(unheeded), f"a {self.kind} has no {', no '.join(unheeded)}: leave it out"),
+                (self.by is not None and (self.by == 0 or self.by % 1 != 0), "by is whole seconds, and not 0"),
                 (self.by is not None and self.by < 0 and self.kind != FaultKind.CLOCK_JUMP,
                  "by is more than 0: only a clock jumps back"),
                 (self.kind in ONCE and self.times > 1, f"a {self.kind} comes once per meter, not {self.times} times"),
-                (least is not None and self.amount is not None and (self.amount < least or self.amount % 1 != 0),
-                 f"amount is a whole number from {least} on"),
+                (self.kind in AMOUNTS and self.amount is not None
+                 and (not least <= self.amount <= most or self.amount % 1 != 0),
+                 f"amount is a whole number from {least} to {most}"),
             )
             if is_wrong
         ]  # fmt: skip
@@ -199,7 +219,7 @@ class Dirt:
         """Plans all faults.
 
         Raises:
-            ConfigError: an entry asks for more meters than are left, or for what the tape has not.
+            ConfigError: an entry, named by its place, asks for more meters than are left, or for what the tape has not.
         """
         self._fleet = fleet
         self._random = np.random.default_rng([seed, 0xD127])
@@ -215,32 +235,56 @@ class Dirt:
         self._bends: list[dict[str, Any]] = []
         self._raw: list[Raw] = []
         self._events: list[dict[str, Any]] = []
-        for entry in sorted(entries, key=lambda entry: entry.kind != FaultKind.POWER_STORM):  # whole transformers first
-            if entry.kind == FaultKind.POWER_STORM:
-                self._storms(entry)
-                continue
-            for turn, meter in enumerate(self._chosen(entry)):
-                for number in self._numbers(entry, meter):
-                    self._fault_id += 1
-                    self._plan(entry, meter, number, turn)
+        # whole transformers first, then meters by name
+        for place in sorted(range(len(entries)), key=lambda place: _rank(entries[place])):
+            try:
+                (self._storms if entries[place].kind == FaultKind.POWER_STORM else self._inject)(entries[place])
+            except ConfigError as error:
+                msg = f"faults.{place}: {error}"
+                raise ConfigError(msg) from error
         self._freeze()
 
-    def _chosen(self, entry: Entry) -> list[int]:
+    def _inject(self, entry: Entry) -> None:
+        """Plans an entry's faults; where meters are not named, those that cannot have them are passed over."""
+        meters, count = self._candidates(entry)
+        taken: list[int] = []
+        why: ConfigError | None = None
+        for meter in meters:
+            try:
+                places = [self._place(entry, meter, number) for number in self._numbers(entry, meter)]
+            except ConfigError as error:
+                why = why or error
+                continue
+            for number, register in places:
+                self._fault_id += 1
+                self._plan(entry, meter, number, len(taken), register)
+            taken.append(meter)
+            if len(taken) == count:
+                break
+        if len(taken) < count:
+            msg = (
+                f"{entry.kind} asks for {count} meters, {len(taken)} of {len(meters)} that are free can have it: {why}"
+            )
+            raise ConfigError(msg) from why
+        self._left = self._left[~np.isin(self._left, taken)]
+
+    def _candidates(self, entry: Entry) -> tuple[list[int], int]:
+        """Meters that may have an entry's faults, in turn, and how many of them shall."""
         if isinstance(entry.meters, list):
-            known = {name: number for number, name in enumerate(self._fleet.meter_ids(np.arange(len(self._fleet))))}
-            wrong = [name for name in entry.meters if known.get(name) not in set(self._left.tolist())]
+            free = dict(zip(self._fleet.meter_ids(self._left), self._left.tolist(), strict=True))
+            wrong = [name for name in entry.meters if name not in free]
             if wrong:
                 msg = f"{entry.kind}: no such meter, too short a log, or a fault already: {', '.join(wrong)}"
                 raise ConfigError(msg)
-            chosen = [known[name] for name in entry.meters]
-            self._left = self._left[~np.isin(self._left, chosen)]
-            return chosen
+            return [free[name] for name in entry.meters], len(entry.meters)
         count = max(1, round(entry.meters * len(self._fleet))) if 0 < entry.meters < 1 else int(entry.meters)
         if count > len(self._left):
-            msg = f"{entry.kind} asks for {count} meters, {len(self._left)} are left that have no fault yet"
+            msg = (
+                f"{entry.kind} asks for {count} meters, {len(self._left)} are left that have no fault yet and "
+                f"{4 * MARGIN} readings: ask for fewer, or play more"
+            )
             raise ConfigError(msg)
-        found, self._left = self._left[:count], self._left[count:]
-        return [int(meter) for meter in found]
+        return self._left[: count + TRIES].tolist(), count
 
     def _numbers(self, entry: Entry, meter: int) -> list[int]:
         """Unrolled rows at which the faults of one meter begin."""
@@ -251,18 +295,51 @@ class Dirt:
             at = int(self._fleet.sent_before("readings", each, round(entry.at * SECOND))[0])
             if not begin + MARGIN <= at <= begin + count - MARGIN - entry.length:
                 name = self._fleet.meter_ids(each)[0]
-                msg = f"{entry.kind} at {entry.at:.0f} s: {name} has not {MARGIN} readings before and after"
+                msg = f"at {entry.at:.0f} s {name} has not {MARGIN} readings before and after: choose another time"
                 raise ConfigError(msg)
             return [at]
         reach = entry.length + round(abs(entry.by or 0) / self._interval)
         room = (count - MARGIN) // entry.times - reach - MARGIN
         if room < 1:
-            msg = f"{entry.kind}: {count} readings of a meter do not hold {entry.times} faults that reach over {reach}"
+            msg = f"{count} readings of a meter do not hold {entry.times} faults that reach over {reach}"
             raise ConfigError(msg)
         stretch = (count - MARGIN) // entry.times
         return [begin + MARGIN + turn * stretch + int(self._random.integers(0, room)) for turn in range(entry.times)]
 
-    def _plan(self, entry: Entry, meter: int, number: int, turn: int) -> None:
+    def _place(self, entry: Entry, meter: int, number: int) -> tuple[int, str]:
+        """Row and register of a fault that is to begin at `number`; no register where it needs none.
+
+        Raises:
+            ConfigError: the meter cannot have it.
+        """
+        if entry.kind not in OF_REGISTERS:
+            return number, ""
+        name = self._fleet.meter_ids(np.array([meter]))[0]
+        rows, begin = self._fleet.kinds["readings"], int(self._fleet.begin("readings", np.array([meter]))[0])
+        if entry.kind in ONCE and any(anew[self._fleet.plan.log[meter]] >= 0 for anew in rows.last_anew.values()):
+            msg = f"the registers of {name} begin anew in its own log"
+            raise ConfigError(msg)
+        if entry.kind == FaultKind.METER_EXCHANGE and self._fleet.own_clock:
+            earlier = np.arange(begin, number)
+            known = self._fleet.readings(np.full(len(earlier), meter), earlier)
+            if "equipment_id" not in known.columns or known.get_column("equipment_id").null_count() == len(known):
+                msg = f"the log of {name} names no equipment, so that nobody could tell another one"
+                raise ConfigError(msg)
+        before = self._values(meter, number - 1)
+        if entry.kind == FaultKind.ROLLOVER:
+            return self._next_rise(meter, number, list(before))
+        touched = np.arange(number, number + entry.length)
+        shown = self._fleet.registers(np.full(len(touched), meter), touched)
+        found = [each for each, value in before.items() if value > 0 and not np.isnan(shown[each]).any()]
+        if not found:
+            msg = f"no register of {name} shows more than 0 there"
+            raise ConfigError(msg)
+        if entry.kind == FaultKind.SPIKE:
+            last = self._values(meter, begin + self._count(meter) - 1)
+            found.sort(key=lambda each: last[each] <= before[each])  # one that rises, where there is one
+        return number, found[0]
+
+    def _plan(self, entry: Entry, meter: int, number: int, turn: int, register: str) -> None:
         match entry.kind:
             case FaultKind.DUPLICATE:
                 self._extra.append((meter, number, self._due(meter, number)))
@@ -296,15 +373,10 @@ class Dirt:
             case FaultKind.VOLTAGE_ALARM | FaultKind.TAMPER:
                 self._said(entry, meter, number)
             case _:
-                self._plan_register(entry, meter, number)
+                self._plan_register(entry, meter, number, register)
 
-    def _plan_register(self, entry: Entry, meter: int, number: int) -> None:
+    def _plan_register(self, entry: Entry, meter: int, number: int, register: str) -> None:
         before = self._values(meter, number - 1)
-        register = next((name for name, value in before.items() if value > 0), None)
-        if register is None:
-            name = self._fleet.meter_ids(np.array([meter]))[0]
-            msg = f"{entry.kind}: no register of {name} shows more than 0 there"
-            raise ConfigError(msg)
         end = number + self._count(meter) + entry.length  # to the end of the run
         match entry.kind:
             case FaultKind.RESET:
@@ -313,14 +385,10 @@ class Dirt:
             case FaultKind.METER_EXCHANGE:
                 new = int(self._random.integers(0, NEW_BOX_WH))
                 first = {name: (new if value else 0) - value for name, value in before.items()}
-                if self._fleet.own_clock and "equipment_id" not in self._fleet.kinds["readings"].frame.columns:
-                    msg = f"{entry.kind}: the tape names no equipment, so that nobody could tell another one"
-                    raise ConfigError(msg)
                 box = f"{self._fleet.boxes(np.array([meter]))[0]}-new"
                 self._bend(meter, number, end, box=box, **first)
                 self._tell(entry, meter, range(number, number + 1), amount=new, detail=register)
             case FaultKind.ROLLOVER:
-                number, register = self._next_rise(meter, number, list(before))
                 after = self._values(meter, number)[register]
                 begin = int(self._fleet.begin("readings", np.array([meter]))[0])
                 self._bend(meter, begin, end, full_wh=FULL_WH, **{register: FULL_WH - after})
@@ -336,37 +404,45 @@ class Dirt:
 
     def _storms(self, entry: Entry) -> None:
         """All meters of a transformer lose their supply and get it back."""
-        fleet = self._fleet
-        log, copy = fleet.plan.log, np.arange(len(fleet)) // len(fleet.logs)
-        own = np.array([name or "" for name in fleet.logs.get_column("transformer_id").to_list()])[log]
-        free = sorted(self._left.tolist())
-        groups = sorted({(int(copy[meter]), str(own[meter])) for meter in free if own[meter]})
-        if len(groups) < entry.transformers:
-            msg = (
-                f"power_storm asks for {entry.transformers} transformers, {len(groups)} have meters without a fault yet"
-            )
-            raise ConfigError(msg)
+        fleet, margin = self._fleet, MARGIN * self._interval * SECOND
+        names, own = np.unique([name or "" for name in fleet.logs.get_column("transformer_id")], return_inverse=True)
+        group = np.arange(len(fleet)) // len(fleet.logs) * len(names) + own[fleet.plan.log]
+        free = np.sort(self._left)
+        free = free[names[group[free] % len(names)] != ""]
         lasts = round((1_200 if entry.by is None else entry.by) * SECOND)
-        for index in self._random.choice(len(groups), entry.transformers, replace=False):
-            number, transformer = groups[int(index)]
-            members = np.flatnonzero((copy == number) & (own == transformer))
-            members = members[np.isin(members, self._left)]
-            self._left = self._left[~np.isin(self._left, members)]
-            latest = fleet.length - lasts - 2 * MARGIN * self._interval * SECOND
-            if latest < 4 or (entry.at is not None and entry.at * SECOND > latest):
-                msg = f"power_storm: {fleet.length / SECOND:.0f} s do not hold it and {2 * MARGIN} readings after it"
-                raise ConfigError(msg)
-            down = int(self._random.integers(latest // 4, latest)) if entry.at is None else round(entry.at * SECOND)
+        latest = fleet.length - lasts - 2 * margin
+        earliest = max(latest // 4, margin + fleet.interval)
+        if latest <= earliest or (entry.at is not None and entry.at * SECOND > latest):
+            msg = f"power_storm: {fleet.length / SECOND:.0f} s do not hold it and {2 * MARGIN} readings after it"
+            raise ConfigError(msg)
+        struck = 0
+        for each in self._random.permutation(np.unique(group[free]))[: entry.transformers + TRIES]:
+            members = free[group[free] == each]
+            down = int(self._random.integers(earliest, latest)) if entry.at is None else round(entry.at * SECOND)
             first = fleet.sent_before("readings", members, down)
             after = fleet.sent_before("readings", members, down + lasts)
+            begin = fleet.begin("readings", members)
+            is_there = (first >= begin + MARGIN) & (after + MARGIN <= begin + fleet.counts("readings", members))
+            if not (is_there & (after > first)).any():
+                continue
+            self._left = self._left[~np.isin(self._left, members)]
             self._fault_id += 1
-            for meter, low, high in zip(members.tolist(), first.tolist(), after.tolist(), strict=True):
-                jitter = self._random.integers(0, 3 * SECOND, 2)
-                name = f"{transformer}-{number + 1}" if not fleet.own_clock else transformer
-                for moment, code in ((down + int(jitter[0]), "AE1"), (down + lasts + int(jitter[1]), "AE2")):
+            number, place = divmod(int(each), len(names))
+            name = str(names[place]) if fleet.own_clock else f"{names[place]}-{number + 1}"
+            for meter, low, high in zip(*(rows[is_there].tolist() for rows in (members, first, after)), strict=True):
+                jitter = np.sort(self._random.integers(0, 3 * SECOND, 2)).tolist()  # up again never before down
+                for moment, code in ((down + jitter[0], "AE1"), (down + lasts + jitter[1], "AE2")):
                     self._say(FaultKind.POWER_STORM, meter, moment, "c12.19", "ST76", code)
                 self._withhold(meter, range(low, high))
                 self._tell(entry, meter, range(low, high), is_sent=False, detail=name)
+            struck += 1
+            if struck == entry.transformers:
+                return
+        msg = (
+            f"power_storm asks for {entry.transformers} transformers, {struck} have meters without a fault yet that "
+            f"would miss a reading and have {MARGIN} before and after: ask for fewer, or for another time"
+        )
+        raise ConfigError(msg)
 
     def _said(self, entry: Entry, meter: int, number: int) -> None:
         begin = self._due(meter, number)
@@ -415,7 +491,7 @@ class Dirt:
             rises = np.flatnonzero(np.diff(values[register]) > 0)
             if len(rises):
                 return number + int(rises[0]), register
-        msg = f"rollover: no register of {self._fleet.meter_ids(np.array([meter]))[0]} rises any more"
+        msg = f"no register of {self._fleet.meter_ids(np.array([meter]))[0]} rises any more"
         raise ConfigError(msg)
 
     def _withhold(self, meter: int, numbers: range) -> None:
@@ -636,6 +712,10 @@ def poisoned(poison: Poison, reading: dict[str, Any]) -> bytes:
 def encoding_of(poison: Poison) -> str:
     """As what it is sent: the last level of its MQTT topic."""
     return {Poison.INVALID_JSON: "json", Poison.INVALID_TELEGRAM: "dsmr"}.get(poison, "avro")
+
+
+def _rank(entry: Entry) -> tuple[bool, bool]:
+    return entry.kind != FaultKind.POWER_STORM, not isinstance(entry.meters, list)
 
 
 def _code(meter: int, number: int) -> int:

@@ -2,15 +2,16 @@
 
 import csv
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import MAXYEAR, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import polars as pl
 
-from replay.importers import Asked, Defect, Imported, Log, exact, summed
+from replay.importers import MAX_EXACT, Asked, Defect, Imported, Log, exact, summed
 from schemas.topics import METER_ID
 
 FILES = ("*.csv", "*.csv.gz")
@@ -60,14 +61,15 @@ def read(path: Path, asked: Asked) -> Imported:
 
     An interval is read at its end; each channel's register begins at 0 with its first interval. Intervals without a
     value, or of quality N, add nothing. Other quantities than energy are left out and counted. A record in is one
-    interval, or one NEM13 row. The readings of a meter are in the order of time, for a file has channel after channel.
+    interval, one NEM13 row, or another line that is refused. The readings of a meter are in the order of time, for a
+    file has channel after channel.
 
     Raises:
         BadLog: a record that does not fit, or the file is no NEM12 or NEM13.
     """
     log = Log(path, asked, "Australia/Brisbane")
-    lines = csv.reader(io.StringIO(log.text()))
-    header = next(lines, [])
+    lines = _lines(log)
+    _, header = next(lines, (1, []))
     if len(header) < 2 or (header[0].strip(), header[1].strip()) not in (("100", "NEM12"), ("100", "NEM13")):
         raise log.bad(1, "no header (100,NEM12 or 100,NEM13)")
     if asked.timezone is None and len(header) > 3:
@@ -76,8 +78,8 @@ def read(path: Path, asked: Asked) -> Imported:
     days: list[_Day] = []
     is_open = False  # the last day was taken, so that 400 records have something to set
     reads: list[tuple[Any, ...]] = []
-    for record in lines:
-        number, kind = lines.line_num, record[0].strip() if record else ""
+    for number, record in lines:
+        kind = record[0].strip() if record else ""
         try:
             match kind:
                 case "200":
@@ -99,9 +101,9 @@ def read(path: Path, asked: Asked) -> Imported:
                 case _:
                     log.rows_in += 1
                     log.refuse(number, f"record {kind!r} is none that we know")
-        except (ValueError, IndexError, KeyError) as error:
+        except (ValueError, IndexError, KeyError, ArithmeticError) as error:
             records = DAY // channel.length if kind == "300" and channel else 1
-            log.rows_in += records if kind == "300" else 0
+            log.rows_in += records if kind in ("200", "300", "400") else 0  # others have been counted
             log.refuse(number, f"{type(error).__name__}: {error}", records=records)
     log.defects[Defect.OTHER_QUANTITY] += sum(len(day.energies) for day in days if day.channel.register is None)
     values = [*(_intervals(log, days, register) for register in REGISTERS), _as_read(reads)]
@@ -119,6 +121,16 @@ def read(path: Path, asked: Asked) -> Imported:
     )
     registry = readings.select("meter_id", jurisdiction=pl.lit("AS60038")).unique()
     return log.close(log.utc(readings), registry)
+
+
+def _lines(log: Log) -> Iterator[tuple[int, list[str]]]:
+    """Number and fields of each line."""
+    lines = csv.reader(io.StringIO(log.text()))
+    try:
+        for record in lines:
+            yield lines.line_num, record
+    except csv.Error as error:
+        raise log.bad(lines.line_num, str(error)) from error
 
 
 def _meter_id(text: str) -> str:
@@ -145,9 +157,11 @@ def _day(record: list[str], channel: _Channel | None) -> _Day:
     count = DAY // channel.length
     begin, quality = datetime.strptime(record[1].strip(), "%Y%m%d"), record[2 + count].strip()  # noqa: DTZ007
     energies = [exact(field, channel.micro_wh) for field in record[2 : 2 + count]]
-    if not quality[:1].isalpha() or (
-        channel.register and any(energy is not None and energy < 0 for energy in energies)
-    ):
+    least = 0 if channel.register else -MAX_EXACT
+    if begin.year == MAXYEAR:
+        msg = f"no day: {record[1]!r}"
+        raise ValueError(msg)
+    if not quality[:1].isalpha() or any(energy is not None and not least <= energy < MAX_EXACT for energy in energies):
         msg = f"not {count} values and a quality"
         raise ValueError(msg)
     return _Day(channel, begin, energies, [quality[0]] * count)
@@ -190,7 +204,7 @@ def _register_reads(log: Log, record: list[str], earlier: list[tuple[Any, ...]])
     for place in (8, 13):
         at = datetime.strptime(record[place + 1].strip(), "%Y%m%d%H%M%S")  # noqa: DTZ007
         wh = exact(record[place], MICRO_WH[unit] // MICRO_WH_PER_WH)
-        if wh is None or wh < 0:
+        if wh is None or not 0 <= wh < MAX_EXACT:
             msg = f"no register: {record[place]!r}"
             raise ValueError(msg)
         reads.append((meter_id, at, serial, second if others else first, wh))

@@ -59,6 +59,7 @@ def rows(sink: Kept, kind: str) -> pl.DataFrame:
 
 
 def entry(kind: FaultKind, **parts: Any) -> Entry:
+    """An entry for five meters."""
     return Entry(kind=kind, **{"meters": 5, **parts})
 
 
@@ -227,7 +228,7 @@ def test_one_meter_has_the_faults_of_one_entry(tape: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_faults_in_one_process_or_two(tape: Path) -> None:
-    entries = tuple(entry(kind, meters=1) for kind in FaultKind)
+    entries = tuple(Entry(kind=kind) for kind in FaultKind)
 
     def run(run_id: str, **order: Any) -> tuple[str, list[tuple[Any, ...]]]:
         ledger = play(Order(tape, run_id, "null", METERS, dirt=entries, **order), Kept)
@@ -256,15 +257,28 @@ def test_the_example_has_one_of_every_kind(tape: Path) -> None:
         ("[]", "dirt.yml"),
         ("faults: [{kind: reset, times: 2}]", "once per meter"),
         ("faults: [{kind: late, by: -5m}]", "only a clock jumps back"),
-        ("faults: [{kind: clock_jump, by: 0}]", "by is not 0"),
+        ("faults: [{kind: late, by: 10000000d}]", r"faults\.0\.by"),
+        ("faults: [{kind: clock_jump, by: 0}]", "whole seconds, and not 0"),
+        ("faults: [{kind: clock_jump, by: 0.4}]", "whole seconds, and not 0"),
+        ("faults: [{kind: power_storm, by: -5m}]", "only a clock jumps back"),
+        ("faults: [{kind: power_storm, meters: 3, times: 2}]", "a power_storm has no meters, no times: leave it out"),
+        ("faults: [{kind: gap, by: 1h}]", "a gap has no by: leave it out"),
+        ("faults: [{kind: late, length: 2}]", "a late has no length: leave it out"),
         ("faults: [{kind: gap, times: 2, at: 3h}]", "leave times out"),
         ("faults: [{kind: gap, at: -3h}]", r"faults\.0\.at"),
+        ("faults: [{kind: gap, at: 10000000d}]", r"faults\.0\.at"),
         ("faults: [{kind: gap, meters: -2}]", "a number above 0"),
+        ("faults: [{kind: gap, meters: 0}]", "a number above 0"),
         ("faults: [{kind: gap, meters: 1.5}]", "a number above 0"),
+        ("faults: [{kind: gap, meters: .inf}]", "a number above 0"),
+        ("faults: [{kind: gap, meters: []}]", "a number above 0"),
         ("faults: [{kind: gap, meters: [a, b, a]}]", "names one twice"),
         ("faults: [{kind: poison, bytes: []}]", r"faults\.0\.bytes"),
-        ("faults: [{kind: unit_slip, amount: 0.4}]", "whole number from 2 on"),
-        ("faults: [{kind: spike, amount: 0}]", "whole number from 1 on"),
+        ("faults: [{kind: unit_slip, amount: 0.4}]", "whole number from 2 to 1000000"),
+        ("faults: [{kind: unit_slip, amount: 2.5}]", "whole number from 2 to 1000000"),
+        ("faults: [{kind: unit_slip, amount: 1.0e+15}]", "whole number from 2 to 1000000"),
+        ("faults: [{kind: spike, amount: 0}]", "whole number from 1 to 1000000000000"),
+        ("faults: [{kind: spike, amount: 1.0e+30}]", "whole number from 1 to 1000000000000"),
     ],
 )
 def test_a_wrong_file_is_told_with_its_place(tmp_path: Path, text: str, told: str) -> None:
@@ -276,18 +290,21 @@ def test_a_wrong_file_is_told_with_its_place(tmp_path: Path, text: str, told: st
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (entry(FaultKind.GAP, meters=41), "asks for 41 meters, 40 are left"),
+        (entry(FaultKind.GAP, meters=41), "asks for 41 meters, 39 are left"),
         (entry(FaultKind.GAP, length=200), "do not hold"),
         (entry(FaultKind.GAP, meters=["m0000001", "nobody"]), "nobody"),
         (Entry(kind=FaultKind.POWER_STORM, transformers=9), "asks for 9 transformers, 2 have"),
         (Entry(kind=FaultKind.POWER_STORM, at="11h"), "do not hold it"),
+        (Entry(kind=FaultKind.POWER_STORM, at="10m"), "0 have meters .* and have 6 before and after"),
+        (Entry(kind=FaultKind.POWER_STORM, at="7201s", by="1s"), "0 have meters .* that would miss a reading"),
         (entry(FaultKind.METER_EXCHANGE, at="5m"), "before and after"),
         (entry(FaultKind.GAP, at="30h"), "before and after"),
     ],
 )
 def test_what_a_tape_cannot_hold_is_said(tape: Path, wrong: Entry, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
-        Dirt(fleet(read_tape(tape), METERS), [wrong], 1)
+    sound = entry(FaultKind.TAMPER, meters=0.01)
+    with pytest.raises(ConfigError, match=rf"faults\.1: .*{told}"):
+        Dirt(fleet(read_tape(tape), METERS, burst=True), [sound, wrong], 1)
 
 
 def test_a_fault_comes_when_at_says(tape: Path) -> None:
@@ -317,8 +334,77 @@ def test_a_fault_finds_a_register_that_counts_and_says_so_where_none_does(tape: 
     second = bent(tape, import_t1_wh=pl.lit(0), import_t2_wh=pl.col("import_t1_wh") + 1)
     faults = Dirt(fleet(second, METERS), [*reset, entry(FaultKind.ROLLOVER)], 1).faults
     assert faults.get_column("detail").to_list() == ["import_t2_wh"] * 10
-    with pytest.raises(ConfigError, match="no register of m00000.. shows more than 0"):
+    with pytest.raises(ConfigError, match="reset asks for 5 meters, 0 of 40 .* no register of m.* more than 0"):
         Dirt(fleet(bent(tape, import_t1_wh=pl.lit(0), export_t1_wh=pl.lit(0)), METERS), reset, 1)
+
+
+HOME = pl.col("meter_id").str.slice(5).cast(pl.Int64)
+TICK = (pl.col("observed_at") - small_tape.BEGIN) / small_tape.STEP
+
+
+def of_homes(faults: pl.DataFrame) -> set[int]:
+    """Numbers of the logs whose meters have a fault."""
+    return {(int(name[1:]) - 1) % small_tape.METERS for name in faults.get_column("meter_id")}
+
+
+def test_meters_that_cannot_have_a_fault_are_passed_over_unless_they_are_named(tape: Path) -> None:
+    counts = pl.when(HOME >= 10).then("import_t1_wh").otherwise(0)
+    begins_anew = pl.when((HOME < 10) & (TICK >= 100)).then(pl.col("import_t1_wh") % 1_000).otherwise("import_t1_wh")
+    for kind, column in ((FaultKind.RESET, counts), (FaultKind.SPIKE, counts), (FaultKind.ROLLOVER, begins_anew)):
+        crew = fleet(bent(tape, import_t1_wh=column, export_t1_wh=pl.lit(0)), METERS)
+        assert of_homes(Dirt(crew, [entry(kind, meters=20)], 1).faults) == set(range(10, 20)), kind
+        with pytest.raises(ConfigError, match="0 of 1 that are free can have it"):
+            Dirt(crew, [entry(kind, meters=["m0000003"])], 1)
+
+
+def test_no_register_is_below_zero_for_a_log_that_begins_anew_itself_is_not_reset(tape: Path) -> None:
+    anew = pl.when(TICK >= 100).then(pl.col("import_t1_wh") % 1_000).otherwise(pl.col("import_t1_wh") + 5_000)
+    for kind in (FaultKind.RESET, FaultKind.METER_EXCHANGE):
+        with pytest.raises(ConfigError, match="begin anew in its own log"):
+            Dirt(fleet(bent(tape, import_t1_wh=anew), METERS), [entry(kind)], 1)
+
+
+def test_a_spike_is_on_a_register_that_the_reading_has_and_that_rises(tape: Path) -> None:
+    stands = bent(tape, import_t1_wh=pl.lit(7_000), import_t2_wh=pl.col("import_t1_wh") + 1)
+    in_turn = bent(
+        tape,
+        import_t1_wh=pl.when(TICK % 2 == 0).then("import_t1_wh"),
+        export_t1_wh=pl.when(TICK % 2 == 1).then("export_t1_wh"),
+    )
+    faults = Dirt(fleet(stands, METERS), [entry(FaultKind.SPIKE)], 1).faults
+    assert set(faults.get_column("detail")) == {"import_t2_wh"}
+    faults = Dirt(fleet(in_turn, METERS), [entry(FaultKind.SPIKE, meters=20)], 1).faults
+    for seq, detail in faults.select("seq", "detail").iter_rows():
+        assert detail == ("export_t1_wh" if seq % 2 else "import_t1_wh")
+
+
+def test_a_box_is_exchanged_where_the_log_names_one(tape: Path) -> None:
+    crew = fleet(bent(tape, equipment_id=pl.when(HOME < 10).then("equipment_id")), own_clock=True)
+    faults = Dirt(crew, [entry(FaultKind.METER_EXCHANGE, meters=10)], 1).faults
+    assert set(faults.get_column("meter_id")) == {f"home-{number:02d}" for number in range(10)}
+
+
+def test_meters_that_are_named_are_not_taken_by_an_entry_before(tape: Path) -> None:
+    entries = [entry(FaultKind.GAP, meters=39), entry(FaultKind.LATE, meters=["m0000001"])]
+    faults = Dirt(fleet(read_tape(tape), METERS), entries, 1).faults
+    assert faults.filter(kind="late").get_column("meter_id").to_list() == ["m0000001"]
+
+
+def test_a_storm_leaves_out_meters_whose_log_is_not_there_before_and_after_it(tape: Path) -> None:
+    sound = read_tape(tape)
+    rows = pl.DataFrame(pl.from_arrow(sound.readings)).filter((HOME >= 10) | (TICK < 26))
+    crew = fleet(replace(sound, readings=rows.to_arrow().cast(sound.readings.schema)))
+    faults = Dirt(crew, [Entry(kind=FaultKind.POWER_STORM, at="3h")], 1).faults
+    assert of_homes(faults) == set(range(10, 20))
+    assert set(faults.filter(topic="readings").get_column("meter_id")) == set(faults.get_column("meter_id"))
+
+
+def test_power_comes_back_after_it_went_however_short_a_storm_is(tape: Path) -> None:
+    for seed in range(20):
+        crew = fleet(read_tape(tape), burst=True)  # all report at that second
+        faults = Dirt(crew, [Entry(kind=FaultKind.POWER_STORM, at="2h", by="1s")], seed).faults
+        said = faults.filter(topic="events").sort("meter_id", "seq").get_column("detail").to_list()
+        assert said == ["AE1", "AE2"] * (len(said) // 2)
 
 
 def test_a_log_that_names_no_equipment_takes_every_fault_but_an_exchange(tape: Path) -> None:

@@ -517,6 +517,31 @@ def test_a_nem12_day_that_is_refused_counts_all_its_intervals(tmp_path):
     assert len(going.readings) == 5, "the begin, and four intervals"
 
 
+@pytest.mark.parametrize(
+    ("records", "refused"),
+    [
+        ([channel(nmi="N 1"), day(20240202, 1, 1)], 2),  # without its channel nobody knows how many intervals
+        (["400,1,3,A,,"], 1),
+        (["250,1"], 1),
+        (["777,1"], 1),
+        ([day(20240202, "1e16", 1)], 2),
+        ([day(20240202, "1e999999999", 1)], 2),
+        ([day(99991231, 1, 1)], 2),
+    ],
+)
+def test_what_a_nem12_file_is_refused_is_part_of_its_rows_in(tmp_path, records, refused):
+    path = log(tmp_path / "x.csv", nem12(channel(), day(20240201, 1, 1), *records))
+    going = read(path, "nem12", keep_going=True)
+    assert (going.rows_in, going.defects["refused"]) == (2 + refused, refused)
+    assert column(going, "import_t1_wh") == [0, 1000, 2000]
+
+
+def test_a_nem12_file_that_is_no_csv_is_refused_with_its_line(tmp_path):
+    path = log(tmp_path / "x.csv", nem12(channel(), day(20240201, 1, 1), '300,20240202,"' + "1," * 70_000))
+    with pytest.raises(BadLog, match=r"x\.csv:4: field larger"):
+        read(path, "nem12", keep_going=True)
+
+
 def test_western_power_keeps_its_own_markets_time(tmp_path):
     text = nem12(channel(), day(20240201, 1, 2)).replace("MDA1", "WPNTKS")
     imported = read(log(tmp_path / "log.csv", text), "nem12")

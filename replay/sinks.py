@@ -1,9 +1,10 @@
 """Where a replay sends: MQTT, Kafka or nowhere. What `acknowledged` counts is safe on the other side."""
 
-import threading
+import contextlib
+import select
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import paho.mqtt.client as mqtt
@@ -13,18 +14,21 @@ from paho.mqtt.enums import CallbackAPIVersion
 from schemas.errors import ConfigError, RetryLater
 from schemas.topics import KINDS, mqtt_topic
 
-IN_FLIGHT = 20  # paho publishes fastest with a small window
-QUEUED = 2_000  # messages handed to paho and not acknowledged, all connections together: bounds memory
-KAFKA_QUEUED = 100_000  # records handed to librdkafka and not acknowledged: some 20 MB
+QUEUED = 1_000  # messages handed to paho and not acknowledged, all connections together: more is not faster
+KAFKA_QUEUED = 20_000
+"""Records handed to librdkafka and not acknowledged: few enough to stay in the processor's cache, which a third of the
+CPU time hangs on, and twice what fills a batch for each partition."""
 PRODUCER = {
     "acks": "all",
     "enable.idempotence": "true",
     "compression.type": "lz4",
     "linger.ms": "50",
-    "batch.size": "1000000",
+    "batch.size": "250000",
 }
 """How Kafka is written to; every Kafka producer has settings of these names."""
-CHUNK = 10_000  # records handed to librdkafka at a time
+CHUNK = 500  # records handed to librdkafka at a time, few for the cache's sake too
+CONNECT_S = 10.0
+RECONNECT_S = 0.2
 DRAIN_S = 60.0
 
 
@@ -73,7 +77,7 @@ class KafkaSink:
             }
         )
         try:
-            self._producer.list_topics(timeout=10)
+            self._producer.list_topics(timeout=CONNECT_S)
         except KafkaException as error:
             msg = f"no Kafka at {bootstrap}: {error.args[0].str()}"
             raise RetryLater(msg) from error
@@ -88,20 +92,33 @@ class KafkaSink:
         topic = KINDS[kind].name
         for start in range(0, len(payloads), CHUNK):
             stop = start + CHUNK
-            while len(self._producer) > KAFKA_QUEUED and not self._failure:
-                self._producer.poll(0.01)
-            self._check()
-            messages = [
+            messages: list[dict[str, Any]] = [
                 {"key": key, "value": value}
                 for key, value in zip(meter_ids[start:stop], payloads[start:stop], strict=True)
             ]
-            taken = self._producer.produce_batch(topic, messages, on_delivery=self._delivered)
-            self._sent += taken
-            if taken < len(messages):
-                refused = next(message["_error"] for message in messages if "_error" in message)
-                msg = f"Kafka's client did not take {len(messages) - taken} records: {refused}"
-                raise RetryLater(msg)
-            self._producer.poll(0)
+            while messages:
+                while len(self._producer) > KAFKA_QUEUED and not self._failure:
+                    self._producer.poll(0.01)
+                self._check()
+                messages = self._left(topic, messages)
+                self._producer.poll(0.01 if messages else 0)
+
+    def _left(self, topic: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Hands records over. Returns those for whose bytes the queue has no room.
+
+        From the first of those on the client takes none, so each meter's order stays.
+        """
+        taken = self._producer.produce_batch(topic, messages, on_delivery=self._delivered)
+        self._sent += taken
+        if taken == len(messages):
+            return []
+        left = [message for message in messages if "_error" in message]
+        errors = [message.pop("_error") for message in left]
+        refusals = [error for error in errors if error.code() != KafkaError._QUEUE_FULL]
+        if refusals:
+            msg = f"Kafka's client did not take {len(left)} records: {refusals[0]}"
+            raise RetryLater(msg)
+        return left
 
     def _delivered(self, error: KafkaError | None, _: Message) -> None:
         if error is not None:
@@ -123,58 +140,96 @@ class KafkaSink:
 
 
 class MqttSink:
-    """Each meter's own topic, QoS 1, over one or several connections; a meter stays on its connection."""
+    """Each meter's own topic, QoS 1, over one or several connections; a meter stays on its connection.
+
+    Without a thread: connections live while something is sent or closed. In between what was sent is on its way, a
+    connection has no keepalive to miss, and one that is lost comes back with the next call, which sends again what was
+    not acknowledged.
+    """
 
     def __init__(self, host: str, port: int, connections: int = 1) -> None:
         if connections < 1:
             msg = f"--connections is 1 or more, not {connections}"
             raise ConfigError(msg)
         self.acknowledged = self._published = 0
-        self._changed = threading.Condition()
-        self._clients = [self._connected(host, port, number) for number in range(connections)]
+        problem = f"no MQTT broker at {host}:{port}"
+        try:
+            self._clients = [self._connected(host, port, number) for number in range(connections)]
+        except OSError as error:
+            msg = f"{problem}: {error}"
+            raise RetryLater(msg) from error
+        self._drive(self._is_up, problem, CONNECT_S)
 
     def _connected(self, host: str, port: int, number: int) -> mqtt.Client:
         client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=f"replay-{time.time_ns()}-{number}")
-        client.max_inflight_messages_set(IN_FLIGHT)
+        client.max_inflight_messages_set(0)  # all at once: else paho goes through all of them at each acknowledgement
         client.on_publish = self._taken
-        try:
-            client.connect(host, port)
-        except OSError as error:
-            msg = f"no MQTT broker at {host}:{port}: {error}"
-            raise RetryLater(msg) from error
-        client.loop_start()
+        client.on_socket_register_write = lambda *_: None  # or publish() would write each message by itself
+        client.connect(host, port, keepalive=0)
         return client
 
     def send(self, kind: str, meter_ids: Sequence[str], payloads: Sequence[bytes], encoding: str = "avro") -> None:
-        """Publishes to the meters' topics; waits while too many are not acknowledged."""
+        """Publishes to the meters' topics; waits while too many are not acknowledged, or a connection is lost."""
         for meter_id, payload in zip(meter_ids, payloads, strict=True):
+            if self._open >= QUEUED:
+                # what a lost connection sends again goes before anything new, or its meters' order would be lost
+                self._drive(lambda: self._is_up() and self._open <= QUEUED // 2, "the MQTT broker is behind")
             client = self._clients[zlib.crc32(meter_id.encode()) % len(self._clients)]
-            # without a connection paho keeps the message and sends it when the broker is back
-            client.publish(mqtt_topic(meter_id, kind, encoding), payload, qos=1)
+            topic = mqtt_topic(meter_id, kind, encoding)
+            while client.publish(topic, payload, qos=1).rc == mqtt.MQTT_ERR_QUEUE_SIZE:
+                pass  # an old message has this id of 16 bits: another one is free
             self._published += 1
-            if self._published - self.acknowledged > QUEUED:
-                self._wait(QUEUED)
+        self._drive(lambda: self._is_up() and not self._has_unwritten(), "the MQTT broker takes nothing")
+
+    @property
+    def _open(self) -> int:
+        return self._published - self.acknowledged
+
+    def _is_up(self) -> bool:
+        return all(client.socket() is not None and client.is_connected() for client in self._clients)
+
+    def _has_unwritten(self) -> bool:
+        return any(client.want_write() for client in self._clients)
 
     def _taken(self, *_: Any) -> None:
-        with self._changed:
-            self.acknowledged += 1
-            self._changed.notify()
+        self.acknowledged += 1
 
-    def _wait(self, open_messages: int) -> None:
-        """Waits until at most so many messages are not acknowledged; as long as any of them is in time."""
-        with self._changed:
-            while (left := self._published - self.acknowledged) > open_messages:
-                before = self.acknowledged
-                self._changed.wait(DRAIN_S)
-                if self.acknowledged == before:
-                    msg = f"the MQTT broker did not acknowledge {left} records: nothing within {DRAIN_S:.0f} s"
-                    raise RetryLater(msg)
+    def _drive(self, is_done: Callable[[], bool], problem: str, timeout_s: float | None = None) -> None:
+        """Writes, reads and connects again until then.
+
+        Raises:
+            RetryLater: nothing was acknowledged for so long, by default `DRAIN_S`.
+        """
+        timeout_s = DRAIN_S if timeout_s is None else timeout_s
+        before, since = self.acknowledged, time.monotonic()
+        while not is_done():
+            if self.acknowledged != before:
+                before, since = self.acknowledged, time.monotonic()
+            elif time.monotonic() - since > timeout_s:
+                msg = f"{problem}: nothing within {timeout_s:.0f} s, {self._open} records not acknowledged"
+                raise RetryLater(msg)
+            self._turn()
+
+    def _turn(self) -> None:
+        """Handles what the connections have now, and waits a little where they have nothing."""
+        for client in self._clients:
+            if client.socket() is None:
+                time.sleep(RECONNECT_S)
+                with contextlib.suppress(OSError):
+                    client.reconnect()
+        clients = {sock: client for client in self._clients if (sock := client.socket()) is not None}
+        writing = [sock for sock, client in clients.items() if client.want_write()]
+        readable, writable, _ = select.select(list(clients), writing, [], RECONNECT_S)
+        for sock in writable:
+            clients[sock].loop_write()
+        for sock in readable:
+            clients[sock].loop_read()
 
     def close(self) -> None:
         """Waits for every acknowledgement."""
         try:
-            self._wait(0)
+            self._drive(lambda: not self._open, "the MQTT broker did not acknowledge all")
         finally:
             for client in self._clients:
                 client.disconnect()
-                client.loop_stop()
+                client.loop_write()

@@ -24,6 +24,8 @@ def spark_session(name: str, **options: str) -> SparkSession:
     os.environ["PYSPARK_PYTHON"] = sys.executable
     os.environ.setdefault("POLARS_MAX_THREADS", "1")  # a task has one core
     builder = SparkSession.builder.appName(name)
+    if master := os.environ.get("METERSTREAM_SPARK_MASTER"):  # a cluster; else spark-submit's, else this machine
+        builder = builder.master(master)
     defaults = {
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.shuffle.partitions": "2",

@@ -1,6 +1,7 @@
 """Command line of the embedded stack: `python -m stack up|down|status|logs`."""
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -13,12 +14,13 @@ from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
+from confluent_kafka import KafkaException
 from rich.console import Console
 from rich.table import Table
 
-from schemas.errors import ConfigError, exits
+from schemas.errors import ConfigError, RetryLater, exits
 from schemas.settings import load
-from stack.native import NAMES, SUPERVISOR, NativeStack, PartState, StackSettings
+from stack.native import CLUSTER, NAMES, SUPERVISOR, NativeStack, PartState, StackSettings, create_topics
 
 app = typer.Typer(help="The embedded stack on this machine.", no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False)
@@ -146,6 +148,37 @@ def _show(name: str, lines: list[str]) -> None:
     for line in lines:
         text = line.encode(errors="surrogateescape").decode(errors="replace")
         console.print(f"{name:<10} {text}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def run(name: Annotated[str, typer.Argument(help=f"Which: {', '.join((*NAMES, *CLUSTER))}.")]) -> None:
+    """Become one process of the stack, in the foreground: what containers and service managers start.
+
+    Example: METERSTREAM_SPARK_MASTER=spark://10.0.0.5:7077 stack run spark-worker
+    """
+
+    def work() -> None:
+        if name not in (*NAMES, *CLUSTER):
+            message = f"no such process: {name}; there are {', '.join((*NAMES, *CLUSTER))}"
+            raise ConfigError(message)
+        _stack().become(name)
+
+    _guarded(work)
+
+
+@app.command()
+def topics() -> None:
+    """Make Kafka's topics, where they are not there yet: METERSTREAM_KAFKA_BOOTSTRAP names a broker."""
+
+    def work() -> None:
+        bootstrap = os.environ.get("METERSTREAM_KAFKA_BOOTSTRAP") or _stack().settings.kafka_bootstrap
+        try:
+            create_topics(bootstrap)
+        except KafkaException as error:
+            msg = f"could not make the topics at {bootstrap}: {error}"
+            raise RetryLater(msg) from error
+
+    _guarded(work)
 
 
 @app.command(hidden=True)

@@ -1,4 +1,4 @@
-"""Starts, watches and stops the embedded stack's native processes.
+"""Starts, watches and stops the embedded stack's native processes; in a container, becomes one of them.
 
 A process is known by a mark in its environment, which its own children inherit: whatever process of a stack is left,
 and whoever started it, `stop` finds it, and a recycled pid is never taken for one of ours.
@@ -8,6 +8,7 @@ import base64
 import contextlib
 import fcntl
 import http.client
+import importlib.util
 import json
 import os
 import secrets
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 from confluent_kafka import KafkaError, KafkaException
@@ -40,6 +42,8 @@ ENVIRONMENT = Path(sys.prefix)
 MARK = "METERSTREAM_STACK_PART"
 NAMES = ("nats", "kafka", "ingest", "streaming")
 """In the order of starting: each needs the ones before it."""
+CLUSTER = {"spark-master": "master.Master", "spark-worker": "worker.Worker"}
+"""Processes of a Spark standalone cluster, which runs the same jobs, and their classes."""
 SUPERVISOR = "supervisor"
 
 START_TIMEOUT_S = {"nats": 20.0, "kafka": 90.0, "ingest": 60.0, "streaming": 180.0}
@@ -66,9 +70,18 @@ class StartFailed(MeterstreamError):
 
 
 class StackSettings(Settings):
-    """Where the stack lives and which ports it takes, all on loopback."""
+    """Where the stack lives and which ports it takes.
+
+    Attributes:
+        listen: address that the processes listen on; loopback, but for a container's 0.0.0.0.
+        kafka_inside: host:port at which containers find Kafka, if they do: a second listener.
+        spark_master: spark://host:port of the cluster that a worker joins.
+    """
 
     home: Path = ROOT / "data"
+    listen: str = "127.0.0.1"
+    kafka_inside: str | None = None
+    spark_master: str = "spark://spark-master:7077"
     mqtt_port: int = Field(1883, ge=1, le=65535)
     nats_port: int = Field(4222, ge=1, le=65535)
     nats_monitor_port: int = Field(8222, ge=1, le=65535)
@@ -272,25 +285,46 @@ class NativeStack:
     def _nats_server(self) -> str:
         return str(self.settings.nats_server or ENVIRONMENT / "bin" / "nats-server")
 
+    def become(self, name: str) -> NoReturn:
+        """Turns this process into one of the stack, in the foreground: a container's whole life."""
+        for folder in ("run", "logs", "tmp"):
+            (self.home / folder).mkdir(parents=True, exist_ok=True)
+        self._ready_file(name).unlink(missing_ok=True)
+        command, environment = self._command(name)
+        os.chdir(self.home / "tmp")
+        os.execvpe(command[0], command, {**os.environ, "TMPDIR": str(self.home / "tmp"), **environment})
+
     def _spawn(self, name: str) -> None:
+        command, environment = self._command(name)
+        self._launch(name, command, environment)
+
+    def _command(self, name: str) -> tuple[list[str], dict[str, str]]:
+        """What a process is started with, and what is special in its environment."""
+        settings = self.settings
         if name == "nats":
             store = self.home / "nats"
             store.mkdir(parents=True, exist_ok=True)
             listeners = {
-                "METERSTREAM_NATS_LISTEN": f"127.0.0.1:{self.settings.nats_port}",
-                "METERSTREAM_NATS_MONITOR_LISTEN": f"127.0.0.1:{self.settings.nats_monitor_port}",
-                "METERSTREAM_MQTT_LISTEN": f"127.0.0.1:{self.settings.mqtt_port}",
+                "METERSTREAM_NATS_LISTEN": f"{settings.listen}:{settings.nats_port}",
+                "METERSTREAM_NATS_MONITOR_LISTEN": f"{settings.listen}:{settings.nats_monitor_port}",
+                "METERSTREAM_MQTT_LISTEN": f"{settings.listen}:{settings.mqtt_port}",
                 "METERSTREAM_NATS_STORE": json.dumps(str(store)),
             }
-            self._launch(name, [self._nats_server(), "-c", str(CONFIG / "nats" / "nats.conf")], listeners)
-        elif name == "kafka":
-            self._spawn_kafka()
-        elif name == "ingest":
-            self._launch(name, [sys.executable, "-m", "ingest", "run"], {})
-        else:
-            self._launch(name, [sys.executable, "-m", "streaming_jobs"], {})
+            return [self._nats_server(), "-c", str(CONFIG / "nats" / "nats.conf")], listeners
+        if name == "kafka":
+            return self._kafka(), {}
+        if name == "ingest":
+            return [sys.executable, "-m", "ingest", "run"], {}
+        if name == "streaming":
+            return [sys.executable, "-m", "streaming_jobs"], {}
+        host = socket.gethostname() if settings.listen == "0.0.0.0" else settings.listen
+        command = [spark_class(), f"org.apache.spark.deploy.{CLUSTER[name]}", "--host", host]
+        if name == "spark-worker":
+            command += ["--work-dir", str(self.home / "tmp" / "work"), settings.spark_master]
+        return command, {"SPARK_LOCAL_IP": settings.listen}
 
-    def _spawn_kafka(self) -> None:
+    def _kafka(self) -> list[str]:
+        """Kafka's command; formats its folder the first time."""
         logs = self.home / "kafka"
         java = [_java(), KAFKA_HEAP, f"-Djava.io.tmpdir={self.home / 'tmp'}", "-XX:-UsePerfData"]
         java += ["-XX:+ExitOnOutOfMemoryError", f"-Dlog4j2.configurationFile={CONFIG / 'kafka' / 'log4j2.properties'}"]
@@ -306,15 +340,22 @@ class NativeStack:
             if logs.exists():
                 logs.rmdir()
             fresh.rename(logs)
-        self._launch("kafka", [*java, "kafka.Kafka", str(self._kafka_properties(logs))], {})
+        return [*java, "kafka.Kafka", str(self._kafka_properties(logs))]
 
     def _kafka_properties(self, logs: Path) -> Path:
         """Writes the configuration with our ports and folders appended."""
-        controller = f"127.0.0.1:{self.settings.kafka_controller_port}"
-        listeners = f"PLAINTEXT://{self.settings.kafka_bootstrap},CONTROLLER://{controller}"
+        settings = self.settings
+        controller = f"127.0.0.1:{settings.kafka_controller_port}"
+        listeners = {
+            "PLAINTEXT": (f"{settings.listen}:{settings.kafka_port}", settings.kafka_bootstrap),
+            "CONTROLLER": (controller, controller),
+        }
+        if settings.kafka_inside:
+            port = settings.kafka_inside.rpartition(":")[2]
+            listeners["INSIDE"] = (f"{settings.listen}:{port}", settings.kafka_inside)
         overrides = {
-            "listeners": listeners,
-            "advertised.listeners": listeners,
+            "listeners": ",".join(f"{name}://{bound}" for name, (bound, _) in listeners.items()),
+            "advertised.listeners": ",".join(f"{name}://{told}" for name, (_, told) in listeners.items()),
             "controller.quorum.bootstrap.servers": controller,
             "log.dirs": str(logs),
         }
@@ -364,7 +405,10 @@ class NativeStack:
                 raise StartFailed(self._explain(name, f"was not ready after {START_TIMEOUT_S[name]:.0f} s"))
             time.sleep(POLL_S)
         if name == "kafka":
-            self._create_topics()
+            try:
+                create_topics(self.settings.kafka_bootstrap)
+            except KafkaException as error:
+                raise StartFailed(self._explain("kafka", f"could not create its topics: {error}")) from error
 
     def _is_ready(self, name: str) -> bool:
         if name == "nats":
@@ -376,33 +420,11 @@ class NativeStack:
         except (OSError, ValueError):
             return False
 
-    def _admin(self) -> AdminClient:
-        # librdkafka would tell the terminal about each refused connection of a broker that is still starting.
-        return AdminClient({"bootstrap.servers": self.settings.kafka_bootstrap, "log_level": 0})
-
     def _answers_metadata(self) -> bool:
         try:
-            return bool(self._admin().list_topics(timeout=2.0).brokers)
+            return bool(_admin(self.settings.kafka_bootstrap).list_topics(timeout=2.0).brokers)
         except KafkaException:
             return False
-
-    def _create_topics(self) -> None:
-        wanted = [
-            NewTopic(
-                topic.name,
-                num_partitions=topic.partitions,
-                replication_factor=1,
-                config={"retention.ms": str(topic.retention_ms), **topic.config},
-            )
-            for topic in TOPICS
-        ]
-        admin = self._admin()
-        for name, created in admin.create_topics(wanted, operation_timeout=30.0).items():
-            try:
-                created.result()
-            except KafkaException as error:
-                if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-                    raise StartFailed(self._explain("kafka", f"could not create topic {name}: {error}")) from error
 
     def _explain(self, name: str, what: str) -> str:
         log = self.log_file(name)
@@ -480,6 +502,42 @@ class NativeStack:
 
     def _ready_file(self, name: str) -> Path:
         return self.home / "run" / f"{name}.ready"
+
+
+def _admin(bootstrap: str) -> AdminClient:
+    # librdkafka would tell the terminal about each refused connection of a broker that is still starting.
+    return AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
+
+
+def create_topics(bootstrap: str) -> None:
+    """Makes the topics that are not there yet.
+
+    Raises:
+        KafkaException: the broker does not answer, or refuses one.
+    """
+    wanted = [
+        NewTopic(
+            topic.name,
+            num_partitions=topic.partitions,
+            replication_factor=1,
+            config={"retention.ms": str(topic.retention_ms), **topic.config},
+        )
+        for topic in TOPICS
+    ]
+    admin = _admin(bootstrap)  # kept: its answers end with it
+    for created in admin.create_topics(wanted, operation_timeout=30.0).values():
+        try:
+            created.result()
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise
+
+
+def spark_class() -> str:
+    """Spark's launcher of its own processes: the wheel has no start scripts for a cluster."""
+    spec = importlib.util.find_spec("pyspark")
+    assert spec and spec.origin
+    return str(Path(spec.origin).parent / "bin" / "spark-class")
 
 
 def _in_order(names: Iterable[str]) -> list[str]:

@@ -1,0 +1,34 @@
+# One image for every service of docker-compose.yml: the checkout, set up as `make setup` does it.
+ARG BASE=debian:bookworm-slim
+
+FROM ${BASE} AS machine
+# Certificates of a network with an authority of its own; usually none.
+COPY config/certificates/ /usr/local/share/ca-certificates/
+RUN apt-get update \
+ && mkdir -p /usr/share/man/man1 \
+ && apt-get install -y --no-install-recommends ca-certificates openjdk-17-jre-headless python3 python3-venv \
+ && update-ca-certificates \
+ && apt-get clean && rm -rf /var/lib/apt/lists/*
+ENV PIP_CERT=/etc/ssl/certs/ca-certificates.crt SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt PIP_DEFAULT_TIMEOUT=180
+WORKDIR /opt/meterstream
+
+# All that changes seldom: a change of code alone builds none of it again.
+FROM machine AS packages
+COPY pyproject.toml requirements.lock README.md LICENSE ./
+COPY config/ivy.xml config/
+COPY tools/setup.py tools/
+RUN mkdir schemas lake ingest replay replay/importers streaming_jobs batch_jobs stack \
+ && python3 tools/setup.py && rm -rf /root/.cache .venv/jars/ivy .venv/tmp
+
+FROM machine AS meterstream
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /data meterstream \
+ && mkdir /data && chown meterstream:meterstream /data
+COPY --from=packages /opt/meterstream/.venv .venv
+COPY . .
+ENV PATH=/opt/meterstream/.venv/bin:$PATH PYTHONPATH=/opt/meterstream METERSTREAM_HOME=/data METERSTREAM_LISTEN=0.0.0.0 PYTHONUNBUFFERED=1
+USER meterstream
+VOLUME /data
+# Not the checkout, nor /data: Python looks for modules where it is started.
+WORKDIR /tmp
+ENTRYPOINT ["python", "-m"]
+CMD ["stack", "--help"]

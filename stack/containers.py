@@ -1,0 +1,210 @@
+"""The same stack in containers: what `NativeStack` does with processes, done with docker-compose.yml."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from schemas.errors import ConfigError
+from stack.native import CLUSTER, LOG_TAIL_LINES, NAMES, ROOT, SUPERVISOR, PartState, StackSettings, StartFailed
+
+WORKERS = ("spark-worker-1", "spark-worker-2")
+START_TIMEOUT_S = 240.0
+ANSWER_S = 20.0
+POLL_S = 0.5
+COMPOSE_STATES = {"running": "running", "restarting": "died", "exited": "stopped", "created": "stopped"}
+
+
+def engine() -> list[str] | None:
+    """Compose's command where a Docker engine answers, else None."""
+    docker = shutil.which("docker")
+    if not docker or not _works([docker, "info"]):
+        return None
+    if _works([docker, "compose", "version"]):
+        return [docker, "compose"]
+    return ["docker-compose"] if shutil.which("docker-compose") else None
+
+
+def _works(command: list[str]) -> bool:
+    try:
+        return subprocess.run(command, capture_output=True, check=False, timeout=ANSWER_S).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+class ContainerStack:
+    """One stack as a compose project; its data lie in the project's volumes.
+
+    Args:
+        settings: home and published ports.
+        on_progress: gets a line for people when a container becomes ready or is stopped.
+        project: of compose: containers and volumes are named after it.
+        cluster: run the jobs on a Spark master and two workers.
+
+    Raises:
+        ConfigError: no engine answers, or there is no compose.
+    """
+
+    def __init__(
+        self,
+        settings: StackSettings,
+        on_progress: Callable[[str], None] = lambda _: None,
+        project: str = "meterstream",
+        cluster: bool = False,
+    ) -> None:
+        compose = engine()
+        if compose is None:
+            msg = (
+                "no Docker engine answers, or it has no compose: start one (tools/engine.sh start, on Debian), "
+                "or use MODE=native"
+            )
+            raise ConfigError(msg)
+        self.settings = settings
+        self.home = settings.home.resolve()
+        self.project = project
+        self.cluster = cluster
+        self._docker = str(shutil.which("docker"))
+        self._compose = [*compose, "--project-directory", str(ROOT), "-f", str(ROOT / "docker-compose.yml")]
+        self._on_progress = on_progress
+
+    @property
+    def services(self) -> list[str]:
+        """All that run for good, in the order of starting."""
+        return [*NAMES[:-1], *(["spark-master", *WORKERS] if self.cluster else []), NAMES[-1]]
+
+    def build(self) -> None:
+        """Builds the image; where nothing changed that takes a second.
+
+        Raises:
+            StartFailed: it cannot be built.
+        """
+        before = time.monotonic()
+        self._do(["build", "nats"], "the image could not be built")
+        self._on_progress(f"image ready in {time.monotonic() - before:.1f} s")
+
+    def start(self, names: Iterable[str] | None = None) -> list[str]:
+        """Starts what does not run yet and waits until all of it is ready.
+
+        Raises:
+            StartFailed: a container died or did not become ready; its last lines are in the text.
+        """
+        wanted = self.services if names is None else [name for name in self.services if name in set(names)]
+        running = {name for name in wanted if self.is_running(name)}
+        before = time.monotonic()
+        self._do(["up", "-d", *wanted], "the containers could not be started")
+        for name in wanted:
+            while (state := self._state(name).state) != "running":
+                if state in ("died", "stopped") or time.monotonic() - before > START_TIMEOUT_S:
+                    raise StartFailed(self._explain(name, "is not ready" if state == "starting" else state))
+                time.sleep(POLL_S)
+            if name not in running:
+                self._on_progress(f"{name} ready after {time.monotonic() - before:.1f} s")
+        return [name for name in wanted if name not in running]
+
+    def start_supervisor(self, _: Iterable[str] = NAMES) -> None:
+        """Nothing to do: the engine brings back what dies."""
+
+    def stop(self) -> list[str]:
+        """Stops and removes the containers; the volumes stay."""
+        running = [name for name in (*self.services, *CLUSTER, *WORKERS) if self.is_running(name)]
+        self._do(["--profile", "cluster", "down", "--remove-orphans"], "the containers could not be stopped")
+        return running
+
+    def clean(self) -> None:
+        """Removes the containers and all data."""
+        self._do(["--profile", "cluster", "down", "--volumes", "--remove-orphans"], "the data could not be removed")
+
+    def stop_part(self, name: str, grace_s: float | None = None) -> None:
+        """Stops one container; the engine leaves it stopped."""
+        if name != SUPERVISOR:
+            self._do(["stop", *(["-t", f"{grace_s:.0f}"] if grace_s else []), name], f"{name} could not be stopped")
+
+    def kill(self, name: str) -> None:
+        """Kills a container's process at once; the engine leaves it dead until `start`."""
+        self._do(["kill", "-s", "SIGKILL", name], f"{name} could not be killed")
+
+    def is_running(self, name: str) -> bool:
+        """Whether the container is alive, ready or not."""
+        return self._state(name).state in ("running", "starting")
+
+    def states(self) -> list[PartState]:
+        """What runs, for people and monitors."""
+        return [self._state(name) for name in self.services]
+
+    def run(self, service: str, arguments: Sequence[str], mounts: dict[str, str] | None = None) -> str:
+        """Runs a service once, in the foreground. Returns what it printed.
+
+        Raises:
+            StartFailed: it ended with an error.
+        """
+        volumes = [part for ours, theirs in (mounts or {}).items() for part in ("-v", f"{ours}:{theirs}:ro")]
+        command = ["run", "--rm", "-T", *volumes, service, *arguments]
+        return self._do(command, f"{service} failed", show_errors=True)
+
+    def collect(self) -> None:
+        """Copies the lake's volume into the home folder, for whoever looks at it from outside."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        container = self._container("ingest")
+        subprocess.run([self._docker, "cp", f"{container}:/data/.", str(self.home)], check=True, capture_output=True)
+
+    def logs(self, names: Sequence[str], lines: int, follow: bool) -> None:
+        """Shows the end of the containers' output."""
+        command = [*self._compose, "logs", "--tail", str(lines), *(["-f"] if follow else []), *names]
+        subprocess.run(command, check=False, env=self._environment(), cwd=ROOT)
+
+    def _environment(self) -> dict[str, str]:
+        settings = self.settings
+        ports = {variable: str(port) for name in NAMES for variable, port in settings.ports(name).items()}
+        master = {"METERSTREAM_SPARK_MASTER": "spark://spark-master:7077"} if self.cluster else {}
+        # the older compose would take the newer builder from its own docker only
+        return {**os.environ, **ports, **master, "COMPOSE_PROJECT_NAME": self.project, "COMPOSE_DOCKER_CLI_BUILD": "0"}
+
+    def _do(self, arguments: list[str], what: str, show_errors: bool = False) -> str:
+        profile = ["--profile", "cluster"] if self.cluster and arguments[0] != "--profile" else []
+        done = subprocess.run(
+            [*self._compose, *profile, *arguments],
+            check=False, env=self._environment(), cwd=ROOT, stdin=subprocess.DEVNULL, text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=None if show_errors else subprocess.PIPE,
+        )  # fmt: skip
+        if done.returncode:
+            told = (done.stdout + (done.stderr or "")).splitlines()[-LOG_TAIL_LINES:]
+            raise StartFailed("\n".join([f"{what}:", *(f"    {line}" for line in told)]))
+        return done.stdout
+
+    def _container(self, name: str) -> str:
+        """Id of a service's container, running or not; empty where there is none."""
+        labels = [f"label=com.docker.compose.project={self.project}", f"label=com.docker.compose.service={name}"]
+        command = [self._docker, "ps", "-aq", "--no-trunc"]
+        command += [
+            part for label in (*labels, "label=com.docker.compose.oneoff=False") for part in ("--filter", label)
+        ]
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+
+    def _inspect(self, name: str) -> dict[str, Any]:
+        container = self._container(name)
+        if not container:
+            return {}
+        done = subprocess.run([self._docker, "inspect", container], capture_output=True, check=False, text=True)
+        return dict(json.loads(done.stdout)[0]) if done.returncode == 0 else {}
+
+    def _state(self, name: str) -> PartState:
+        port = next(iter(self.settings.ports(name).values()), None)
+        state = self._inspect(name).get("State")
+        if not state:
+            return PartState(name, "stopped", port=port)
+        told = COMPOSE_STATES.get(state["Status"], "died")
+        if told == "running" and state.get("Health", {}).get("Status", "healthy") != "healthy":
+            told = "starting"
+        elif told == "stopped" and state["ExitCode"]:
+            told = "died"
+        since = datetime.fromisoformat(state["StartedAt"][:19] + "+00:00").timestamp() if told != "stopped" else None
+        return PartState(name, told, state["Pid"] or None, since, port)
+
+    def _explain(self, name: str, what: str) -> str:
+        command = [*self._compose, "logs", "--no-color", "--tail", str(LOG_TAIL_LINES), name]
+        done = subprocess.run(command, check=False, env=self._environment(), cwd=ROOT, capture_output=True, text=True)
+        return "\n".join([f"{name} {what}; the end of its log:", *(f"    {line}" for line in done.stdout.splitlines())])

@@ -3,7 +3,7 @@ SHELL := /bin/sh
 MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
 
-.PHONY: help setup up down status logs demo nightly replay bench test lint clean
+.PHONY: help setup up down status logs demo nightly replay bench test test-integration lint clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -13,10 +13,13 @@ setup:  ## Install what is needed into .venv (again in no time)
 	@command -v python3 >/dev/null || { echo "python3 is missing: install Python 3.11 or newer" >&2; exit 1; }
 	@python3 tools/setup.py
 
-up: setup  ## Start the stack: MQTT broker, Kafka, bridge, streaming jobs
+# In containers where a Docker engine answers, else natively: MODE=docker|native decides. CLUSTER=1: Spark standalone.
+export MODE CLUSTER
+
+up: setup  ## Start the stack: MQTT broker, Kafka, bridge, streaming jobs; MODE=docker|native, CLUSTER=1
 	@$(PYTHON) -m stack up
 
-down: setup  ## Stop the stack
+down: setup  ## Stop the stack; its data stay
 	@$(PYTHON) -m stack down
 
 status: setup  ## Show what runs
@@ -27,14 +30,15 @@ logs: setup  ## Follow the logs of the stack
 
 demo: setup  ## The whole chain, once, checked: METERS=1000 SPEED=720, or LOG=file FORMAT=dsmr|p1mon|sparkfun
 	@$(PYTHON) -m stack.demo $(if $(LOG),--log "$(LOG)" $(if $(FORMAT),--format "$(FORMAT)")) \
-	  $(if $(METERS),--meters "$(METERS)") $(if $(SPEED),--speed "$(SPEED)")
+	  $(if $(METERS),--meters "$(METERS)") $(if $(SPEED),--speed "$(SPEED)") \
+	  $(if $(MODE),--mode "$(MODE)") $(if $(CLUSTER),--cluster)
 
 nightly: setup  ## The night's reports of a day: DATE=2026-01-31
 	@$(if $(DATE),,echo "Which day? make nightly DATE=2026-01-31" >&2; exit 2)
-	@$(PYTHON) -m batch_jobs --date "$(DATE)"
+	@$(PYTHON) -m stack once nightly --date "$(DATE)"
 
 replay: setup  ## Replay: ARGS="run --tape … --meters 1000", ARGS=--help
-	@$(PYTHON) -m replay $(if $(ARGS),$(ARGS),--help)
+	@$(PYTHON) -m stack once replay $(if $(ARGS),$(ARGS),--help)
 
 bench: setup  ## What the replay's sending costs, beside Kafka's own bench and others: ARGS=--help
 	@$(PYTHON) -m bench.replay $(ARGS)
@@ -48,8 +52,5 @@ lint: setup  ## Style, format, types
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-clean: setup  ## Remove data/ (asks first)
-	@test -d data || { echo "There is no data/."; exit 0; }; \
-	$(PYTHON) -m stack down && \
-	printf "Remove all of data/ (%s)? [y/N] " "$$(du -sh data | cut -f1)" && read answer && \
-	case "$$answer" in y|Y|yes) rm -rf data && echo "Removed." ;; *) echo "Kept." ;; esac
+clean: setup  ## Stop the stack and remove its data (asks first)
+	@$(PYTHON) -m stack clean

@@ -1,7 +1,8 @@
-"""Command line of the embedded stack: `python -m stack up|down|status|logs`."""
+"""Command line of the stack, in containers or as native processes: `python -m stack up|down|status|logs`."""
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -20,12 +21,15 @@ from rich.table import Table
 
 from schemas.errors import ConfigError, RetryLater, exits
 from schemas.settings import load
-from stack.native import CLUSTER, NAMES, SUPERVISOR, NativeStack, PartState, StackSettings, create_topics
+from stack.containers import ContainerStack, engine
+from stack.native import ALL, NAMES, SUPERVISOR, NativeStack, PartState, StackSettings, create_topics
 
-app = typer.Typer(help="The embedded stack on this machine.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(help="The stack on this machine.", no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False)
 
 Names = Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join(NAMES)}. All without.")]
+Mode = Annotated[str, typer.Option(envvar="MODE", help="docker, native, or auto: Docker where an engine answers.")]
+Cluster = Annotated[bool, typer.Option(envvar="CLUSTER", help="The jobs on a Spark master and two workers.")]
 FOLLOW_EVERY_S = 0.3
 COLOURS = {"running": "green", "starting": "yellow", "died": "red", "stopped": "dim"}
 
@@ -42,48 +46,78 @@ def _guarded(work: Callable[[], None]) -> None:
         work()
 
 
-def _stack() -> NativeStack:
-    return NativeStack(load(StackSettings), lambda line: console.print(f"  {line}", markup=False))
+def _stack(mode: str = "native", cluster: bool = False) -> NativeStack | ContainerStack:
+    if mode not in ("auto", "docker", "native"):
+        msg = f"MODE is auto, docker or native, not {mode}"
+        raise ConfigError(msg)
+    settings = load(StackSettings)
+
+    def show(line: str) -> None:
+        console.print(f"  {line}", markup=False)
+
+    native = NativeStack(settings, show, cluster)
+    runs = mode == "auto" and any(state.pid for state in native.states())  # goes on as what it is
+    if mode == "docker" or (mode == "auto" and not runs and engine()):
+        return ContainerStack(settings, show, cluster=cluster)
+    return native
 
 
 @app.command()
-def up(names: Names = None) -> None:
-    """Start what does not run yet, and leave a supervisor that brings back what dies."""
+def up(names: Names = None, mode: Mode = "auto", cluster: Cluster = False) -> None:
+    """Start what does not run yet, and see to it that what dies comes back.
+
+    Where a Docker engine answers it runs in containers, else as native processes; MODE decides.
+    """
 
     def work() -> None:
-        stack = _stack()
+        stack = _stack(mode, cluster)
+        in_containers = isinstance(stack, ContainerStack)
+        console.print(f"{_named(stack)} ({'MODE=native' if in_containers else 'MODE=docker'} is the other way)")
         with console.status("Starting the stack"):
-            started = stack.start(names or NAMES)
-            stack.start_supervisor(names or NAMES)
+            if isinstance(stack, ContainerStack):
+                stack.build()
+            started = stack.start(names or None)
+            stack.start_supervisor(names or None)
         settings = stack.settings
         console.print("Started." if started else "Already running.")
-        console.print(f"MQTT 127.0.0.1:{settings.mqtt_port}, Kafka {settings.kafka_bootstrap}, files in {stack.home}")
+        files = f"volume {stack.project}_lake" if isinstance(stack, ContainerStack) else f"files in {stack.home}"
+        console.print(f"MQTT 127.0.0.1:{settings.mqtt_port}, Kafka {settings.kafka_bootstrap}, {files}")
 
     _guarded(work)
 
 
+def _named(stack: NativeStack | ContainerStack) -> str:
+    return "In containers" if isinstance(stack, ContainerStack) else "As native processes"
+
+
 @app.command()
-def down() -> None:
-    """Stop everything, supervisor first."""
+def down(mode: Mode = "auto") -> None:
+    """Stop everything; the data stay."""
 
     def work() -> None:
-        stack = _stack()
+        stack = _stack(mode)
         with console.status("Stopping the stack"):
             stopped = stack.stop()
-        console.print("Stopped." if stopped else "Nothing was running.")
+        console.print(f"{_named(stack)}: {'stopped.' if stopped else 'nothing was running.'}")
 
     _guarded(work)
 
 
 @app.command()
-def status(as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False) -> None:
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    mode: Mode = "auto",
+    cluster: Cluster = False,
+) -> None:
     """Show what runs; exit 0 when everything does, 1 otherwise."""
 
     def work() -> None:
-        states = _stack().states()
+        stack = _stack(mode, cluster)
+        states = stack.states()
         if as_json:
             typer.echo(json.dumps([asdict(state) for state in states]))
         else:
+            console.print(_named(stack))
             console.print(_table(states))
         if any(state.state != "running" for state in states):
             raise typer.Exit(1)
@@ -108,11 +142,15 @@ def logs(
     names: Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join((*NAMES, SUPERVISOR))}.")] = None,
     lines: Annotated[int, typer.Option(help="Last lines of each.")] = 20,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
+    mode: Mode = "auto",
 ) -> None:
     """Show the end of the logs."""
 
     def work() -> None:
-        stack = _stack()
+        stack = _stack(mode)
+        if isinstance(stack, ContainerStack):
+            stack.logs(names or (), lines, follow)
+            return
         wanted = names or [*NAMES, SUPERVISOR]
         for name in wanted:
             if name not in (*NAMES, SUPERVISOR):
@@ -151,17 +189,17 @@ def _show(name: str, lines: list[str]) -> None:
 
 
 @app.command()
-def run(name: Annotated[str, typer.Argument(help=f"Which: {', '.join((*NAMES, *CLUSTER))}.")]) -> None:
+def run(name: Annotated[str, typer.Argument(help=f"Which: {', '.join(ALL)}.")]) -> None:
     """Become one process of the stack, in the foreground: what containers and service managers start.
 
-    Example: METERSTREAM_SPARK_MASTER=spark://10.0.0.5:7077 stack run spark-worker
+    Example: METERSTREAM_SPARK_MASTER=spark://10.0.0.5:7077 stack run spark-worker-1
     """
 
     def work() -> None:
-        if name not in (*NAMES, *CLUSTER):
-            message = f"no such process: {name}; there are {', '.join((*NAMES, *CLUSTER))}"
+        if name not in ALL:
+            message = f"no such process: {name}; there are {', '.join(ALL)}"
             raise ConfigError(message)
-        _stack().become(name)
+        NativeStack(load(StackSettings)).become(name)
 
     _guarded(work)
 
@@ -171,12 +209,53 @@ def topics() -> None:
     """Make Kafka's topics, where they are not there yet: METERSTREAM_KAFKA_BOOTSTRAP names a broker."""
 
     def work() -> None:
-        bootstrap = os.environ.get("METERSTREAM_KAFKA_BOOTSTRAP") or _stack().settings.kafka_bootstrap
+        bootstrap = os.environ.get("METERSTREAM_KAFKA_BOOTSTRAP") or load(StackSettings).kafka_bootstrap
         try:
             create_topics(bootstrap)
         except KafkaException as error:
             msg = f"could not make the topics at {bootstrap}: {error}"
             raise RetryLater(msg) from error
+
+    _guarded(work)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def once(
+    service: Annotated[str, typer.Argument(help="nightly or replay.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Of the service.")] = None,
+    mode: Mode = "auto",
+) -> None:
+    """Run the night's batch or the replay once, where the stack has its lake."""
+
+    def work() -> None:
+        stack = _stack(mode)
+        if isinstance(stack, ContainerStack):
+            sys.exit(stack.attached(service, arguments or []))
+        module = {"nightly": "batch_jobs", "replay": "replay"}.get(service)
+        if module is None:
+            msg = f"no such service: {service}; there are nightly and replay"
+            raise ConfigError(msg)
+        os.execv(sys.executable, [sys.executable, "-m", module, *(arguments or [])])
+
+    _guarded(work)
+
+
+@app.command()
+def clean(mode: Mode = "auto", yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
+    """Stop the stack and remove all its data, after asking."""
+
+    def work() -> None:
+        stack = _stack(mode)
+        what = f"the volumes of {stack.project}" if isinstance(stack, ContainerStack) else f"all of {stack.home}"
+        if not yes and not typer.confirm(f"Remove {what}?"):
+            console.print("Kept.")
+            return
+        stack.stop()
+        if isinstance(stack, ContainerStack):
+            stack.clean()
+        else:
+            shutil.rmtree(stack.home, ignore_errors=True)
+        console.print("Removed.")
 
     _guarded(work)
 

@@ -4,15 +4,15 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
 from schemas.errors import ConfigError
-from stack.native import CLUSTER, LOG_TAIL_LINES, NAMES, ROOT, SUPERVISOR, PartState, StackSettings, StartFailed
+from stack.native import ALL, LOG_TAIL_LINES, NAMES, ROOT, SUPERVISOR, PartState, StackSettings, StartFailed
 
-WORKERS = ("spark-worker-1", "spark-worker-2")
 START_TIMEOUT_S = 240.0
 ANSWER_S = 20.0
 POLL_S = 0.5
@@ -66,15 +66,11 @@ class ContainerStack:
         self.settings = settings
         self.home = settings.home.resolve()
         self.project = project
-        self.cluster = cluster
+        self.names = ALL if cluster else NAMES
+        self._cluster = cluster
         self._docker = str(shutil.which("docker"))
         self._compose = [*compose, "--project-directory", str(ROOT), "-f", str(ROOT / "docker-compose.yml")]
         self._on_progress = on_progress
-
-    @property
-    def services(self) -> list[str]:
-        """All that run for good, in the order of starting."""
-        return [*NAMES[:-1], *(["spark-master", *WORKERS] if self.cluster else []), NAMES[-1]]
 
     def build(self) -> None:
         """Builds the image; where nothing changed that takes a second.
@@ -92,7 +88,7 @@ class ContainerStack:
         Raises:
             StartFailed: a container died or did not become ready; its last lines are in the text.
         """
-        wanted = self.services if names is None else [name for name in self.services if name in set(names)]
+        wanted = [name for name in self.names if names is None or name in set(names)]
         running = {name for name in wanted if self.is_running(name)}
         before = time.monotonic()
         self._do(["up", "-d", *wanted], "the containers could not be started")
@@ -105,12 +101,12 @@ class ContainerStack:
                 self._on_progress(f"{name} ready after {time.monotonic() - before:.1f} s")
         return [name for name in wanted if name not in running]
 
-    def start_supervisor(self, _: Iterable[str] = NAMES) -> None:
+    def start_supervisor(self, _: Iterable[str] | None = None) -> None:
         """Nothing to do: the engine brings back what dies."""
 
     def stop(self) -> list[str]:
         """Stops and removes the containers; the volumes stay."""
-        running = [name for name in (*self.services, *CLUSTER, *WORKERS) if self.is_running(name)]
+        running = [name for name in ALL if self.is_running(name)]
         self._do(["--profile", "cluster", "down", "--remove-orphans"], "the containers could not be stopped")
         return running
 
@@ -133,7 +129,7 @@ class ContainerStack:
 
     def states(self) -> list[PartState]:
         """What runs, for people and monitors."""
-        return [self._state(name) for name in self.services]
+        return [self._state(name) for name in self.names]
 
     def run(self, service: str, arguments: Sequence[str], mounts: dict[str, str] | None = None) -> str:
         """Runs a service once, in the foreground. Returns what it printed.
@@ -145,8 +141,15 @@ class ContainerStack:
         command = ["run", "--rm", "-T", *volumes, service, *arguments]
         return self._do(command, f"{service} failed", show_errors=True)
 
+    def attached(self, service: str, arguments: Sequence[str]) -> int:
+        """Runs a service once, on this terminal. Returns its exit code."""
+        command = [*self._compose, "run", "--rm", *([] if sys.stdout.isatty() else ["-T"]), service, *arguments]
+        return subprocess.run(command, check=False, env=self._environment(), cwd=ROOT).returncode
+
     def collect(self) -> None:
         """Copies the lake's volume into the home folder, for whoever looks at it from outside."""
+        for folder in ("lake", "runs", "state"):  # what is gone in the volume must not stay here
+            shutil.rmtree(self.home / folder, ignore_errors=True)
         self.home.mkdir(parents=True, exist_ok=True)
         container = self._container("ingest")
         subprocess.run([self._docker, "cp", f"{container}:/data/.", str(self.home)], check=True, capture_output=True)
@@ -159,12 +162,12 @@ class ContainerStack:
     def _environment(self) -> dict[str, str]:
         settings = self.settings
         ports = {variable: str(port) for name in NAMES for variable, port in settings.ports(name).items()}
-        master = {"METERSTREAM_SPARK_MASTER": "spark://spark-master:7077"} if self.cluster else {}
+        master = {"METERSTREAM_SPARK_MASTER": "spark://spark-master:7077"} if self._cluster else {}
         # the older compose would take the newer builder from its own docker only
         return {**os.environ, **ports, **master, "COMPOSE_PROJECT_NAME": self.project, "COMPOSE_DOCKER_CLI_BUILD": "0"}
 
     def _do(self, arguments: list[str], what: str, show_errors: bool = False) -> str:
-        profile = ["--profile", "cluster"] if self.cluster and arguments[0] != "--profile" else []
+        profile = ["--profile", "cluster"] if self._cluster and arguments[0] != "--profile" else []
         done = subprocess.run(
             [*self._compose, *profile, *arguments],
             check=False, env=self._environment(), cwd=ROOT, stdin=subprocess.DEVNULL, text=True, errors="replace",

@@ -1,10 +1,11 @@
 """The whole chain, once, for real, and the proof that nothing was lost: `make demo`.
 
 logs → replay → MQTT → bridge → Kafka → Spark streaming jobs → lake → nightly batch → Parquet reports, in a stack and a
-data folder of its own.
+data folder of its own: native processes, or containers, on this machine's Spark or on a cluster.
 """
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -26,17 +27,17 @@ from rich.table import Table
 
 from lake.reading import busiest_day
 from replay.__main__ import new_run_id, played, simulated, speed_of
-from replay.dirt import Entry
+from replay.dirt import read_dirt
 from replay.importers import formats, import_log
 from replay.run import Ledger, Order, run_folder
 from replay.simulate import VERSION
 from replay.tape import read_tape
-from schemas.closed_lists import FaultKind, Poison
 from schemas.errors import ConfigError, RetryLater, exits
 from schemas.settings import load
 from schemas.tables import glob_of, home, report_path, table_path
 from schemas.topics import INGESTED
 from stack import proof
+from stack.containers import ContainerStack
 from stack.native import ROOT, SUPERVISOR, NativeStack, StackSettings
 
 console = Console(highlight=False)
@@ -45,15 +46,10 @@ SHORT_LIVED_JVM = "-XX:TieredStopAtLevel=1"
 """For a driver that lives minutes: compiling for the long run took 40 % of its CPU time."""
 DAY = date(2016, 6, 15)
 GRID_TAPE = ROOT / "data" / "cache" / f"simbench-{DAY}-v{VERSION}"
-BAD_INPUT = (
-    Entry(
-        kind=FaultKind.POISON,
-        meters=3,
-        bytes=[Poison.INVALID_TELEGRAM, Poison.UNKNOWN_SCHEMA_ID, Poison.METER_ID_MISMATCH],
-    ),
-    Entry(kind=FaultKind.CLOCK_2099),
-)
-"""Four bad records, to show that none stops anything and none is lost."""
+BAD_INPUT = Path("config") / "demo-dirt.yml"
+PROJECT = "meterstream-demo"
+IN_IMAGE = Path("/opt/meterstream")
+Stack = NativeStack | ContainerStack
 DRAIN_S = 600.0  # for what the replay is ahead of the bridge, on a slow machine
 STREAMING_DRAIN_S = 900.0
 TRIES = 3  # the driver may be killed while it drains: it is started again and drains then
@@ -68,10 +64,12 @@ def main(
     timezone: Annotated[str | None, typer.Option(help="Of the log's local stamps, if not the format's.")] = None,
     speed: Annotated[str, typer.Option(help="600: an hour in six seconds; max: flat out.")] = "720",
     folder: Annotated[Path, typer.Option(help="Emptied at the start, kept at the end.")] = ROOT / "data" / "demo",
+    mode: Annotated[str, typer.Option(help="native: processes; docker: containers.")] = "native",
+    cluster: Annotated[bool, typer.Option(help="Spark's jobs on a master and two workers.")] = False,
 ) -> None:
     """Runs the whole chain on a day of a real low-voltage grid, or on a log of your own, and proves the result.
 
-    Examples: make demo; make demo METERS=100; make demo LOG=meter.txt FORMAT=dsmr
+    Examples: make demo; make demo METERS=100; make demo LOG=meter.txt FORMAT=dsmr; make demo MODE=docker CLUSTER=1
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupted)
@@ -79,7 +77,10 @@ def main(
         if log and not format:
             msg = f"a log needs its FORMAT: one of {', '.join(formats())}"
             raise ConfigError(msg)
-        if not _demo(meters, log, format, timezone, speed, folder.resolve()):
+        if mode not in ("native", "docker"):
+            msg = f"MODE is native or docker, not {mode}"
+            raise ConfigError(msg)
+        if not _demo(meters, log, format, timezone, speed, folder.resolve(), mode == "docker", cluster):
             raise SystemExit(1)
 
 
@@ -87,11 +88,28 @@ def _interrupted(number: int, _: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _demo(meters: int, log: Path | None, format: str | None, timezone: str | None, speed: str, folder: Path) -> bool:
+def _demo(
+    meters: int,
+    log: Path | None,
+    format: str | None,
+    timezone: str | None,
+    speed: str,
+    folder: Path,
+    in_containers: bool,
+    cluster: bool,
+) -> bool:
     began = time.monotonic()
     settings = own_settings(folder)
     os.environ |= environment(settings)
-    stack = NativeStack(settings, on_progress=lambda line: console.print(f"  {line}"))
+
+    def on_progress(line: str) -> None:
+        console.print(f"  {line}")
+
+    stack: Stack
+    if in_containers:
+        stack = ContainerStack(settings, on_progress, PROJECT, cluster)
+    else:
+        stack = NativeStack(settings, on_progress, cluster)
     with _step("Tape"):  # first, so that a log that cannot be read leaves the last demo as it is
         tape_folder = ROOT / "data" / "cache" / "log"
         if log and format:
@@ -102,16 +120,16 @@ def _demo(meters: int, log: Path | None, format: str | None, timezone: str | Non
         console.print(f"  {tape.info.rows_out:,} readings of {len(tape.registry)} meters from {tape.info.source}")
     stack.stop()
     _empty(folder)
+    if isinstance(stack, ContainerStack):
+        stack.clean()
+        with _step("Image"):
+            stack.build()
     try:
         with _step("Stack: MQTT broker, Kafka, bridge, Spark"):
             stack.start()
             stack.start_supervisor()
         with _step("Replay → MQTT → bridge → Kafka → Spark"):
-            if log:
-                ledger = played(Order(tape_folder, new_run_id(), "mqtt", own_clock=True))
-            else:
-                order = Order(tape_folder, new_run_id(), "mqtt", meters, SEED, speed_of(speed), dirt=BAD_INPUT)
-                ledger = played(order)
+            ledger = _played(stack, tape_folder, None if log else meters, speed)
             if not ledger.is_whole:
                 raise KeyboardInterrupt
             console.print(f"  {ledger.records:,} records sent, {ledger.records_per_s:,.0f}/s")
@@ -121,21 +139,45 @@ def _demo(meters: int, log: Path | None, format: str | None, timezone: str | Non
             offsets = proof.end_offsets(settings.kafka_bootstrap)
         with _step("Spark takes what is left and closes its windows"):
             drain(stack)
+        day = busiest_day(tape.readings.column("observed_at"), tape.info.time_zone)
+        with _step(f"Nightly batch of {day}"):
+            _nightly(stack, day)
     finally:
         with _step("Stack stops"):
             stack.stop()
-    day = busiest_day(tape.readings.column("observed_at"), tape.info.time_zone)
-    with _step(f"Nightly batch of {day}"):
-        command = [sys.executable, "-m", "batch_jobs", "--date", day.isoformat()]
-        if subprocess.run(command, cwd=folder / "tmp", check=False).returncode:
-            msg = "the nightly batch failed: see above"
-            raise RetryLater(msg)
     return _summary(ledger, offsets, None if log else run_folder(ledger.run_id) / "truth.parquet", began)
+
+
+def _played(stack: Stack, tape: Path, meters: int | None, speed: str) -> Ledger:
+    """Plays the tape as a fleet with a few faults, or a log of the user's own as it is."""
+    run_id = new_run_id()
+    if isinstance(stack, NativeStack):
+        if meters is None:
+            return played(Order(tape, run_id, "mqtt", own_clock=True))
+        dirt = tuple(read_dirt(ROOT / BAD_INPUT))
+        return played(Order(tape, run_id, "mqtt", meters, SEED, speed_of(speed), dirt=dirt))
+    how = ["--clock", "original", "--speed", "max"]
+    if meters is not None:
+        how = ["--meters", f"{meters}", "--seed", f"{SEED}", "--speed", speed, "--dirt", str(IN_IMAGE / BAD_INPUT)]
+    command = ["run", "--tape", "/tape", "--to", "mqtt", "--run-id", run_id, "--json", *how]
+    return Ledger(**json.loads(stack.run("replay", command, {str(tape): "/tape"}).splitlines()[-1]))
+
+
+def _nightly(stack: Stack, day: date) -> None:
+    """The night's reports, where the stack has its lake; then the lake is in the stack's home folder."""
+    if isinstance(stack, ContainerStack):
+        stack.run("nightly", ["--date", day.isoformat()])
+        stack.collect()
+        return
+    command = [sys.executable, "-m", "batch_jobs", "--date", day.isoformat()]
+    if subprocess.run(command, cwd=stack.home / "tmp", check=False).returncode:
+        msg = "the nightly batch failed: see above"
+        raise RetryLater(msg)
 
 
 def own_settings(folder: Path) -> StackSettings:
     """A stack of its own in a folder, on ports that are free now."""
-    names = ("mqtt_port", "nats_port", "nats_monitor_port", "kafka_port", "kafka_controller_port")
+    names = [name for name in StackSettings.model_fields if name.endswith("_port")]
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in names]
         for each in sockets:
@@ -194,7 +236,7 @@ def waiting_is_over(settings: StackSettings, sent: int) -> bool:
     return in_kafka >= sent and proof.waiting_in_broker(settings.nats_monitor_port) == 0
 
 
-def drain(stack: NativeStack) -> None:
+def drain(stack: Stack) -> None:
     """Ends the driver, which takes what Kafka has and flushes; again where it was killed meanwhile.
 
     Raises:
@@ -209,9 +251,11 @@ def drain(stack: NativeStack) -> None:
         with console.status("Spark is at work"):
             stack.start(["streaming"])
             stack.stop_part("streaming", STREAMING_DRAIN_S)
+        if isinstance(stack, ContainerStack):
+            stack.collect()
         if all(runner.is_flushed for runner in runners):
             return
-    msg = f"the streaming jobs did not finish: see {stack.log_file('streaming')}"
+    msg = "the streaming jobs did not finish: see make logs"
     raise RetryLater(msg)
 
 

@@ -42,13 +42,16 @@ ENVIRONMENT = Path(sys.prefix)
 MARK = "METERSTREAM_STACK_PART"
 NAMES = ("nats", "kafka", "ingest", "streaming")
 """In the order of starting: each needs the ones before it."""
-CLUSTER = {"spark-master": "master.Master", "spark-worker": "worker.Worker"}
-"""Processes of a Spark standalone cluster, which runs the same jobs, and their classes."""
+WORKERS = ("spark-worker-1", "spark-worker-2")
+CLUSTER = ("spark-master", *WORKERS)
+"""A Spark standalone cluster, which runs the same jobs: started before them where it is asked for."""
+ALL = (*NAMES[:-1], *CLUSTER, NAMES[-1])
 SUPERVISOR = "supervisor"
 
-START_TIMEOUT_S = {"nats": 20.0, "kafka": 90.0, "ingest": 60.0, "streaming": 180.0}
+START_TIMEOUT_S = {"nats": 20.0, "kafka": 90.0, "ingest": 60.0, **dict.fromkeys(CLUSTER, 60.0), "streaming": 180.0}
 """Some ten times what each takes on two idle cores: a busy machine is slow, not broken."""
-STOP_GRACE_S = {"nats": 15.0, "kafka": 30.0, "ingest": 30.0, "streaming": 60.0, SUPERVISOR: 15.0}
+STOP_GRACE_S = {"nats": 15.0, "kafka": 30.0, "ingest": 30.0, **dict.fromkeys(CLUSTER, 15.0), "streaming": 60.0,
+                SUPERVISOR: 15.0}  # fmt: skip
 """Time to finish on SIGTERM: a streaming batch and Kafka's clean flush take longest."""
 FAILED_START_GRACE_S = 5.0
 """What has not become ready has nothing worth a longer wait."""
@@ -63,6 +66,10 @@ STABLE_AFTER_S = 60.0
 KAFKA_HEAP = "-Xmx512m"
 """Enough for 300,000 records a second from one producer; about 350 MB resident."""
 LOG_TAIL_LINES = 15
+EVERYWHERE = "0.0.0.0"  # in a container, whose engine publishes on loopback
+WORKER_MEMORY = "2g"
+SPARK_HOME = Path(str(importlib.util.find_spec("pyspark").origin)).parent  # type: ignore[union-attr]
+"""The wheel has no start scripts for a cluster, but what they start."""
 
 
 class StartFailed(MeterstreamError):
@@ -75,18 +82,20 @@ class StackSettings(Settings):
     Attributes:
         listen: address that the processes listen on; loopback, but for a container's 0.0.0.0.
         kafka_inside: host:port at which containers find Kafka, if they do: a second listener.
-        spark_master: spark://host:port of the cluster that a worker joins.
+        spark_master: spark://host:port of the cluster that jobs and workers use; the port below where it is our own.
     """
 
     home: Path = ROOT / "data"
     listen: str = "127.0.0.1"
     kafka_inside: str | None = None
-    spark_master: str = "spark://spark-master:7077"
+    spark_master: str = ""
     mqtt_port: int = Field(1883, ge=1, le=65535)
     nats_port: int = Field(4222, ge=1, le=65535)
     nats_monitor_port: int = Field(8222, ge=1, le=65535)
     kafka_port: int = Field(9092, ge=1, le=65535)
     kafka_controller_port: int = Field(9093, ge=1, le=65535)
+    spark_master_port: int = Field(7077, ge=1, le=65535)
+    spark_master_ui_port: int = Field(8080, ge=1, le=65535)
     nats_server: Path | None = None
 
     @property
@@ -99,6 +108,7 @@ class StackSettings(Settings):
         fields = {
             "nats": ("mqtt_port", "nats_port", "nats_monitor_port"),
             "kafka": ("kafka_port", "kafka_controller_port"),
+            "spark-master": ("spark_master_port", "spark_master_ui_port"),
         }
         return {f"METERSTREAM_{field.upper()}": getattr(self, field) for field in fields.get(name, ())}
 
@@ -121,15 +131,20 @@ class NativeStack:
     Args:
         settings: home and ports.
         on_progress: gets a line for people when a process becomes ready or is stopped.
+        cluster: run the jobs on a Spark master and two workers of our own.
     """
 
-    def __init__(self, settings: StackSettings, on_progress: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self, settings: StackSettings, on_progress: Callable[[str], None] = lambda _: None, cluster: bool = False
+    ) -> None:
         self.settings = settings
         self.home = settings.home.resolve()
+        self.names = ALL if cluster else NAMES
+        self._cluster = cluster
         self._on_progress = on_progress
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, names: Iterable[str] = NAMES) -> list[str]:
+    def start(self, names: Iterable[str] | None = None) -> list[str]:
         """Starts what does not run yet, in order, each once the one before is ready.
 
         Returns:
@@ -139,7 +154,7 @@ class NativeStack:
             ConfigError: a port is somebody else's, or a program is missing; nothing was started.
             StartFailed: a process died or did not become ready; what this call started is stopped again.
         """
-        wanted = _in_order(names)
+        wanted = _in_order(names or self.names)
         with self._locked():
             missing = [name for name in wanted if not self.is_running(name)]
             for name in missing:
@@ -170,7 +185,7 @@ class NativeStack:
         """
         stopped = [SUPERVISOR] if self._stop_part(SUPERVISOR, STOP_GRACE_S[SUPERVISOR]) else []
         with self._locked(), _uninterrupted():
-            for name in reversed(NAMES):
+            for name in reversed(ALL):
                 if self._stop_part(name, STOP_GRACE_S[name]):
                     stopped.append(name)
                     self._on_progress(f"{name} stopped")
@@ -198,9 +213,9 @@ class NativeStack:
         """Whether the process is alive, ready or not."""
         return self._leader(name) is not None
 
-    def dead(self, names: Iterable[str] = NAMES) -> list[str]:
+    def dead(self, names: Iterable[str] | None = None) -> list[str]:
         """Which of these do not run."""
-        return [name for name in _in_order(names) if not self.is_running(name)]
+        return [name for name in _in_order(names or self.names) if not self.is_running(name)]
 
     def pid(self, name: str) -> int | None:
         """Process id, where it is alive."""
@@ -213,13 +228,15 @@ class NativeStack:
 
     def states(self) -> list[PartState]:
         """What runs, for people and monitors."""
-        return [self._state(name) for name in (*NAMES, SUPERVISOR)]
+        used = [name for name in ALL if name in self.names or self._pid_file(name).exists()]
+        return [self._state(name) for name in (*used, SUPERVISOR)]
 
-    def start_supervisor(self, names: Iterable[str] = NAMES) -> None:
+    def start_supervisor(self, names: Iterable[str] | None = None) -> None:
         """Leaves a process behind that starts dead ones again; harmless where one runs."""
         with self._locked():
             if not self.is_running(SUPERVISOR):
-                self._launch(SUPERVISOR, [sys.executable, "-m", "stack", "supervise", *_in_order(names)], {})
+                wanted = _in_order(names or self.names)
+                self._launch(SUPERVISOR, [sys.executable, "-m", "stack", "supervise", *wanted], self._master())
 
     def supervise(self, names: Iterable[str], until: threading.Event, report: Callable[[str], None]) -> None:
         """Starts dead processes again, each after a delay that grows while it keeps dying, until told to end."""
@@ -260,7 +277,7 @@ class NativeStack:
         """Raises ConfigError for everything that keeps these from starting, at once."""
         wrong = []
         taken: dict[int, str] = {}
-        for variable, port in (item for name in NAMES for item in self.settings.ports(name).items()):
+        for variable, port in (item for name in self.names for item in self.settings.ports(name).items()):
             if port in taken:
                 wrong.append(f"port {port} is wanted twice: by {taken[port]} and by {variable}")
             taken[port] = variable
@@ -316,12 +333,23 @@ class NativeStack:
         if name == "ingest":
             return [sys.executable, "-m", "ingest", "run"], {}
         if name == "streaming":
-            return [sys.executable, "-m", "streaming_jobs"], {}
-        host = socket.gethostname() if settings.listen == "0.0.0.0" else settings.listen
-        command = [spark_class(), f"org.apache.spark.deploy.{CLUSTER[name]}", "--host", host]
-        if name == "spark-worker":
-            command += ["--work-dir", str(self.home / "tmp" / "work"), settings.spark_master]
-        return command, {"SPARK_LOCAL_IP": settings.listen}
+            return [sys.executable, "-m", "streaming_jobs"], self._master()
+        # not on all addresses: what they bind to is what they tell each other
+        host = settings.listen if settings.listen != EVERYWHERE else socket.gethostname()
+        environment = {"SPARK_HOME": str(SPARK_HOME), "SPARK_LOCAL_IP": host}
+        command = [str(SPARK_HOME / "bin" / "spark-class")]
+        if name == "spark-master":
+            ports = ["--port", f"{settings.spark_master_port}", "--webui-port", f"{settings.spark_master_ui_port}"]
+            return [*command, "org.apache.spark.deploy.master.Master", "--host", host, *ports], environment
+        command += ["org.apache.spark.deploy.worker.Worker", "--host", host, "--webui-port", "0"]
+        command += ["--cores", f"{max(1, (os.cpu_count() or 2) // len(WORKERS))}", "--memory", WORKER_MEMORY]
+        command += ["--work-dir", str(self.home / "tmp" / name)]
+        return [*command, settings.spark_master or self._master()["METERSTREAM_SPARK_MASTER"]], environment
+
+    def _master(self) -> dict[str, str]:
+        """What makes the jobs use a cluster of our own."""
+        here = f"spark://{self.settings.listen}:{self.settings.spark_master_port}"
+        return {"METERSTREAM_SPARK_MASTER": here} if self._cluster else {}
 
     def _kafka(self) -> list[str]:
         """Kafka's command; formats its folder the first time."""
@@ -374,7 +402,7 @@ class NativeStack:
             "METERSTREAM_HOME": str(self.home),
             "METERSTREAM_KAFKA_BOOTSTRAP": self.settings.kafka_bootstrap,
             "METERSTREAM_MQTT_HOST": "127.0.0.1",
-            **{variable: str(port) for part in NAMES for variable, port in self.settings.ports(part).items()},
+            **{variable: str(port) for part in ALL for variable, port in self.settings.ports(part).items()},
             "METERSTREAM_NATS_SERVER": self._nats_server(),
             "TMPDIR": str(self.home / "tmp"),
             "PYTHONUNBUFFERED": "1",
@@ -415,6 +443,9 @@ class NativeStack:
             return _accepts(self.settings.mqtt_port) and _is_healthy(self.settings.nats_monitor_port)
         if name == "kafka":
             return _accepts(self.settings.kafka_port) and self._answers_metadata()
+        if name in CLUSTER:
+            workers = _alive_workers(self.settings.spark_master_ui_port)
+            return workers is not None and workers > CLUSTER.index(name) - 1
         try:
             return int(self._ready_file(name).read_text()) == self.pid(name)
         except (OSError, ValueError):
@@ -533,20 +564,13 @@ def create_topics(bootstrap: str) -> None:
                 raise
 
 
-def spark_class() -> str:
-    """Spark's launcher of its own processes: the wheel has no start scripts for a cluster."""
-    spec = importlib.util.find_spec("pyspark")
-    assert spec and spec.origin
-    return str(Path(spec.origin).parent / "bin" / "spark-class")
-
-
 def _in_order(names: Iterable[str]) -> list[str]:
     wanted = set(names)
-    unknown = wanted - set(NAMES)
+    unknown = wanted - set(ALL)
     if unknown:
-        message = f"no such process: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}"
+        message = f"no such process: {', '.join(sorted(unknown))}; there are {', '.join(ALL)}"
         raise ConfigError(message)
-    return [name for name in NAMES if name in wanted]
+    return [name for name in ALL if name in wanted]
 
 
 def _java() -> str:
@@ -594,15 +618,26 @@ def _accepts(port: int) -> bool:
     return True
 
 
-def _is_healthy(monitor_port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", monitor_port, timeout=1.0)
+def _got(port: int, path: str) -> bytes | None:
+    """What a process of ours answers over HTTP, if it does."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
     try:
-        connection.request("GET", "/healthz")
-        return connection.getresponse().status == http.HTTPStatus.OK
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.read() if answer.status == http.HTTPStatus.OK else None
     except (OSError, http.client.HTTPException):
-        return False
+        return None
     finally:
         connection.close()
+
+
+def _is_healthy(monitor_port: int) -> bool:
+    return _got(monitor_port, "/healthz") is not None
+
+
+def _alive_workers(master_ui_port: int) -> int | None:
+    told = _got(master_ui_port, "/json/")
+    return None if told is None else int(json.loads(told)["aliveworkers"])
 
 
 @contextlib.contextmanager

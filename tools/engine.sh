@@ -6,7 +6,7 @@
 # stop:  ends the dockerd that start began, and puts back what it changed: ip_forward and the FORWARD policy.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-STATE=data/engine
+STATE=/run/meterstream-engine
 BASE=debian:bookworm-slim
 DOCKER=/usr/bin/docker  # the distribution's own: it goes with its dockerd
 

@@ -81,7 +81,7 @@ def command(stack, *arguments):
     ports = {f"METERSTREAM_{name.upper()}": str(getattr(stack.settings, name)) for name in PORTS}
     return subprocess.Popen(
         [sys.executable, "-m", "stack", *arguments],
-        env={**os.environ, **ports, "METERSTREAM_HOME": str(stack.home)},
+        env={**os.environ, **ports, "METERSTREAM_HOME": str(stack.home), "MODE": "native"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -206,5 +206,5 @@ def test_down_works_without_the_supervisor_and_says_so_when_nothing_runs(own_sta
     assert left_of(own_stack.home) == []
     assert open_ports(own_stack.settings) == []
     again = command(own_stack, "down")
-    assert "Nothing was running." in again.communicate(timeout=30)[0]
+    assert "nothing was running." in again.communicate(timeout=30)[0]
     assert again.returncode == 0

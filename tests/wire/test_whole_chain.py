@@ -58,7 +58,7 @@ def kill(stack: NativeStack, name: str) -> None:
     eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", 10)
 
 
-def run_chain(home: Path, monkeypatch: pytest.MonkeyPatch, kills: dict[float, str]) -> Result:
+def run_chain(home: Path, monkeypatch: pytest.MonkeyPatch, kills: dict[float, str], cluster: bool = False) -> Result:
     """One run; at each share of the records in Kafka a process is killed, and started again by the supervisor."""
     settings = own_settings(home)
     for name, value in environment(settings).items():
@@ -66,7 +66,7 @@ def run_chain(home: Path, monkeypatch: pytest.MonkeyPatch, kills: dict[float, st
     monkeypatch.setenv("METERSTREAM_TRIGGER_S", "2")
     small_tape.write(home / "tape")
     (home / "dirt.yml").write_text(BAD_INPUT)
-    stack = NativeStack(settings)
+    stack = NativeStack(settings, cluster=cluster)
     try:
         stack.start()
         stack.start_supervisor()
@@ -131,11 +131,15 @@ def test_each_kind_of_bad_record_ends_with_its_reason(clean: Result) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kills", [{0.3: "ingest"}, {0.3: "streaming"}], ids=["bridge", "driver"])
+@pytest.mark.parametrize(
+    ("kills", "cluster"),
+    [({0.3: "ingest"}, False), ({0.3: "streaming"}, False), ({0.3: "spark-worker-1"}, True)],
+    ids=["bridge", "driver", "worker of a cluster"],
+)
 def test_a_kill_in_the_middle_changes_nothing_that_is_stored(
-    clean: Result, kills: dict[float, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clean: Result, kills: dict[float, str], cluster: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed = run_chain(tmp_path, monkeypatch, kills)
+    killed = run_chain(tmp_path, monkeypatch, kills, cluster)
     assert killed.problems == []
     assert killed.energy_wh == clean.energy_wh
     for table, rows in clean.rows.items():

@@ -25,10 +25,9 @@ RUN useradd --uid 10001 --user-group --no-create-home --home-dir /data meterstre
  && mkdir /data && chown meterstream:meterstream /data
 COPY --from=packages /opt/meterstream/.venv .venv
 COPY . .
-ENV PATH=/opt/meterstream/.venv/bin:$PATH PYTHONPATH=/opt/meterstream METERSTREAM_HOME=/data METERSTREAM_LISTEN=0.0.0.0 PYTHONUNBUFFERED=1
+ENV PATH=/opt/meterstream/.venv/bin:$PATH PYTHONPATH=/opt/meterstream METERSTREAM_HOME=/data METERSTREAM_LISTEN=0.0.0.0 PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 USER meterstream
 VOLUME /data
-# Not the checkout, nor /data: Python looks for modules where it is started.
-WORKDIR /tmp
+WORKDIR /data
 ENTRYPOINT ["python", "-m"]
 CMD ["stack", "--help"]

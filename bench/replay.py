@@ -367,7 +367,7 @@ def mqtt(plan: Plan) -> Part:
     tool, installed = Row("mosquitto_pub -l -q 1"), shutil.which("mosquitto_pub")
     notes = [
         "QoS 1; a session that is away holds every message, as for a bridge that is down; counted in the broker",
-        "both with 20 messages in flight a connection; replay has a topic a meter, mosquitto_pub one topic",
+        "mosquitto_pub has 20 messages in flight, replay up to 1,000 and a topic a meter",
     ]
     with _stack(plan, "nats") as (settings, environment, broker):
         away = paho.Client(CallbackAPIVersion.VERSION2, client_id="bench", clean_session=False)

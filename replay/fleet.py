@@ -6,10 +6,10 @@ not depend on how the run is cut into slices, or into processes. Times inside ar
 With the run's clock, meter i plays log i mod M from a week of the log that the seed chooses (whole weeks, so that hours
 and week days stay in place; at the end of the last whole week it goes on at the log's begin). Registers start anew and
 are summed again from the log's own steps, times a scale and with a wave along the register that bends every home's use
-a little and cannot make a register step back; powers bend with them. Where the log's register steps back or its box
-changes, the copy's begins anew at what the log shows there. Voltages are moved a little. Reports of a meter come at its
-own phase of the interval. The first M meters are the logs themselves: no week, no scale, no wave, the log's own
-registers. With the log's own clock nothing at all is changed.
+a little and cannot make a register step back; powers bend with them. A log whose register begins anew (it steps back,
+or its box changes) is copied with the registers it has, for nothing says how far another one would step. Voltages are
+moved a little. Reports of a meter come at its own phase of the interval. The first M meters are the logs themselves: no
+week, no scale, no wave, the log's own registers. With the log's own clock nothing at all is changed.
 """
 
 import math
@@ -62,6 +62,7 @@ class Rows:
         base_wh: per register and row what the log shows where it began anew the last time, or at first.
         anew: per register and row the row where it began anew the last time, −1 if it has not since the log's begin.
         last_anew: per register and log the same at a cycle's end.
+        begins_anew: per log whether any of its registers does.
         cycle_wh: per register and log the Wh of a whole cycle.
     """
 
@@ -76,6 +77,7 @@ class Rows:
     base_wh: dict[str, Floats]
     anew: dict[str, Integers]
     last_anew: dict[str, Integers]
+    begins_anew: npt.NDArray[np.bool_]
     cycle_wh: dict[str, Floats]
 
 
@@ -246,7 +248,7 @@ class Fleet:
         log = plan.log[meters]
         begun = self._place("readings", meters, self.begin("readings", meters))
         scale, wave, per_wh, angle = plan.scale[meters], plan.wave[meters], plan.wave_per_wh[meters], plan.angle[meters]
-        is_copy = (meters >= len(self.logs)) & (not self.own_clock)
+        is_copy = (meters >= len(self.logs)) & (not self.own_clock) & ~rows.begins_anew[log]
 
         def through(name: str, row: Integers, lap: Integers) -> tuple[Floats, Floats]:
             """What went through the meter since its begin, and where on its wave that is."""
@@ -262,8 +264,11 @@ class Fleet:
             since = energy
             # a home without panels has no export: its register stays at 0
             own_start = np.where(rows.cycle_wh[name][log] != 0, plan.start_wh[meters], 0)
-            start = np.where(is_copy, own_start, rows.base_wh[name][rows.first[log]])
-            if (rows.last_anew[name] >= 0).any():
+            begin = rows.anew[name][begun[0]]
+            begin = np.where(begin < 0, rows.first[log], begin)
+            logged = rows.base_wh[name][begin] + rows.used[name][begun[0]] - rows.used[name][begin]
+            start = np.where(is_copy, own_start, logged)
+            if rows.begins_anew.any():
                 anew, anew_lap = rows.anew[name][row], lap
                 is_before = (anew < 0) & (lap > begun[1])  # the lap has not begun anew yet: the one before has
                 anew = np.where(is_before, rows.last_anew[name][log], anew)
@@ -433,7 +438,7 @@ class Fleet:
                     "first_wh": first[name].wh,
                     "last_wh": last[name].wh,
                     "energy_wh": last[name].energy_wh,
-                    "begins_anew": rows.last_anew[name][log] >= 0,
+                    "begins_anew": rows.begins_anew[log],
                     "readings": count,
                     "meter": number,
                 }
@@ -530,6 +535,8 @@ def fleet(
     plan = _plan(
         count, len(logs), seed, cycle // WEEK if has_weeks else 1, 0 if own_clock or burst else interval, own_clock
     )
+    begins_anew = kinds["readings"].begins_anew[plan.log]
+    plan = replace(plan, scale=np.where(begins_anew, 1.0, plan.scale), wave=np.where(begins_anew, 0.0, plan.wave))
     first_at = start or first
     last_at = first_at + timedelta(microseconds=int(play + interval))
     return Fleet(logs, plan, kinds, first_at, play, last_at, cycle, loop, span, first_at - first, interval, own_clock)
@@ -596,7 +603,7 @@ def _rows(rows: pl.DataFrame, logs: pl.DataFrame, first: datetime, span: int, cy
     edges = np.searchsorted(log, np.arange(len(logs) + 1))
     keys = log * span + due
     ends = np.searchsorted(keys, np.arange(len(logs)) * span + min(cycle, span - 1))
-    found = Rows(known, keys, due, edges[:-1], ends - edges[:-1], {}, {}, {}, {}, {}, {}, {})
+    found = Rows(known, keys, due, edges[:-1], ends - edges[:-1], {}, {}, {}, {}, {}, {}, np.zeros(len(logs), bool), {})
     if has_registers:
         boxes = pl.col("equipment_id").forward_fill().backward_fill()
         known = known.with_columns(box=boxes.rle_id().over("log").cast(pl.Int64), row=pl.int_range(pl.len()))
@@ -627,6 +634,7 @@ def _rows(rows: pl.DataFrame, logs: pl.DataFrame, first: datetime, span: int, cy
             [not blank.all() for blank in np.split(own.get_column("is_blank").to_numpy(), edges[1:-1])]
         )
         found.last_anew[name] = np.where(has_rows, anew[last], -1)
+        found.begins_anew[log[anew >= 0]] = True
         found.cycle_wh[name] = np.where(has_rows, found.used[name][after], 0.0)
     frame = known.drop("log_row", "due_at", "log", "due", "row", strict=False)
     empty = [column.name for column in frame.get_columns() if column.null_count() == len(frame) and len(frame)]

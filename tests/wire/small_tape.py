@@ -62,14 +62,14 @@ def _table(rows: list[dict[str, Any]], entity: str) -> pa.Table:
 
 
 def _reading(meter_id: str, index: int, tick: int) -> dict[str, Any]:
-    wh = 1_000_000 * index + 17 * tick + (tick * tick * (index + 3)) % 11
+    wh = 1_000_000 * (index + 1) + 17 * tick + (tick * tick * (index + 3)) % 11
     return {
         "meter_id": meter_id,
         "observed_at": BEGIN + tick * STEP,
         "equipment_id": f"box-{index}",
         "dialect": "own",
         "import_t1_wh": wh + 11 * tick,
-        "export_t1_wh": 3 * tick,
+        "export_t1_wh": 500_000 + 3 * tick,
         "import_w": 300 + index,
         "voltage_l1_mv": 228_000 + 37 * ((tick * (index + 1)) % 101),
     }

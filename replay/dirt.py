@@ -7,7 +7,7 @@ function of file, seed and meter number: it does not depend on slices or process
 import re
 from bisect import bisect_left
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,10 +40,23 @@ ON_EVERY_WAY = (
 FULL_WH = 10**8  # where a register of eight digits begins again
 SECOND = 1_000_000
 CENTURY = 36_525 * 86_400
-TRIES = 1_000  # meters, or transformers, beyond those asked for that are looked at, where one cannot have a fault
+MOST = 10**9
+TRIES = 1_000  # transformers beyond those asked for that are looked at, where one cannot have a fault
+LOOK = 10_000  # readings before and after that are looked at first
 ONCE = (FaultKind.RESET, FaultKind.ROLLOVER, FaultKind.METER_EXCHANGE)
-OF_REGISTERS = (*ONCE, FaultKind.SPIKE, FaultKind.UNIT_SLIP)
+NEEDS = {
+    FaultKind.RESET: "more than 0 there, and less afterwards",
+    FaultKind.METER_EXCHANGE: "more than 0 there, of a box that its log names",
+    FaultKind.ROLLOVER: "a step ahead there",
+    FaultKind.SPIKE: "a value there that is not 0 for ever",
+    FaultKind.UNIT_SLIP: "more than 0 there",
+}
+"""Faults of registers: what one of them has to show after its first value, or the fault cannot be told."""
 AMOUNTS = {FaultKind.SPIKE: (1, 10**12), FaultKind.UNIT_SLIP: (2, 10**6)}
+BY_S = {
+    FaultKind.LATE: 2_700, FaultKind.CLOCK_JUMP: 3_600, FaultKind.VOLTAGE_ALARM: 1_800, FaultKind.POWER_STORM: 1_200,
+}  # fmt: skip
+"""`by` where an entry does not say."""
 PARTS = {
     "meters": set(FaultKind) - {FaultKind.POWER_STORM},
     "times": set(FaultKind) - {FaultKind.POWER_STORM},
@@ -51,7 +64,7 @@ PARTS = {
         FaultKind.GAP, FaultKind.CLOCK_JUMP, FaultKind.CLOCK_1970, FaultKind.CLOCK_2099, FaultKind.SPIKE,
         FaultKind.FROZEN, FaultKind.UNIT_SLIP,
     },
-    "by": {FaultKind.LATE, FaultKind.CLOCK_JUMP, FaultKind.VOLTAGE_ALARM, FaultKind.POWER_STORM},
+    "by": set(BY_S),
     "amount": set(AMOUNTS),
     "bytes": {FaultKind.POISON},
     "transformers": {FaultKind.POWER_STORM},
@@ -91,7 +104,7 @@ def seconds(value: Any) -> float:
 
 
 Seconds = Annotated[float, BeforeValidator(seconds), Field(ge=-CENTURY, le=CENTURY)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
 
 
 class Entry(BaseModel):
@@ -130,8 +143,8 @@ class Entry(BaseModel):
         wrong = [
             told
             for is_wrong, told in (
-                (not (0 < number < 1 or (number >= 1 and number % 1 == 0)) or self.meters == [],
-                 "meters is a number above 0, a share below 1, or a list of ids"),
+                (not (0 < number < 1 or (1 <= number <= MOST and number % 1 == 0)) or self.meters == [],
+                 f"meters is a number from 1 to {MOST}, a share below 1, or a list of ids"),
                 (len(set(named)) < len(named), "meters names one twice"),
                 (self.at is not None and self.times > 1, "at says when: leave times out"),
                 (bool(unheeded), f"a {self.kind} has no {', no '.join(unheeded)}: leave it out"),
@@ -148,6 +161,11 @@ class Entry(BaseModel):
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
+
+    @property
+    def by_s(self) -> int:
+        """`by`, or what it is where the entry does not say."""
+        return round(BY_S.get(self.kind, 0) if self.by is None else self.by)
 
 
 class DirtFile(BaseModel):
@@ -206,6 +224,35 @@ class Raw:
     payload: bytes
 
 
+class _Around:
+    """What a register shows around some of a meter's rows.
+
+    Attributes:
+        now: its values in these rows; not a number where it is blank.
+        before: per row the last value before it; not a number where there is none.
+        after: per row the next value, its own if it has one; not a number where there is none.
+    """
+
+    def __init__(self, wh: npt.NDArray[np.float64], here: slice) -> None:
+        """Looks at the rows `here` of all that are known; there is one before them."""
+        self._wh, self._here = wh, here
+        self.now = wh[here]
+        self.before = _filled(wh)[here.start - 1 : here.stop - 1]
+        self.after = _filled(wh[::-1])[::-1][here]
+
+    def stay(self, above: int, length: int) -> npt.NDArray[np.bool_]:
+        """Per row whether so many values from it on are above a number, and none is blank."""
+        fails = np.concatenate([[0], np.cumsum(~(self._wh > above))])
+        begin, end = self._here.start, self._here.stop
+        is_so: npt.NDArray[np.bool_] = fails[begin + length : end + length] == fails[begin:end]
+        return is_so
+
+
+def _filled(wh: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Each value, or the last one before."""
+    return wh[np.maximum.accumulate(np.where(np.isnan(wh), 0, np.arange(len(wh))))]
+
+
 class Dirt:
     """The faults of a run.
 
@@ -251,7 +298,7 @@ class Dirt:
         why: ConfigError | None = None
         for meter in meters:
             try:
-                places = [self._place(entry, meter, number) for number in self._numbers(entry, meter)]
+                places = [self._place(entry, meter, *numbers) for numbers in self._numbers(entry, meter)]
             except ConfigError as error:
                 why = why or error
                 continue
@@ -284,60 +331,96 @@ class Dirt:
                 f"{4 * MARGIN} readings: ask for fewer, or play more"
             )
             raise ConfigError(msg)
-        return self._left[: count + TRIES].tolist(), count
+        return self._left.tolist(), count
 
-    def _numbers(self, entry: Entry, meter: int) -> list[int]:
-        """Unrolled rows at which the faults of one meter begin."""
+    def _numbers(self, entry: Entry, meter: int) -> list[tuple[int, int, int]]:
+        """Unrolled rows at which the faults of one meter begin, each with those between which it could."""
         each = np.array([meter])
         begin = int(self._fleet.begin("readings", each)[0])
         count = self._count(meter)
         if entry.at is not None:
             at = int(self._fleet.sent_before("readings", each, round(entry.at * SECOND))[0])
-            if not begin + MARGIN <= at <= begin + count - MARGIN - entry.length:
+            latest = begin + count - MARGIN - entry.length
+            if not begin + MARGIN <= at <= latest:
                 name = self._fleet.meter_ids(each)[0]
                 msg = f"at {entry.at:.0f} s {name} has not {MARGIN} readings before and after: choose another time"
                 raise ConfigError(msg)
-            return [at]
-        reach = entry.length + round(abs(entry.by or 0) / self._interval)
+            return [(at, at, latest)]
+        reach = entry.length + round(abs(entry.by_s) / self._interval)
         room = (count - MARGIN) // entry.times - reach - MARGIN
         if room < 1:
             msg = f"{count} readings of a meter do not hold {entry.times} faults that reach over {reach}"
             raise ConfigError(msg)
         stretch = (count - MARGIN) // entry.times
-        return [begin + MARGIN + turn * stretch + int(self._random.integers(0, room)) for turn in range(entry.times)]
+        firsts = [begin + MARGIN + turn * stretch for turn in range(entry.times)]
+        return [(first + int(self._random.integers(0, room)), first, first + room - 1) for first in firsts]
 
-    def _place(self, entry: Entry, meter: int, number: int) -> tuple[int, str]:
+    def _place(self, entry: Entry, meter: int, number: int, first: int, last: int) -> tuple[int, str]:
         """Row and register of a fault that is to begin at `number`; no register where it needs none.
+
+        Where no register lets the fault be told there it begins at the next row, up to `last` and then from `first` on,
+        where one does.
 
         Raises:
             ConfigError: the meter cannot have it.
         """
-        if entry.kind not in OF_REGISTERS:
+        if entry.kind not in NEEDS:
             return number, ""
         name = self._fleet.meter_ids(np.array([meter]))[0]
-        rows, begin = self._fleet.kinds["readings"], int(self._fleet.begin("readings", np.array([meter]))[0])
-        if entry.kind in ONCE and any(anew[self._fleet.plan.log[meter]] >= 0 for anew in rows.last_anew.values()):
+        if entry.kind in ONCE and self._fleet.kinds["readings"].begins_anew[self._fleet.plan.log[meter]]:
             msg = f"the registers of {name} begin anew in its own log"
             raise ConfigError(msg)
+        for low, high in dict.fromkeys([(number, min(number + LOOK, last + 1)), (number, last + 1), (first, number)]):
+            if found := self._found(entry, meter, low, high):
+                return found
+        msg = f"no register of {name} shows {NEEDS[entry.kind]}"
+        raise ConfigError(msg)
+
+    def _found(self, entry: Entry, meter: int, low: int, high: int) -> tuple[int, str] | None:
+        """The first row of low … high − 1 at which a fault of registers can be told, and by which of them."""
+        begin = int(self._fleet.begin("readings", np.array([meter]))[0])
+        end = begin + self._count(meter)
+        rows = np.arange(max(low - LOOK, begin), min(high + LOOK + entry.length, end))
+        here = slice(low - rows[0], high - rows[0])
+        registers = {name: _Around(wh, here) for name, wh in self._registers(meter, rows).items()}
+        is_able = np.full(high - low, True)
+        if entry.kind == FaultKind.RESET:  # of no register may the value after it pass for a step ahead
+            for each in registers.values():
+                is_able &= ~((each.before > 0) & (each.after >= 2 * each.before))
         if entry.kind == FaultKind.METER_EXCHANGE and self._fleet.own_clock:
-            earlier = np.arange(begin, number)
-            known = self._fleet.readings(np.full(len(earlier), meter), earlier)
-            if "equipment_id" not in known.columns or known.get_column("equipment_id").null_count() == len(known):
-                msg = f"the log of {name} names no equipment, so that nobody could tell another one"
-                raise ConfigError(msg)
-        before = self._values(meter, number - 1)
-        if entry.kind == FaultKind.ROLLOVER:
-            return self._next_rise(meter, number, list(before))
-        touched = np.arange(number, number + entry.length)
-        shown = self._fleet.registers(np.full(len(touched), meter), touched)
-        found = [each for each, value in before.items() if value > 0 and not np.isnan(shown[each]).any()]
-        if not found:
-            msg = f"no register of {name} shows more than 0 there"
-            raise ConfigError(msg)
-        if entry.kind == FaultKind.SPIKE:
-            last = self._values(meter, begin + self._count(meter) - 1)
-            found.sort(key=lambda each: last[each] <= before[each])  # one that rises, where there is one
-        return number, found[0]
+            is_able &= np.maximum.accumulate(self._has_box(meter, rows))[here.start - 1 : here.stop - 1]
+        last = self._values(meter, end - 1) if entry.kind == FaultKind.SPIKE else {}
+        places: list[tuple[int, bool, int, str]] = []
+        for name, each in registers.items():
+            match entry.kind:
+                case FaultKind.ROLLOVER:
+                    fits = each.now > each.before
+                case FaultKind.SPIKE:
+                    fits = each.stay(-1, entry.length) & ((each.before > 0) | (each.before < last[name]))
+                case FaultKind.UNIT_SLIP:
+                    fits = each.stay(0, entry.length) & (each.before > 0)
+                case _:
+                    fits = (each.now >= 0) & (each.before > 0)
+            if (fits & is_able).any():
+                place = int(np.flatnonzero(fits & is_able)[0])
+                stands = entry.kind == FaultKind.SPIKE and last[name] <= each.before[place]
+                places.append((place, stands, len(places), name))
+        if not places:
+            return None
+        place, *_, name = min(places)  # the first one, and of those one that rises, where there is one
+        return low + place, name
+
+    def _registers(self, meter: int, rows: Integers) -> dict[str, npt.NDArray[np.float64]]:
+        """What the registers that a meter has show in its rows; not a number where one is blank."""
+        has, log = self._fleet.kinds["readings"].has, self._fleet.plan.log[meter]
+        shown = self._fleet.registers(np.full(len(rows), meter), rows)
+        return {name: wh for name, wh in shown.items() if has[name][log]}
+
+    def _has_box(self, meter: int, rows: Integers) -> npt.NDArray[np.bool_]:
+        known = self._fleet.readings(np.full(len(rows), meter), rows)
+        if "equipment_id" not in known.columns:
+            return np.full(len(rows), False)
+        return known.get_column("equipment_id").is_not_null().to_numpy()
 
     def _plan(self, entry: Entry, meter: int, number: int, turn: int, register: str) -> None:
         match entry.kind:
@@ -345,10 +428,9 @@ class Dirt:
                 self._extra.append((meter, number, self._due(meter, number)))
                 self._tell(entry, meter, range(number, number + 1))
             case FaultKind.LATE:
-                delay_s = 2_700 if entry.by is None else entry.by
-                due = self._due(meter, number) + round(delay_s * SECOND)
+                due = self._due(meter, number) + entry.by_s * SECOND
                 self._move(meter, number, due)
-                self._tell(entry, meter, range(number, number + 1), due=due, amount=round(delay_s))
+                self._tell(entry, meter, range(number, number + 1), due=due, amount=entry.by_s)
             case FaultKind.REORDER:
                 due = self._due(meter, number + 1) + 1
                 self._move(meter, number, due)
@@ -358,9 +440,8 @@ class Dirt:
                 self._withhold(meter, touched)
                 self._tell(entry, meter, touched, is_sent=False)
             case FaultKind.CLOCK_JUMP:
-                jump_s = 3_600 if entry.by is None else entry.by
-                self._bend(meter, number, number + entry.length, moved_us=round(jump_s * SECOND))
-                self._tell(entry, meter, range(number, number + entry.length), amount=round(jump_s))
+                self._bend(meter, number, number + entry.length, moved_us=entry.by_s * SECOND)
+                self._tell(entry, meter, range(number, number + entry.length), amount=entry.by_s)
             case FaultKind.CLOCK_1970 | FaultKind.CLOCK_2099:
                 self._bend(meter, number, number + entry.length, clock_us=EPOCH_US[entry.kind])
                 self._tell(entry, meter, range(number, number + entry.length))
@@ -406,10 +487,13 @@ class Dirt:
         """All meters of a transformer lose their supply and get it back."""
         fleet, margin = self._fleet, MARGIN * self._interval * SECOND
         names, own = np.unique([name or "" for name in fleet.logs.get_column("transformer_id")], return_inverse=True)
+        if not any(names):
+            msg = "power_storm: the tape's registry names no transformer: leave it out"
+            raise ConfigError(msg)
         group = np.arange(len(fleet)) // len(fleet.logs) * len(names) + own[fleet.plan.log]
         free = np.sort(self._left)
         free = free[names[group[free] % len(names)] != ""]
-        lasts = round((1_200 if entry.by is None else entry.by) * SECOND)
+        lasts = entry.by_s * SECOND
         latest = fleet.length - lasts - 2 * margin
         earliest = max(latest // 4, margin + fleet.interval)
         if latest <= earliest or (entry.at is not None and entry.at * SECOND > latest):
@@ -449,9 +533,8 @@ class Dirt:
         if entry.kind == FaultKind.TAMPER:
             self._say(entry.kind, meter, begin, "c12.19", "ST76", "AE47")
             return
-        lasts = round((1_800 if entry.by is None else entry.by) * SECOND)
         self._say(entry.kind, meter, begin, "itron", "MT76", "ME16")
-        self._say(entry.kind, meter, begin + lasts, "itron", "MT76", "ME17")
+        self._say(entry.kind, meter, begin + entry.by_s * SECOND, "itron", "MT76", "ME17")
 
     def _say(self, kind: FaultKind, meter: int, due: int, dialect: str, table: str, code: str) -> None:
         self._events.append(
@@ -481,18 +564,6 @@ class Dirt:
         has = self._fleet.kinds["readings"].has
         log = self._fleet.plan.log[meter]
         return {name: int(values[0]) for name, values in found.items() if has[name][log]}
-
-    def _next_rise(self, meter: int, number: int, registers: list[str]) -> tuple[int, str]:
-        """The first row from `number` on at which a register shows more than before, and the first one that does."""
-        last = int(self._fleet.begin("readings", np.array([meter]))[0]) + self._count(meter)
-        numbers = np.arange(number - 1, last)
-        values = self._fleet.registers(np.full(len(numbers), meter), numbers, filled=True)
-        for register in registers:
-            rises = np.flatnonzero(np.diff(values[register]) > 0)
-            if len(rises):
-                return number + int(rises[0]), register
-        msg = f"no register of {self._fleet.meter_ids(np.array([meter]))[0]} rises any more"
-        raise ConfigError(msg)
 
     def _withhold(self, meter: int, numbers: range) -> None:
         self._withheld += [_code(meter, number) for number in numbers]
@@ -540,13 +611,13 @@ class Dirt:
         self.raw = sorted(self._raw, key=lambda raw: (raw.due, raw.meter))
         self._raw_due = [raw.due for raw in self.raw]
         self._event_meters = np.flatnonzero(self.has_events)
-        whole = (fleet.last_at - fleet.first_at) // timedelta(microseconds=1)
-        self._stride = max([whole, *(row["due"] for row in self._events)]) + 1
+        self._said_at = np.unique(np.array([row["due"] for row in self._events], np.int64))
         self.events = self._numbered_events()
         self.faults = pl.concat([self._truth_of_readings(), self._truth_of_events()])
 
     def _event_keys(self, meters: Integers, due: Integers) -> Integers:
-        keys: Integers = np.searchsorted(self._event_meters, meters) * self._stride + due
+        keys: Integers = np.searchsorted(self._event_meters, meters) * (len(self._said_at) + 1)
+        keys += np.searchsorted(self._said_at, due)
         return keys
 
     def _numbered_events(self) -> pl.DataFrame:

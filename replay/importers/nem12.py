@@ -102,7 +102,7 @@ def read(path: Path, asked: Asked) -> Imported:
                     log.rows_in += 1
                     log.refuse(number, f"record {kind!r} is none that we know")
         except (ValueError, IndexError, KeyError, ArithmeticError) as error:
-            records = DAY // channel.length if kind == "300" and channel else 1
+            records = _intervals_in(record, channel) if kind == "300" else 1
             log.rows_in += records if kind in ("200", "300", "400") else 0  # others have been counted
             log.refuse(number, f"{type(error).__name__}: {error}", records=records)
     log.defects[Defect.OTHER_QUANTITY] += sum(len(day.energies) for day in days if day.channel.register is None)
@@ -165,6 +165,15 @@ def _day(record: list[str], channel: _Channel | None) -> _Day:
         msg = f"not {count} values and a quality"
         raise ValueError(msg)
     return _Day(channel, begin, energies, [quality[0]] * count)
+
+
+def _intervals_in(record: list[str], channel: _Channel | None) -> int:
+    """Intervals of a day that is refused; if its channel is unknown, the values before the quality."""
+    if channel:
+        return DAY // channel.length
+    fields = [field.strip() for field in record[2:]]
+    quality = next((place for place, field in enumerate(fields) if field[:1].isalpha()), None)
+    return max(sum(map(bool, fields)) if quality is None else quality, 1)
 
 
 def _set_quality(record: list[str], day: _Day) -> None:

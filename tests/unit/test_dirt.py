@@ -5,11 +5,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
 from replay.dirt import Dirt, Entry, read_dirt
-from replay.fleet import fleet
+from replay.fleet import Fleet, fleet
 from replay.run import Order, play, run_folder
 from replay.tape import Tape, read_tape
 from schemas.closed_lists import DeadLetterReason, FaultKind, Poison
@@ -267,18 +268,20 @@ def test_the_example_has_one_of_every_kind(tape: Path) -> None:
         ("faults: [{kind: gap, times: 2, at: 3h}]", "leave times out"),
         ("faults: [{kind: gap, at: -3h}]", r"faults\.0\.at"),
         ("faults: [{kind: gap, at: 10000000d}]", r"faults\.0\.at"),
-        ("faults: [{kind: gap, meters: -2}]", "a number above 0"),
-        ("faults: [{kind: gap, meters: 0}]", "a number above 0"),
-        ("faults: [{kind: gap, meters: 1.5}]", "a number above 0"),
-        ("faults: [{kind: gap, meters: .inf}]", "a number above 0"),
-        ("faults: [{kind: gap, meters: []}]", "a number above 0"),
+        ("faults: [{kind: gap, meters: -2}]", "a number from 1 to 1000000000"),
+        ("faults: [{kind: gap, meters: 0}]", "a number from 1 to 1000000000"),
+        ("faults: [{kind: gap, meters: 1.5}]", "a number from 1 to 1000000000"),
+        ("faults: [{kind: gap, meters: .inf}]", "a number from 1 to 1000000000"),
+        ("faults: [{kind: gap, meters: 1.0e+300}]", "a number from 1 to 1000000000"),
+        ("faults: [{kind: gap, length: 10000000000}]", r"faults\.0\.length"),
+        ("faults: [{kind: gap, meters: []}]", "a number from 1 to 1000000000"),
         ("faults: [{kind: gap, meters: [a, b, a]}]", "names one twice"),
         ("faults: [{kind: poison, bytes: []}]", r"faults\.0\.bytes"),
         ("faults: [{kind: unit_slip, amount: 0.4}]", "whole number from 2 to 1000000"),
         ("faults: [{kind: unit_slip, amount: 2.5}]", "whole number from 2 to 1000000"),
         ("faults: [{kind: unit_slip, amount: 1.0e+15}]", "whole number from 2 to 1000000"),
         ("faults: [{kind: spike, amount: 0}]", "whole number from 1 to 1000000000000"),
-        ("faults: [{kind: spike, amount: 1.0e+30}]", "whole number from 1 to 1000000000000"),
+        ("faults: [{kind: spike, amount: 1.0e+300}]", "whole number from 1 to 1000000000000"),
     ],
 )
 def test_a_wrong_file_is_told_with_its_place(tmp_path: Path, text: str, told: str) -> None:
@@ -292,6 +295,7 @@ def test_a_wrong_file_is_told_with_its_place(tmp_path: Path, text: str, told: st
     [
         (entry(FaultKind.GAP, meters=41), "asks for 41 meters, 39 are left"),
         (entry(FaultKind.GAP, length=200), "do not hold"),
+        (entry(FaultKind.LATE, times=9), "do not hold 9 faults that reach over 10"),  # a reading, and 45 minutes
         (entry(FaultKind.GAP, meters=["m0000001", "nobody"]), "nobody"),
         (Entry(kind=FaultKind.POWER_STORM, transformers=9), "asks for 9 transformers, 2 have"),
         (Entry(kind=FaultKind.POWER_STORM, at="11h"), "do not hold it"),
@@ -314,6 +318,14 @@ def test_a_fault_comes_when_at_says(tape: Path) -> None:
     assert ((late >= timedelta(0)) & (late <= small_tape.STEP)).all()
 
 
+def test_a_storm_is_refused_where_the_tape_names_no_transformer(tape: Path) -> None:
+    sound = read_tape(tape)
+    logs = pl.DataFrame(pl.from_arrow(sound.registry)).with_columns(transformer_id=pl.lit(None, pl.String))
+    crew = fleet(replace(sound, registry=logs.to_arrow().cast(sound.registry.schema)), METERS)
+    with pytest.raises(ConfigError, match=r"faults\.0: .* names no transformer: leave it out"):
+        Dirt(crew, [Entry(kind=FaultKind.POWER_STORM)], 1)
+
+
 def test_a_second_storm_takes_another_transformer_and_a_third_finds_none(tape: Path) -> None:
     storm = Entry(kind=FaultKind.POWER_STORM)
     played = Played(tape, storm, storm)
@@ -334,7 +346,9 @@ def test_a_fault_finds_a_register_that_counts_and_says_so_where_none_does(tape: 
     second = bent(tape, import_t1_wh=pl.lit(0), import_t2_wh=pl.col("import_t1_wh") + 1)
     faults = Dirt(fleet(second, METERS), [*reset, entry(FaultKind.ROLLOVER)], 1).faults
     assert faults.get_column("detail").to_list() == ["import_t2_wh"] * 10
-    with pytest.raises(ConfigError, match="reset asks for 5 meters, 0 of 40 .* no register of m.* more than 0"):
+    with pytest.raises(
+        ConfigError, match="reset asks for 5 meters, 0 of 40 .* no register of m.* shows more than 0 there"
+    ):
         Dirt(fleet(bent(tape, import_t1_wh=pl.lit(0), export_t1_wh=pl.lit(0)), METERS), reset, 1)
 
 
@@ -378,6 +392,68 @@ def test_a_spike_is_on_a_register_that_the_reading_has_and_that_rises(tape: Path
         assert detail == ("export_t1_wh" if seq % 2 else "import_t1_wh")
 
 
+def around(crew: Fleet, faults: pl.DataFrame, register: str = "import_t1_wh") -> list[list[int | None]]:
+    """What a register shows without faults in the reading before each fault and in its own."""
+    found = []
+    for meter_id, seq in faults.select("meter_id", "seq").iter_rows():
+        meter = np.flatnonzero(crew.meter_ids(np.arange(len(crew))) == meter_id).repeat(2)
+        rows = crew.readings(meter, crew.begin("readings", meter) + seq + [-1, 0])
+        found.append(rows.get_column(register).to_list())
+    return found
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [FaultKind.RESET, FaultKind.ROLLOVER, FaultKind.METER_EXCHANGE, FaultKind.SPIKE, FaultKind.UNIT_SLIP],
+)
+def test_a_fault_moves_on_to_the_next_reading_that_shows_its_register(tape: Path, kind: FaultKind) -> None:
+    hourly = bent(tape, import_t1_wh=pl.when(TICK % 12 == 0).then("import_t1_wh"), export_t1_wh=pl.lit(None, pl.Int64))
+    crew = fleet(hourly, METERS)
+    names = crew.meter_ids(np.arange(1, METERS)).to_list()  # home-00 is at 0 in the beginning
+    faults = Dirt(crew, [entry(kind, meters=names)], 1).faults
+    assert len(faults) == METERS - 1
+    assert all(shown is not None for _, shown in around(crew, faults))
+    at = Dirt(fleet(hourly, METERS, burst=True), [entry(kind, meters=names, at="10801s")], 1).faults
+    assert at.get_column("seq").unique().to_list() == [48], "the reading of the fourth hour is the next one"
+
+
+def test_no_fault_of_registers_is_before_the_first_value_of_the_run(tape: Path) -> None:
+    crew = fleet(bent(tape, import_t1_wh=pl.when(TICK >= 120).then("import_t1_wh"), export_t1_wh=pl.lit(0)), METERS)
+    for kind in (FaultKind.RESET, FaultKind.METER_EXCHANGE, FaultKind.ROLLOVER, FaultKind.SPIKE, FaultKind.UNIT_SLIP):
+        faults = Dirt(crew, [entry(kind, meters=30)], 1).faults
+        assert all(before is not None for before, _ in around(crew, faults)), kind
+
+
+def test_a_register_at_0_that_rises_later_has_spikes_and_rolls_over_and_is_reset_once_it_counts(tape: Path) -> None:
+    stays = pl.when(TICK >= 100).then(pl.col("import_t1_wh") + 1).otherwise(0)
+    crew = fleet(bent(tape, import_t1_wh=stays, export_t1_wh=pl.lit(0)), own_clock=True)
+    assert len(Dirt(crew, [entry(FaultKind.SPIKE, meters=20, at="3h")], 1).faults) == 20
+    assert set(Dirt(crew, [entry(FaultKind.ROLLOVER, at="3h")], 1).faults.get_column("seq")) == {100}
+    for kind in (FaultKind.RESET, FaultKind.METER_EXCHANGE, FaultKind.UNIT_SLIP):
+        assert Dirt(crew, [entry(kind, at="3h")], 1).faults.get_column("seq").min() == 101
+        with pytest.raises(ConfigError, match="0 of 20 .* more than 0 there"):
+            Dirt(fleet(bent(tape, import_t1_wh=pl.lit(0), export_t1_wh=pl.lit(0)), own_clock=True), [entry(kind)], 1)
+
+
+def test_after_a_reset_a_register_shows_less_than_before(tape: Path) -> None:
+    steps = fleet(bent(tape, import_t1_wh=50 * TICK.cast(pl.Int64) + 1, export_t1_wh=pl.lit(0)), own_clock=True)
+    leaps = pl.when(TICK < 100).then(1).when(TICK < 101).then(50).otherwise(60)
+    leap = fleet(bent(tape, import_t1_wh=leaps, export_t1_wh=pl.lit(0)), own_clock=True)
+    for crew in (steps, leap):
+        shown = around(crew, Dirt(crew, [entry(FaultKind.RESET, meters=20)], 1).faults)
+        assert all(after - before < before for before, after in shown)  # type: ignore[operator]
+    faults = Dirt(leap, [entry(FaultKind.RESET, at="499m")], 1).faults
+    assert around(leap, faults) == [[50, 60]] * 5, "1, 1, 49 would be a step ahead"
+
+
+def test_no_register_steps_ahead_through_a_reset(tape: Path) -> None:
+    doubles = (2.0 ** TICK.clip(0, 40)).cast(pl.Int64)
+    crew = fleet(bent(tape, export_t1_wh=doubles), own_clock=True)
+    faults = Dirt(crew, [entry(FaultKind.RESET, meters=10, at="2h")], 1).faults
+    assert faults.get_column("seq").unique().to_list() == [41]
+    assert faults.get_column("detail").unique().to_list() == ["import_t1_wh"]
+
+
 def test_a_box_is_exchanged_where_the_log_names_one(tape: Path) -> None:
     crew = fleet(bent(tape, equipment_id=pl.when(HOME < 10).then("equipment_id")), own_clock=True)
     faults = Dirt(crew, [entry(FaultKind.METER_EXCHANGE, meters=10)], 1).faults
@@ -412,7 +488,7 @@ def test_a_log_that_names_no_equipment_takes_every_fault_but_an_exchange(tape: P
     other = [kind for kind in FaultKind if kind not in (FaultKind.POWER_STORM, FaultKind.METER_EXCHANGE)]
     faults = Dirt(crew, [entry(kind, meters=1) for kind in other], 1).faults
     assert set(faults.get_column("kind")) == {kind.value for kind in other}
-    with pytest.raises(ConfigError, match="names no equipment"):
+    with pytest.raises(ConfigError, match="no register of home.* of a box that its log names"):
         Dirt(crew, [entry(FaultKind.METER_EXCHANGE)], 1)
 
 

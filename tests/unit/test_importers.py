@@ -520,7 +520,10 @@ def test_a_nem12_day_that_is_refused_counts_all_its_intervals(tmp_path):
 @pytest.mark.parametrize(
     ("records", "refused"),
     [
-        ([channel(nmi="N 1"), day(20240202, 1, 1)], 2),  # without its channel nobody knows how many intervals
+        ([channel(nmi="N 1"), day(20240202, 1, "", 1, 1)], 1 + 4),  # its channel is unknown, its values are four
+        ([channel(nmi="N 1"), day(20240202, 1, 1, quality="")], 1 + 2),
+        ([channel(minutes=7), "300,20240202"], 1 + 1),
+        ([channel(minutes=7), day(20240202, 1, 1), "400,1,1,A,,"], 1 + 2),
         (["400,1,3,A,,"], 1),
         (["250,1"], 1),
         (["777,1"], 1),

@@ -462,7 +462,9 @@ def _replay(
         "--duration", f"{plan.duration.total_seconds():.0f}s", "--speed", "max", "--to", to, "--run-id", run_id,
         "--json", *more,
     ]  # fmt: skip
-    took = _timed(plan, command, environment)
+    home = plan.folder / run_id  # of its own: the meters of all runs have the same names
+    took = _timed(plan, command, {**environment, "METERSTREAM_HOME": str(home)})
+    shutil.rmtree(home)
     return took, json.loads(took.output.strip().splitlines()[-1])
 
 

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from replay.dirt import read_dirt, seconds
+from replay.fleet import PREFIX
 from replay.importers import formats, import_log
 from replay.run import Ledger, Order, play
 from replay.simulate import DEFAULT_GRID
@@ -208,6 +209,10 @@ def run(
     dirt: Annotated[Path | None, typer.Option(help="Faults to inject: a YAML file, see docs/replay.md.")] = None,
     clock: Annotated[str, typer.Option(help="run: a fleet on one clock; original: the log as it is.")] = "run",
     run_id: Annotated[str | None, typer.Option(help="A name for the run; made up if absent.")] = None,
+    meter_prefix: Annotated[str, typer.Option(help="Of the meters' ids: m gives m0000001, m0000002 …")] = PREFIX,
+    again: Annotated[
+        bool, typer.Option(help="Add to what this data folder has of the same meters already; verify tells less then.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
 ) -> None:
     """Plays a tape as the stream of N meters.
@@ -227,6 +232,7 @@ def run(
             tape=tape, run_id=run_id or new_run_id(), to=to, meters=meters, seed=seed, speed=speed_of(speed),
             start=start and start.replace(tzinfo=UTC), own_clock=_is_original(clock), duration=_duration(duration),
             loop=loop, burst=burst, processes=processes, dirt=tuple(read_dirt(dirt)) if dirt else (),
+            prefix=meter_prefix, again=again,
         )  # fmt: skip
         ledger = played(order, connections)
         if as_json:
@@ -290,7 +296,7 @@ def record_command(
 
     Example: replay record --to data/tapes/incident --from 2026-03-01T06:00:00 --until 2026-03-01T09:00:00
 
-    then: replay run --tape data/tapes/incident --clock original --speed max
+    then: replay run --tape data/tapes/incident --clock original --speed max --again
     """
     from replay.record import record
 

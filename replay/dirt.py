@@ -96,11 +96,11 @@ def seconds(value: Any) -> float:
     Raises:
         ValueError: no such time.
     """
-    match = re.fullmatch(r"([+-]?\d+(?:\.\d+)?)\s*(s|m|h|d)?", str(value).strip())
+    match = re.fullmatch(r"([+-]?\d+(?:\.\d+)?)\s*(s|m|h|d)", str(value).strip())
     if not match:
-        msg = f"{value!r} is no time: 90s, 40m, -1h or 2d"
+        msg = f"{value!r} is no time: say 90s, 40m, -1h or 2d"
         raise ValueError(msg)
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2] or "s"]
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
 
 
 Seconds = Annotated[float, BeforeValidator(seconds), Field(ge=-CENTURY, le=CENTURY)]
@@ -187,9 +187,15 @@ def read_dirt(path: Path) -> list[Entry]:
         msg = f"cannot read {path}: {error}"
         raise ConfigError(msg) from error
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        wrong = [f"{'.'.join(map(str, each['loc']))}: {_said(each['type'], each['msg'])}" for each in error.errors()]
         msg = f"{path}: " + "; ".join(wrong)
         raise ConfigError(msg) from error
+
+
+def _said(error: str, text: str) -> str:
+    if error == "extra_forbidden":
+        return f"no such part; an entry has {', '.join(Entry.model_fields)}"
+    return text.removeprefix("Value error, ")
 
 
 BENDS = pl.Schema(
@@ -282,7 +288,7 @@ class Dirt:
         self._bends: list[dict[str, Any]] = []
         self._raw: list[Raw] = []
         self._events: list[dict[str, Any]] = []
-        # whole transformers first, then meters by name
+        # meters by name first, then whole transformers
         for place in sorted(range(len(entries)), key=lambda place: _rank(entries[place])):
             try:
                 (self._storms if entries[place].kind == FaultKind.POWER_STORM else self._inject)(entries[place])
@@ -319,10 +325,10 @@ class Dirt:
         """Meters that may have an entry's faults, in turn, and how many of them shall."""
         if isinstance(entry.meters, list):
             free = dict(zip(self._fleet.meter_ids(self._left), self._left.tolist(), strict=True))
-            wrong = [name for name in entry.meters if name not in free]
-            if wrong:
-                msg = f"{entry.kind}: no such meter, too short a log, or a fault already: {', '.join(wrong)}"
-                raise ConfigError(msg)
+            for name in entry.meters:
+                if name not in free:
+                    msg = f"{entry.kind}: {name} {self._why_not_free(name)}"
+                    raise ConfigError(msg)
             return [free[name] for name in entry.meters], len(entry.meters)
         count = max(1, round(entry.meters * len(self._fleet))) if 0 < entry.meters < 1 else int(entry.meters)
         if count > len(self._left):
@@ -332,6 +338,14 @@ class Dirt:
             )
             raise ConfigError(msg)
         return self._left.tolist(), count
+
+    def _why_not_free(self, name: str) -> str:
+        found = np.flatnonzero((self._fleet.meter_ids(np.arange(len(self._fleet))) == name).to_numpy())
+        if not len(found):
+            return "is no meter of the fleet"
+        count = int(self._fleet.counts("readings", found)[0])
+        few = f"has {count} readings: a fault asks for {4 * MARGIN}"
+        return few if count < 4 * MARGIN else "is named by another entry"
 
     def _numbers(self, entry: Entry, meter: int) -> list[tuple[int, int, int]]:
         """Unrolled rows at which the faults of one meter begin, each with those between which it could."""
@@ -512,7 +526,7 @@ class Dirt:
             self._left = self._left[~np.isin(self._left, members)]
             self._fault_id += 1
             number, place = divmod(int(each), len(names))
-            name = str(names[place]) if fleet.own_clock else f"{names[place]}-{number + 1}"
+            name = str(names[place]) if fleet.own_clock else f"{names[place]}-{fleet.mark}{number + 1}"
             for meter, low, high in zip(*(rows[is_there].tolist() for rows in (members, first, after)), strict=True):
                 jitter = np.sort(self._random.integers(0, 3 * SECOND, 2)).tolist()  # up again never before down
                 for moment, code in ((down + jitter[0], "AE1"), (down + lasts + jitter[1], "AE2")):
@@ -786,7 +800,7 @@ def encoding_of(poison: Poison) -> str:
 
 
 def _rank(entry: Entry) -> tuple[bool, bool]:
-    return entry.kind != FaultKind.POWER_STORM, not isinstance(entry.meters, list)
+    return not isinstance(entry.meters, list), entry.kind != FaultKind.POWER_STORM
 
 
 def _code(meter: int, number: int) -> int:

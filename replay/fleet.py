@@ -13,6 +13,7 @@ week, no scale, no wave, the log's own registers. With the log's own clock nothi
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -40,6 +41,7 @@ START_WH = 20_000_000  # a meter some years old
 SHIFT_MV = 800  # two neighbouring grids of one kind
 WAVE = 0.3  # how much a home's use is bent at most; below 1, or a register could step back
 WAVE_WH = (400.0, 4_000.0)  # length of the wave: some hours of a home's use
+PREFIX = "m"  # of the meters' ids
 MAX_HOLE = timedelta(days=400)  # beyond a hole as long as this stand broken clocks: no times to wait for
 SECOND = 1_000_000
 DAY, WEEK = 86_400 * SECOND, 7 * 86_400 * SECOND
@@ -139,6 +141,7 @@ class Fleet:
         rebase: what the run's clock adds to the log's stamps.
         interval: microseconds between two readings of a meter, usually.
         own_clock: the log as it is.
+        prefix: of the meters' ids.
     """
 
     logs: pl.DataFrame
@@ -153,6 +156,7 @@ class Fleet:
     rebase: timedelta
     interval: int
     own_clock: bool
+    prefix: str
 
     def __len__(self) -> int:
         return len(self.plan.log)
@@ -381,7 +385,7 @@ class Fleet:
         if self.own_clock:
             return self.logs.get_column("meter_id")
         numbers = pl.Series("meter_id", np.arange(1, len(self) + 1)).cast(pl.String).str.zfill(7)
-        return pl.select(pl.lit("m") + numbers).to_series().rename("meter_id")
+        return pl.select(pl.lit(self.prefix) + numbers).to_series().rename("meter_id")
 
     @cached_property
     def _boxes(self) -> pl.Series:
@@ -392,6 +396,11 @@ class Fleet:
         """The first box of meters by their numbers."""
         return self._boxes[meters]
 
+    @property
+    def mark(self) -> str:
+        """What tells this fleet's copies of the grid from those of a fleet with other ids."""
+        return "" if self.prefix == PREFIX else self.prefix
+
     def registry(self, low: int, high: int) -> pl.DataFrame:
         """Registry rows of the meters low … high − 1."""
         log = self.plan.log[low:high]
@@ -401,12 +410,13 @@ class Fleet:
         meters = np.arange(low, high)
         ids = self.meter_ids(meters)
         copy = pl.Series("copy", meters // len(self.logs) + 1)
+        mark = pl.lit(self.mark)
         is_copy, moved = pl.col("copy") > 1, pl.col("valid_from") + self.rebase
         grid = ["transformer_id", "feeder_id", "community_id"]
         return (
             named.with_columns(copy, meter_id=ids)
             .with_columns(
-                *[pl.format("{}-{}", name, "copy").alias(name) for name in grid],
+                *[pl.format("{}-{}{}", name, mark, "copy").alias(name) for name in grid],
                 usage_point_id=pl.format("up-{}", "meter_id"),
                 equipment_id=self.boxes(meters),
                 valid_from=pl.when(is_copy).then(pl.min_horizontal(moved, pl.lit(self.first_at))).otherwise(moved),
@@ -474,6 +484,7 @@ def fleet(
     duration: timedelta | None = None,
     loop: bool = False,
     burst: bool = False,
+    prefix: str = PREFIX,
 ) -> Fleet:
     """A fleet that plays the tape.
 
@@ -486,6 +497,7 @@ def fleet(
         duration: how much of the log each meter plays; all of it if None.
         loop: begin the log again at its end, until the duration is over.
         burst: no phases: all meters report at the same moment.
+        prefix: of the meters' ids; the log's own clock comes with the log's own.
 
     Raises:
         ConfigError: the tape is empty, its own clock is asked for more meters than it has or with another start, or a
@@ -499,6 +511,9 @@ def fleet(
     if own_clock and (count > len(logs) or start or loop):
         wrong = f"its {len(logs)} meters, not {count}" if count > len(logs) else "as it is: no --start, no --loop"
         msg = f"with its own clock the tape plays {wrong}"
+        raise ConfigError(msg)
+    if not re.fullmatch("[A-Za-z0-9_-]{1,32}", prefix):
+        msg = f"--meter-prefix has 1 to 32 letters, digits, '_' or '-', not {prefix!r}"
         raise ConfigError(msg)
     if loop and duration is None:
         msg = "--loop goes on until --duration is over: give both"
@@ -539,7 +554,9 @@ def fleet(
     plan = replace(plan, scale=np.where(begins_anew, 1.0, plan.scale), wave=np.where(begins_anew, 0.0, plan.wave))
     first_at = start or first
     last_at = first_at + timedelta(microseconds=int(play + interval))
-    return Fleet(logs, plan, kinds, first_at, play, last_at, cycle, loop, span, first_at - first, interval, own_clock)
+    return Fleet(
+        logs, plan, kinds, first_at, play, last_at, cycle, loop, span, first_at - first, interval, own_clock, prefix
+    )
 
 
 def _plan(count: int, logs: int, seed: int, weeks: int, interval: int, own_clock: bool) -> Plan:

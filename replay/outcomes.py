@@ -148,7 +148,10 @@ RULES: dict[FaultKind, dict[FaultOutcome, pl.Expr]] = {
 
 
 def judged(facts: pl.DataFrame) -> pl.DataFrame:
-    """The facts with `outcome`: `unexplained` where no rule of its kind holds."""
+    """The facts with `outcome`: `unexplained` where no rule of its kind holds.
+
+    What became of a record of a meter that other runs played too depends on theirs: there the rules cannot decide.
+    """
     kind = pl.col("kind")
     cases = [
         pl.when((kind == fault.value) & rule.fill_null(False)).then(pl.lit(outcome.value))
@@ -156,4 +159,5 @@ def judged(facts: pl.DataFrame) -> pl.DataFrame:
         for outcome, rule in rules.items()
     ]
     not_sent = pl.when(~pl.col("was_sent")).then(pl.lit(FaultOutcome.NOT_SENT.value))
-    return facts.with_columns(outcome=pl.coalesce(not_sent, *cases, pl.lit(FaultOutcome.UNEXPLAINED.value)))
+    shared = pl.when("is_shared").then(pl.lit(FaultOutcome.OF_SEVERAL_RUNS.value))
+    return facts.with_columns(outcome=pl.coalesce(not_sent, *cases, shared, pl.lit(FaultOutcome.UNEXPLAINED.value)))

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import threading
 import time
@@ -31,7 +32,7 @@ import pyarrow.parquet as pq
 from xxhash import xxh3_128_digest
 
 from replay.dirt import FAULTS, Dirt, Entry, Raw
-from replay.fleet import STAMP, Fleet, Floats, Integers, fleet, from_microseconds
+from replay.fleet import PREFIX, STAMP, Fleet, Floats, Integers, fleet, from_microseconds
 from replay.sinks import Sink
 from replay.tape import read_tape
 from schemas.codec import arrow_schema, encode_batch
@@ -45,9 +46,12 @@ BLOCK_METERS = 100_000  # rows of registry and truth that are in memory at once
 FARTHEST_US = 10 * 60 * 1_000_000
 """Meters and processes keep this close together on the run's clock: a third of what the jobs allow as late."""
 LAST_WORDS_S = 1.0  # what a process said before it died is heard by then
-SHARED_RECORDS = 2_000  # fewer in a slice of that length cost less than meeting after it
+SHARED_RECORDS = BLOCK_RECORDS  # fewer in a slice of that length cost less than meeting after it
 SECOND = 1_000_000
 ENDING = (signal.SIGINT, signal.SIGTERM)
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+FACTS = [name for name in REGISTRY.names if name not in ("meter_id", "valid_from", "valid_to")]
+"""What the registry says of a meter at all times."""
 UNSTAMPED = ("sent_at", "received_at", "run_id")
 """What of a record the digest leaves out."""
 
@@ -70,6 +74,8 @@ class Order:
         burst: all meters report at the same moment.
         processes: how many share the meters.
         dirt: faults to inject.
+        prefix: of the meters' ids.
+        again: add to what this data folder has of the same meters already.
     """
 
     tape: Path
@@ -85,12 +91,14 @@ class Order:
     burst: bool = False
     processes: int = 1
     dirt: tuple[Entry, ...] = ()
+    prefix: str = PREFIX
+    again: bool = False
 
     def fleet(self) -> Fleet:
         """The fleet; the same in every process."""
         return fleet(
             read_tape(self.tape), self.meters, self.seed, start=self.start, own_clock=self.own_clock,
-            duration=self.duration, loop=self.loop, burst=self.burst,
+            duration=self.duration, loop=self.loop, burst=self.burst, prefix=self.prefix,
         )  # fmt: skip
 
     def faults(self, crew: Fleet) -> Dirt | None:
@@ -177,7 +185,14 @@ Progress = Callable[[int, float], None]
 
 
 def run_folder(run_id: str) -> Path:
-    """Where a run's ledger and truth lie."""
+    """Where a run's ledger and truth lie.
+
+    Raises:
+        ConfigError: the name is none of a folder.
+    """
+    if not RUN_ID.fullmatch(run_id):
+        msg = f"a run's name has letters, digits, '.', '_' and '-', and begins with a letter or digit: not {run_id!r}"
+        raise ConfigError(msg)
     return home() / "runs" / run_id
 
 
@@ -199,18 +214,42 @@ def _blocks(meters: int) -> Iterator[tuple[int, int]]:
         yield low, min(low + BLOCK_METERS, meters)
 
 
-def _prepare(crew: Fleet, dirt: Dirt | None, ledger: Ledger) -> None:
-    """Registry and truth are there before the first record."""
+def _prepare(crew: Fleet, dirt: Dirt | None, ledger: Ledger, again: bool) -> None:
+    """Registry and truth are there before the first record; the lake's registry only where records follow."""
     folder = run_folder(ledger.run_id)
     if (folder / "run.json").exists():
         msg = f"run {ledger.run_id} is there already ({folder}): a run's name is used once"
         raise ConfigError(msg)
-    registry = (crew.registry(low, high).to_arrow().cast(REGISTRY) for low, high in _blocks(len(crew)))
-    _write(registry, table_path("registry") / f"date={crew.first_at:%Y-%m-%d}" / f"{ledger.run_id}.parquet")
+    registry = folder / "registry.parquet"
+    if ledger.to != "null":
+        _check_is_new(crew, again)
+        registry = table_path("registry") / f"date={crew.first_at:%Y-%m-%d}" / f"{ledger.run_id}.parquet"
+    _write((crew.registry(low, high).to_arrow().cast(REGISTRY) for low, high in _blocks(len(crew))), registry)
     _write((crew.truth(low, high).to_arrow() for low, high in _blocks(len(crew))), folder / "truth.parquet")
     faults = (dirt.faults if dirt else pl.DataFrame(schema=polars_schema(FAULTS))).to_arrow().cast(FAULTS)
     _write(iter([faults]), folder / "faults.parquet")
     _write_ledger(ledger)
+
+
+def _check_is_new(crew: Fleet, again: bool) -> None:
+    """Raises ConfigError where the lake's registry has a meter of the fleet: nobody could tell the two apart."""
+    files = sorted(table_path("registry").glob("date=*/*.parquet"))
+    for low, high in _blocks(len(crew)) if files else ():
+        mine = crew.registry(low, high)
+        is_mine = pl.col("meter_id").is_in(mine.get_column("meter_id").implode())
+        known = pl.scan_parquet(files, include_file_paths="file").filter(is_mine).collect()
+        other = "--meter-prefix gives the fleet other names, METERSTREAM_HOME names another data folder"
+        both = known.join(mine, on="meter_id", suffix="_mine").sort("meter_id", "file")
+        for row in both.iter_rows(named=True):
+            whose = f"{row['meter_id']} is known by {Path(row['file']).stem}"
+            differing = [name for name in FACTS if row[name] != row[f"{name}_mine"]]
+            if differing:
+                name = differing[0]
+                msg = f"{whose} as another meter ({name} {row[name]}, not {row[f'{name}_mine']}): {other}"
+                raise ConfigError(msg)
+            if not again:
+                msg = f"{whose} already: {other}, --again adds to what is there of the same meters"
+                raise ConfigError(msg)
 
 
 def _write_ledger(ledger: Ledger) -> None:
@@ -245,7 +284,7 @@ def play(order: Order, open_sink: Callable[[], Sink], on_progress: Progress = la
     ledger.processes = processes
     failure: MeterstreamError | None = None
     with _stopped_by_signals() as stop:
-        _prepare(crew, dirt, ledger)
+        _prepare(crew, dirt, ledger, order.again)
         ids = crew.meter_ids(np.arange(len(crew)))
         began = time.monotonic()
         if processes == 1:

@@ -174,4 +174,5 @@ class FaultOutcome(StrEnum):
     REPEATED = "repeated"
     CLEARED = "cleared"
     STAYS_CLEARED = "stays_cleared"
+    OF_SEVERAL_RUNS = "of_several_runs"
     UNEXPLAINED = "unexplained"

@@ -253,14 +253,15 @@ def test_the_example_has_one_of_every_kind(tape: Path) -> None:
     [
         ("faults: [{kind: sneeze}]", r"faults\.0\.kind"),
         ("faults: [{kind: late, by: soon}]", "'soon' is no time"),
-        ("faults: [{kind: gap, lenght: 3}]", "lenght"),
+        ("faults: [{kind: late, by: 45}]", "45 is no time: say 90s"),
+        ("faults: [{kind: gap, lenght: 3}]", r"faults\.0\.lenght: no such part; an entry has kind, meters"),
         ("faults: [", "cannot read"),
         ("[]", "dirt.yml"),
         ("faults: [{kind: reset, times: 2}]", "once per meter"),
         ("faults: [{kind: late, by: -5m}]", "only a clock jumps back"),
         ("faults: [{kind: late, by: 10000000d}]", r"faults\.0\.by"),
-        ("faults: [{kind: clock_jump, by: 0}]", "whole seconds, and not 0"),
-        ("faults: [{kind: clock_jump, by: 0.4}]", "whole seconds, and not 0"),
+        ("faults: [{kind: clock_jump, by: 0s}]", "whole seconds, and not 0"),
+        ("faults: [{kind: clock_jump, by: 0.4s}]", "whole seconds, and not 0"),
         ("faults: [{kind: power_storm, by: -5m}]", "only a clock jumps back"),
         ("faults: [{kind: power_storm, meters: 3, times: 2}]", "a power_storm has no meters, no times: leave it out"),
         ("faults: [{kind: gap, by: 1h}]", "a gap has no by: leave it out"),
@@ -316,6 +317,16 @@ def test_a_fault_comes_when_at_says(tape: Path) -> None:
     assert played.faults.get_column("seq").is_between(35, 36).all()
     late = played.faults.get_column("due_at") - (small_tape.BEGIN + timedelta(hours=3))
     assert ((late >= timedelta(0)) & (late <= small_tape.STEP)).all()
+
+
+def test_a_meter_that_is_named_has_its_own_fault_when_a_storm_takes_all_transformers(tape: Path) -> None:
+    storm, gap = Entry(kind=FaultKind.POWER_STORM, transformers=2), Entry(kind=FaultKind.GAP, meters=["m0000002"])
+    faults = Dirt(fleet(read_tape(tape), METERS), [storm, gap], 1).faults
+    assert faults.filter(pl.col("meter_id") == "m0000002").get_column("kind").unique().to_list() == ["gap"]
+    with pytest.raises(ConfigError, match=r"faults.1: gap: m0000002 is named by another entry"):
+        Dirt(fleet(read_tape(tape), METERS), [gap, gap], 1)
+    with pytest.raises(ConfigError, match=r"x1 is no meter of the fleet"):
+        Dirt(fleet(read_tape(tape), METERS), [Entry(kind=FaultKind.GAP, meters=["x1"])], 1)
 
 
 def test_a_storm_is_refused_where_the_tape_names_no_transformer(tape: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,7 +57,8 @@ def test_the_ledger_says_what_was_sent_and_the_records_carry_the_run(tape: Path,
     per_meter = pl.read_parquet(run_folder("r1") / "ledger.parquet")
     assert per_meter.select(pl.sum("readings", "events", "poison")).row(0) == (ledger.readings, ledger.events, 0)
     assert per_meter.get_column("sent_until").min() == datetime.fromisoformat(ledger.last_at)
-    assert (home / "lake" / "registry" / "date=2024-03-04" / "r1.parquet").exists()
+    assert not (home / "lake").exists(), "nothing follows in the lake"
+    assert len(pl.read_parquet(run_folder("r1") / "registry.parquet")) == 50
     assert json.loads((run_folder("r1") / "run.json").read_text())["digest"] == ledger.digest
 
 
@@ -206,6 +208,33 @@ def test_a_runs_name_is_used_once(tape: Path) -> None:
     play(Order(tape, "r1", "null"), NullSink)
     with pytest.raises(ConfigError, match="r1 is there already"):
         play(Order(tape, "r1", "null"), NullSink)
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/b", ".hidden", "", "a b"])
+def test_a_runs_name_is_that_of_one_folder(tape: Path, home: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="a run's name has letters"):
+        play(Order(tape, name, "null"), NullSink)
+    assert not home.exists() or list(home.iterdir()) == []
+
+
+def test_meters_that_the_data_folder_has_already_are_played_again_only_when_asked_for(tape: Path) -> None:
+    play(Order(tape, "r1", "kafka", 50), NullSink)
+    with pytest.raises(ConfigError, match="m0000001 is known by r1 already"):
+        play(Order(tape, "r2", "kafka", 3), NullSink)
+    assert play(Order(tape, "r2", "kafka", 3, again=True), NullSink).is_whole
+    assert play(Order(tape, "r3", "null", 3), NullSink).is_whole
+    named = play(Order(tape, "r4", "kafka", 3, prefix="b"), NullSink)
+    assert pl.read_parquet(run_folder(named.run_id) / "ledger.parquet").get_column("meter_id")[0] == "b0000001"
+
+
+def test_another_tapes_meter_of_the_same_name_is_refused_in_any_case(tape: Path, tmp_path: Path) -> None:
+    play(Order(tape, "r1", "kafka", 3), NullSink)
+    registry = pl.read_parquet(tape / "registry.parquet").with_columns(fuse_a=pl.col("fuse_a") + 1)
+    other = tmp_path / "other"
+    shutil.copytree(tape, other)
+    registry.write_parquet(other / "registry.parquet")
+    with pytest.raises(ConfigError, match="known by r1 as another meter \\(fuse_a"):
+        play(Order(other, "r2", "kafka", 3, again=True), NullSink)
 
 
 def test_more_processes_than_meters_are_refused(tape: Path) -> None:

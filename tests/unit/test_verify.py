@@ -98,7 +98,7 @@ class Chain:
             again = frame.select(
                 pl.exclude("received_at", "arrival_at", "partition", "offset", "batch")
             ).is_duplicated()
-            first = pl.struct("meter_id", "seq").is_first_distinct() | ~again
+            first = pl.struct("run_id", "meter_id", "seq").is_first_distinct() | ~again
             bucket = pl.when(first).then(pl.lit(Bucket.STORED.value)).otherwise(pl.lit(Bucket.DUPLICATE.value))
             self.count("readings_lake", frame.with_columns(bucket=bucket))
         self.steps(frames["readings"], batches)
@@ -198,13 +198,20 @@ class Interrupted(Kept):
 
 
 def chain(
-    home: Path, batches: int, dirt: Sequence[Entry], monkeypatch: pytest.MonkeyPatch, sink: Kept | None = None
+    home: Path,
+    batches: int,
+    dirt: Sequence[Entry],
+    monkeypatch: pytest.MonkeyPatch,
+    sink: Kept | None = None,
+    is_repeated: bool = False,
 ) -> Path:
     monkeypatch.setenv("METERSTREAM_HOME", str(home))
     small_tape.write(home / "tape")
     sink = sink or Kept()
     speed = 40_000.0 if isinstance(sink, Interrupted) else None
     play(Order(home / "tape", "r1", "mqtt", METERS, speed=speed, dirt=tuple(dirt)), lambda: sink)
+    if is_repeated:
+        play(Order(home / "tape", "r2", "mqtt", METERS, dirt=tuple(dirt), again=True), lambda: sink)
     registry = next(table_path("registry").glob("date=*/*.parquet"))
     rows = pl.read_parquet(registry)
     shutil.rmtree(table_path("registry"))
@@ -221,6 +228,7 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             "one batch": chain(tmp_path_factory.mktemp("one"), 1, DIRT, monkeypatch),
             "many batches": chain(tmp_path_factory.mktemp("many"), 40, DIRT, monkeypatch),
             "storm": chain(tmp_path_factory.mktemp("storm"), 4, storm, monkeypatch),
+            "twice": chain(tmp_path_factory.mktemp("twice"), 40, DIRT, monkeypatch, is_repeated=True),
             "clean": chain(tmp_path_factory.mktemp("clean"), 4, [], monkeypatch),
         }
 
@@ -275,6 +283,24 @@ def test_a_run_is_balanced_and_every_fault_explained(lake: Callable[[str], None]
     per_meter = pl.read_parquet(run_folder("r1") / "verify.parquet")
     assert len(per_meter) == METERS
     assert per_meter.get_column("wrong").unique().to_list() == [""]
+
+
+@pytest.mark.parametrize("run_id", ["r1", "r2"])
+def test_a_run_whose_meters_another_played_too_is_balanced_and_says_what_it_does_not_judge(
+    lake: Callable[[str], None], run_id: str
+) -> None:
+    lake("twice")
+    verdict = verify(run_id)
+    assert verdict.findings.rows() == []
+    assert verdict.is_balanced
+    assert any(f"{METERS} meters have readings of other runs too" in note for note in verdict.notes)
+
+
+def test_a_record_that_is_lost_is_found_where_another_run_played_the_meter_too(lake: Callable[[str], None]) -> None:
+    lake("twice")
+    meter = change("readings", (pl.col("run_id") == "r2") & (pl.col("meter_id") == "m0000004"))
+    assert meter in named(verify("r2"))
+    assert verify("r1").is_balanced
 
 
 def outcomes(name: str, lake: Callable[[str], None]) -> dict[str, set[str]]:

@@ -109,12 +109,12 @@ def test_played_again_with_its_own_clock_it_is_the_same_stream(broker: Broker) -
     null = Kept()
     play(Order(broker.home / "incident", "null", "null", own_clock=True), lambda: null)
     assert same(sent_streams(null), streams(tape))
-    play(Order(broker.home / "incident", "again", "kafka", own_clock=True), broker.sink)
+    play(Order(broker.home / "incident", "again", "kafka", own_clock=True, again=True), broker.sink)
     assert same(streams(broker.record("again", run_id="again")), streams(tape))
 
 
 def test_only_a_stretch_of_kafkas_time_is_recorded(broker: Broker) -> None:
-    play(Order(broker.home / "tape", "later", "kafka"), broker.sink)
+    play(Order(broker.home / "tape", "later", "kafka", again=True), broker.sink)
     before, after = broker.record("before", until=broker.between), broker.record("after", begin=broker.between)
     assert same(streams(before), sent_streams(broker.sent))
     assert before.info.rows_in == broker.ledger.records

@@ -276,12 +276,15 @@ def _send(rows: DataFrame, topic: Topic, bootstrap: str) -> None:
 
 
 def run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
-    """Runs the jobs in one driver until SIGTERM or SIGINT.
+    """Runs the jobs in one driver until SIGTERM or SIGINT; SIGUSR1 before that asks for a flush at the end.
 
     Raises:
         ContractBroken: a query ended by itself; the others are stopped.
     """
-    stop = threading.Event()
+    stop, flush = threading.Event(), threading.Event()
+    if settings.flush:
+        flush.set()
+    signal.signal(signal.SIGUSR1, lambda *_: flush.set())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     session = spark_session("meterstream-" + "-".join(job.name for job in jobs))
@@ -299,17 +302,17 @@ def run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
                 if not query.isActive:
                     msg = f"query {query.name} ended: {query.exception()}"
                     raise ContractBroken(msg)
-        if settings.flush:
+        if flush.is_set():
             for query in queries:
                 query.processAllAvailable()
     finally:
         ready.unlink(missing_ok=True)
         for query in queries:
             query.stop()
-    if settings.flush:
+    if flush.is_set():
         for runner in runners:
             runner.flush(session)
-    log.info("stopped", flushed=settings.flush)
+    log.info("stopped", flushed=flush.is_set())
     session.stop()
 
 

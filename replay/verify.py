@@ -1084,7 +1084,7 @@ def _notes(lake: duckdb.DuckDBPyConnection, run: Run, faults: pl.DataFrame) -> l
             SELECT max(arrival_at) - INTERVAL 45 MINUTE FROM run_readings)) FROM wrong_windows"""
     ).fetchone()
     if row and row[0] and row[0] == row[1]:
-        notes.append("windows that are missing may be open: stop the jobs with METERSTREAM_FLUSH=true, verify again")
+        notes.append("windows that are missing may be open: make up, make down FLUSH=1, verify again")
     return notes
 
 

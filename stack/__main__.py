@@ -91,13 +91,21 @@ def _named(stack: NativeStack | ContainerStack) -> str:
 
 
 @app.command()
-def down(mode: Mode = "auto") -> None:
+def down(
+    mode: Mode = "auto",
+    flush: Annotated[
+        bool,
+        typer.Option(envvar="FLUSH", help="First take what Kafka has and close open windows: for `replay verify`."),
+    ] = False,
+) -> None:
     """Stop everything; the data stay."""
 
     def work() -> None:
         stack = _stack(mode)
+        if flush and not stack.is_running("streaming"):
+            console.print("The streaming jobs do not run: nothing can be flushed.")
         with console.status("Stopping the stack"):
-            stopped = stack.stop()
+            stopped = stack.stop(flush)
         console.print(f"{_named(stack)}: {'stopped.' if stopped else 'nothing was running.'}")
 
     _guarded(work)

@@ -11,7 +11,18 @@ from datetime import datetime
 from typing import Any
 
 from schemas.errors import ConfigError
-from stack.native import ALL, LOG_TAIL_LINES, NAMES, ROOT, SUPERVISOR, PartState, StackSettings, StartFailed
+from stack.native import (
+    ALL,
+    FLUSH_GRACE_S,
+    FLUSHING,
+    LOG_TAIL_LINES,
+    NAMES,
+    ROOT,
+    SUPERVISOR,
+    PartState,
+    StackSettings,
+    StartFailed,
+)
 
 START_TIMEOUT_S = 240.0
 ANSWER_S = 20.0
@@ -104,9 +115,17 @@ class ContainerStack:
     def start_supervisor(self, _: Iterable[str] | None = None) -> None:
         """Nothing to do: the engine brings back what dies."""
 
-    def stop(self) -> list[str]:
-        """Stops and removes the containers; the volumes stay."""
+    def stop(self, flush: bool = False) -> list[str]:
+        """Stops and removes the containers; the volumes stay.
+
+        Args:
+            flush: the jobs first take what Kafka has and close what is open.
+        """
         running = [name for name in ALL if self.is_running(name)]
+        if flush and self._state("streaming").state == "running":
+            self._do(["kill", "-s", "SIGUSR1", "streaming"], "the jobs could not be asked to flush")
+            self._on_progress(FLUSHING)
+            self.stop_part("streaming", FLUSH_GRACE_S)
         self._do(["--profile", "cluster", "down", "--remove-orphans"], "the containers could not be stopped")
         return running
 

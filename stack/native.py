@@ -53,6 +53,9 @@ START_TIMEOUT_S = {"nats": 20.0, "kafka": 90.0, "ingest": 60.0, **dict.fromkeys(
 STOP_GRACE_S = {"nats": 15.0, "kafka": 30.0, "ingest": 30.0, **dict.fromkeys(CLUSTER, 15.0), "streaming": 60.0,
                 SUPERVISOR: 15.0}  # fmt: skip
 """Time to finish on SIGTERM: a streaming batch and Kafka's clean flush take longest."""
+FLUSH_GRACE_S = 900.0
+"""Time to take all that Kafka has, and to close what is open."""
+FLUSHING = "streaming takes what Kafka has and closes what is open: half a minute, or more"
 FAILED_START_GRACE_S = 5.0
 """What has not become ready has nothing worth a longer wait."""
 CHILDREN_GRACE_S = 5.0
@@ -177,16 +180,25 @@ class NativeStack:
                 raise
         return started
 
-    def stop(self) -> list[str]:
+    def stop(self, flush: bool = False) -> list[str]:
         """Stops everything of this home, the supervisor first, then in reverse order.
+
+        Args:
+            flush: the jobs first take what Kafka has and close what is open.
 
         Returns:
             The names of what was running, wholly or in part.
         """
         stopped = [SUPERVISOR] if self._stop_part(SUPERVISOR, STOP_GRACE_S[SUPERVISOR]) else []
         with self._locked(), _uninterrupted():
+            grace_s = dict(STOP_GRACE_S)
+            driver = self._leader("streaming")
+            if flush and driver and self._is_ready("streaming"):
+                driver.send_signal(signal.SIGUSR1)
+                self._on_progress(FLUSHING)
+                grace_s["streaming"] = FLUSH_GRACE_S
             for name in reversed(ALL):
-                if self._stop_part(name, STOP_GRACE_S[name]):
+                if self._stop_part(name, grace_s[name]):
                     stopped.append(name)
                     self._on_progress(f"{name} stopped")
         return stopped

@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
@@ -238,18 +238,31 @@ def run(
         if as_json:
             sys.stdout.write(json.dumps(asdict(ledger)) + "\n")
         else:
-            late = (
-                f"{ledger.late_mean_s} s on average, 99 % within {ledger.late_p99_s} s, {ledger.late_max_s} s at most"
-            )
-            console.print(
-                f"run {ledger.run_id}: {ledger.records:,} records of {ledger.meters:,} meters in {ledger.seconds:.1f} s"
-                f", {ledger.records_per_s:,.0f}/s, {ledger.cpu_s:.1f} s of CPU; late by {late}; digest {ledger.digest}"
-                f"{'; by one process, the tape is too sparse to share' if ledger.processes < processes else ''}"
-                f"{'' if ledger.is_whole else '; stopped before its end'}",
-                highlight=False,
-            )
+            for line in _lines(ledger, processes):
+                console.print(line, highlight=False, soft_wrap=True)
         if not ledger.is_whole:
             raise SystemExit(130)
+
+
+def _lines(ledger: Ledger, processes: int) -> Iterator[str]:
+    """What a run came to, for people."""
+    yield (
+        f"run {ledger.run_id}: {ledger.records:,} records of {ledger.meters:,} meters in {ledger.seconds:.1f} s, "
+        f"{ledger.records_per_s:,.0f}/s, {ledger.cpu_s:.1f} s of CPU"
+    )
+    if ledger.speed:
+        yield (
+            f"  late by {ledger.late_mean_s} s on average, 99 % within {ledger.late_p99_s} s, {ledger.late_max_s} s "
+            "at most"
+        )
+    if ledger.faults:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in ledger.faults.items())
+        yield f"  {sum(ledger.faults.values()):,} faults: {kinds}"
+    yield f"  digest {ledger.digest}"
+    if ledger.processes < processes:
+        yield "  by one process: the tape is too sparse to share"
+    if not ledger.is_whole:
+        yield "  stopped before its end"
 
 
 @app.command("verify")

@@ -1,6 +1,7 @@
 """Logs → tapes: one module a format, discovered; a module's name, with `-` for `_`, is the format's.
 
-A module has `read(path, asked) -> Imported`, and `FILES`: which files of a folder are logs of its format.
+A module has `read(path, asked) -> Imported`, `FILES`: which files of a folder are logs of its format, and `ZONE`: the
+usage points' time zone where the operator names none.
 """
 
 import csv

@@ -10,6 +10,7 @@ from schemas.dsmr import decode_telegram, is_whole, split_telegrams
 from schemas.errors import InvalidMessage
 
 FILES = ("*.txt", "*.txt.gz", "*.log", "*.log.gz")
+ZONE = "Europe/Amsterdam"
 TIME_ZONES = {"emucs": "Europe/Brussels", "smarty": "Europe/Luxembourg"}
 WITHOUT_CLOCK = ("dsmr-2.2", "dsmr-3")
 STEP = timedelta(seconds=10)  # DSMR 2.2 and 3 send a telegram every ten seconds and no time
@@ -25,7 +26,7 @@ def read(path: Path, asked: Asked) -> Imported:
     Raises:
         BadLog: a telegram that does not decode, or half of one in the middle.
     """
-    log = Log(path, asked, "Europe/Amsterdam")
+    log = Log(path, asked, ZONE)
     pieces = list(split_telegrams(log.data))
     rows = []
     for index, (line, piece) in enumerate(pieces):

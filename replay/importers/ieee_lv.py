@@ -10,6 +10,7 @@ from replay.importers import Asked, Defect, Imported, Log, as_frame, energy, num
 from schemas.errors import ConfigError
 
 FILES = ("Loads.txt",)
+ZONE = "Europe/London"
 PROFILES = ("load_profiles_1min_*.csv", "load_profiles_1min_*.csv.gz")
 LOAD = re.compile(r"New Load\.(\w+) .*\bBus1=(\d+)\.(\d)\b.*\bkW=1\b.*\bYearly=Shape_(\d+)")
 """Name, bus, phase and profile of a load whose profile is its kW as it stands."""
@@ -30,7 +31,7 @@ def read(path: Path, asked: Asked) -> Imported:
         BadLog: a line that does not fit.
         ConfigError: no profiles beside it.
     """
-    log = Log(path, asked, "Europe/London")
+    log = Log(path, asked, ZONE)
     beside = sorted(found for pattern in PROFILES for found in path.parent.glob(pattern))
     if not beside:
         msg = f"{path}: no {PROFILES[0]} beside it"

@@ -7,6 +7,7 @@ import polars as pl
 from replay.importers import Asked, Defect, Imported, Log, energy, meter, stamp, summed, word
 
 FILES = ("MAC*.csv", "MAC*.csv.gz")
+ZONE = "Europe/London"
 TARIFF_FILES = ("dtou_tariffs_*.csv", "dtou_tariffs_*.csv.gz")
 TARIFFS = {"Normal": 1, "Low": 2, "High": 3}
 HALF_HOUR = pl.duration(minutes=30)
@@ -26,7 +27,7 @@ def read(path: Path, asked: Asked) -> Imported:
     Raises:
         BadLog: a row that does not fit.
     """
-    log = Log(path, asked, "Europe/London")
+    log = Log(path, asked, ZONE)
     table = log.table(["LCLid", "tstp", "energy(kWh/hh)"], blanks=["Null"])
     measured = table.filter(pl.col("energy(kWh/hh)") != "")
     log.defects[Defect.EMPTY_FIELDS] += len(table) - len(measured)

@@ -15,6 +15,7 @@ from replay.importers import MAX_EXACT, Asked, Defect, Imported, Log, exact, sum
 from schemas.topics import METER_ID
 
 FILES = ("*.csv", "*.csv.gz")
+ZONE = "Australia/Brisbane"
 MICRO_WH = {"KWH": 10**9, "WH": 10**6, "MWH": 10**12}
 """Unit of energy, in capitals → millionths of a Wh."""
 MICRO_WH_PER_WH = 10**6
@@ -67,7 +68,7 @@ def read(path: Path, asked: Asked) -> Imported:
     Raises:
         BadLog: a record that does not fit, or the file is no NEM12 or NEM13.
     """
-    log = Log(path, asked, "Australia/Brisbane")
+    log = Log(path, asked, ZONE)
     lines = _lines(log)
     _, header = next(lines, (1, []))
     if len(header) < 2 or (header[0].strip(), header[1].strip()) not in (("100", "NEM12"), ("100", "NEM13")):

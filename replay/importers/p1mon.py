@@ -7,6 +7,7 @@ import polars as pl
 from replay.importers import Asked, Imported, Log, number, stamp, word
 
 FILES = ("2*.csv", "2*.csv.gz", "*minutes*.csv", "*minutes*.csv.gz")
+ZONE = "Europe/Amsterdam"
 COLUMNS = {
     "VERBR_KWH_181": "import_t1_wh",
     "VERBR_KWH_182": "import_t2_wh",
@@ -31,7 +32,7 @@ def read(path: Path, asked: Asked) -> Imported:
 
 def wall_readings(path: Path, asked: Asked, dialect: str) -> tuple[Log, pl.DataFrame]:
     """Rows of an export; observed_at is the wall time that stands there."""
-    log = Log(path, asked, "Europe/Amsterdam")
+    log = Log(path, asked, ZONE)
     needed = ["TIMESTAMP", "VERBR_KWH_181"]
     table = log.table(needed, [*(name for name in COLUMNS if name not in needed), "TARIEFCODE"])
     measured = {name: number(column, 1000) for column, name in COLUMNS.items()}

@@ -7,6 +7,7 @@ import polars as pl
 from replay.importers import Asked, Imported, Log, number, stamp
 
 FILES = ("*.csv", "*.csv.gz")
+ZONE = "Europe/London"
 FIELDS = {
     "observed_at": stamp("time", "%Y-%m-%dT%H:%M:%S%.fZ"),
     "voltage_l1_mv": number("power.grid.voltage", 1000),
@@ -25,7 +26,7 @@ def read(path: Path, asked: Asked) -> Imported:
     Raises:
         BadLog: a row that does not fit.
     """
-    log = Log(path, asked, "Europe/London")
+    log = Log(path, asked, ZONE)
     rows = log.parsed(log.table([field.column for field in FIELDS.values()]), **FIELDS)
     export_w = pl.col("export_w")
     return log.close(

@@ -10,6 +10,7 @@ from typing import Any
 from replay.importers import Asked, Imported, Log, as_frame, exact
 
 FILES = ("*.json", "*.json.gz", "*.csv", "*.csv.gz")
+ZONE = "Europe/Amsterdam"
 COLUMNS = {
     "t181": ("import_t1_wh", 1000),
     "t182": ("import_t2_wh", 1000),
@@ -30,7 +31,7 @@ def read(path: Path, asked: Asked) -> Imported:
     Raises:
         BadLog: a row that does not fit.
     """
-    log = Log(path, asked, "Europe/Amsterdam")
+    log = Log(path, asked, ZONE)
     rows = []
     for number, line in _lines(log):
         log.rows_in += 1

@@ -7,6 +7,7 @@ import polars as pl
 from replay.importers import Asked, Defect, Imported, Log, energy, number, stamp, summed
 
 FILES = ("*.txt", "*.txt.gz")
+ZONE = "Europe/Paris"
 MILLIWATT_MINUTES_PER_WH = 60_000
 MEASURED = {
     "import_w": number("Global_active_power", 1000),
@@ -25,7 +26,7 @@ def read(path: Path, asked: Asked) -> Imported:
     Raises:
         BadLog: a row that does not fit.
     """
-    log = Log(path, asked, "Europe/Paris")
+    log = Log(path, asked, ZONE)
     columns = ["Date", "Time", "Global_active_power", "Voltage", "Global_intensity"]
     table = log.table(columns, delimiter=";", blanks=["?"])
     measured = table.filter(pl.col("Global_active_power") != "")

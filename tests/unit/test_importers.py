@@ -260,6 +260,16 @@ def test_a_day_row_is_read_when_its_day_is_over(tmp_path):
     assert "backward_step" not in imported.defects
 
 
+def test_rows_of_minutes_are_no_rows_of_days(tmp_path):
+    rows = ["2024-03-30 00:00:00,10.5", "2024-03-30 00:01:00,10.6", "2024-03-31 00:00:00,11", "2024-03-31 12:00:00,12"]
+    path = log(tmp_path / "days.csv", "\n".join(["TIMESTAMP,VERBR_KWH_181", *rows]))
+    with pytest.raises(BadLog, match=r"days.csv:3: 2024-03-30 00:01:00 is not the 00:00 of a day"):
+        read(path, "p1mon-daily")
+    going = read(path, "p1mon-daily", keep_going=True)
+    assert (going.rows_in, going.defects["refused"]) == (4, 2)
+    assert column(going, "import_t1_wh") == [10_500, 11_000]
+
+
 def test_day_rows_say_what_the_minute_rows_of_the_same_meter_say():
     for days in (LOGS / "p1-minutes").glob("days*.csv*"):
         minutes = read(next((LOGS / "p1-minutes").glob("2*.csv*")), "p1mon").readings.to_pylist()

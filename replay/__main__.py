@@ -7,6 +7,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
@@ -15,7 +16,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as AnyProgress
 from rich.table import Table
 
 from replay.dirt import read_dirt, seconds
@@ -27,27 +29,42 @@ from replay.simulate import simulate as build_simulation
 from replay.sinks import KafkaSink, MqttSink, NullSink, Sink
 from replay.statistics import TARGETS, Statistics, comparison, statistics
 from replay.tape import Tape, read_tape
-from schemas.errors import ConfigError, exits
+from schemas.errors import ConfigError, RetryLater, exits
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode="markdown")
-console = Console()
-problems = Console(stderr=True)
+UNWRAPPED = 10_000  # columns: where no terminal sets a width, tables and lines have the width that they need
+console, problems = (
+    Console(stderr=is_stderr, width=None if stream.isatty() else UNWRAPPED, soft_wrap=not stream.isatty())
+    for is_stderr, stream in ((False, sys.stdout), (True, sys.stderr))
+)
+Progress = partial(AnyProgress, disable=not sys.stderr.isatty())
+
+
+@contextmanager
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """Shows what is being done, where somebody looks; gives what tells the next step."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with problems.status(what) as status:
+        yield status.update
 
 
 @app.command("formats")
 def list_formats() -> None:
     """Lists the log formats that `replay import` reads."""
-    table = Table("format", "what it is", box=None)
+    table = Table("format", "time zone", "what it is", box=None)
     for name, module in formats().items():
-        table.add_row(name, (module.__doc__ or "").strip().splitlines()[0])
+        table.add_row(name, module.ZONE, (module.__doc__ or "").strip().splitlines()[0])
     console.print(table)
+    console.print("time zone: of the homes and of stamps without an offset; import --timezone names another")
 
 
 @app.command("import")
 def import_command(
     logs: Annotated[list[Path], typer.Argument(help="Logs, plain or .gz, or folders of them.", exists=True)],
     format: Annotated[str, typer.Option(help="One of `replay formats`.")],
-    to: Annotated[Path, typer.Option(help="Folder of the tape.")],
+    to: Annotated[Path, typer.Option(help="Folder of the tape; a tape that is there is replaced.")],
     meter_id: Annotated[str | None, typer.Option(help="Of a log that names no meter, if not the file's name.")] = None,
     timezone: Annotated[str | None, typer.Option(help="Of local stamps, if not the format's usual one.")] = None,
     first_at: Annotated[datetime | None, typer.Option(help="Begin, UTC, of a log whose records have no clock.")] = None,
@@ -64,22 +81,25 @@ def import_command(
     """
     with exits():
         begin = first_at and first_at.replace(tzinfo=UTC)
-        with problems.status("reading"):
+        is_there = (to / "tape.json").is_file()
+        with working("reading"):
             tape, refused = import_log(
                 logs, format, to, meter_id=meter_id, timezone=timezone, keep_going=keep_going, first_at=begin,
                 ignore_crc=ignore_crc,
             )  # fmt: skip
-        _told(tape)
+        _told(tape, to, is_there)
         for line in refused:
             problems.print(f"  left out {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
 def simulate(
-    to: Annotated[Path, typer.Option(help="Folder of the tape.")],
+    to: Annotated[Path, typer.Option(help="Folder of the tape; a tape that is there is replaced.")],
     grid: Annotated[str, typer.Option(help="A low-voltage grid of SimBench; a wrong one lists them.")] = DEFAULT_GRID,
     profiles: Annotated[str, typer.Option(help="simbench: a grid; demandlib: homes without a grid.")] = "simbench",
-    meters: Annotated[int, typer.Option(help="How many homes, for demandlib; a grid has its own number.", min=1)] = 50,
+    meters: Annotated[
+        int | None, typer.Option(help="How many homes, for demandlib (50 if absent); a grid has its own number.", min=1)
+    ] = None,
     day: Annotated[
         datetime, typer.Option(formats=["%Y-%m-%d"], help="The first one: 2016-01-01 to 2016-12-30.")
     ] = datetime(2016, 6, 15),  # noqa: DTZ001
@@ -110,8 +130,15 @@ def simulate(
         if profiles not in ("simbench", "demandlib"):
             msg = f"--profiles is simbench or demandlib, not {profiles}"
             raise ConfigError(msg)
-        homes = meters if profiles == "demandlib" else None
-        _told(simulated(to, day.date(), step_s, seed, days=days, grid=grid, homes=homes, taps=_taps(tap or [])))
+        if profiles == "simbench" and meters is not None:
+            msg = (
+                "--meters is for --profiles demandlib: a grid has its own number of homes, and run --meters plays more"
+            )
+            raise ConfigError(msg)
+        homes = meters or 50 if profiles == "demandlib" else None
+        is_there = (to / "tape.json").is_file()
+        tape = simulated(to, day.date(), step_s, seed, days=days, grid=grid, homes=homes, taps=_taps(tap or []))
+        _told(tape, to, is_there)
 
 
 def _taps(wishes: list[str]) -> dict[str, int]:
@@ -164,9 +191,9 @@ def inspect(
     """
     with exits():
         found: dict[str, Statistics] = {}
-        with problems.status("") as status:
+        with working("") as step:
             for tape in tapes:
-                status.update(f"reads {tape}")
+                step(f"reads {tape}")
                 name = tape.resolve().name
                 found[name if name not in found else str(tape)] = statistics(read_tape(tape))
         if as_json:
@@ -177,8 +204,10 @@ def inspect(
         console.print("Median over the meters (10th … 90th percentile). ✗: outside the range of docs/simulation.md.")
 
 
-def _told(tape: Tape) -> None:
+def _told(tape: Tape, folder: Path, was_there: bool) -> None:
     info = tape.info
+    if was_there:
+        console.print(f"replaced the tape that was in {folder}", highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"{info.rows_out:,} readings, {len(tape.registry):,} meter{'' if len(tape.registry) == 1 else 's'}, "
         f"{info.first_at} to {info.last_at}, from {info.rows_in:,} rows of {info.source}",
@@ -282,8 +311,8 @@ def verify_command(
     from replay.verify import told, verify  # DuckDB, which the processes of a run do without
 
     with exits():
-        with problems.status("") as status:
-            verdict = verify(run, lambda what: status.update(f"verify: {what}"))
+        with working("") as step:
+            verdict = verify(run, lambda what: step(f"verify: {what}"))
         if as_json:
             sys.stdout.write(json.dumps(verdict.as_json(first)) + "\n")
         else:
@@ -311,12 +340,13 @@ def record_command(
 
     then: replay run --tape data/tapes/incident --clock original --speed max --again
     """
-    from replay.record import record
+    from replay.record import record, sent_by
 
-    with exits(), Progress(TextColumn("record"), BarColumn(), TimeElapsedColumn(), console=problems) as bar:
-        task = bar.add_task("", total=None)
-        _told(
-            record(
+    with exits():
+        is_there = (to / "tape.json").is_file()
+        with Progress(TextColumn("record"), BarColumn(), TimeElapsedColumn(), console=problems) as bar:
+            task = bar.add_task("", total=None)
+            tape, newest = record(
                 to,
                 bootstrap,
                 run_id=run,
@@ -324,7 +354,19 @@ def record_command(
                 until=until and until.replace(tzinfo=UTC),
                 progress=lambda done, of: bar.update(task, completed=done, total=of),
             )
-        )
+        _told(tape, to, is_there)
+        found = len(tape.readings) + len(tape.events)
+        sent = None if run is None or begin or until else sent_by(run)
+        of = "" if sent is None else f" of the {sent:,} that run {run} sent"
+        console.print(
+            f"{found:,} records{of}, which Kafka took up to {newest:%Y-%m-%d %H:%M:%S} UTC",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+        if sent is not None and found < sent:
+            msg = (
+                f"{sent - found:,} records of run {run} are not in Kafka yet: record again when the bridge has sent all"
+            )
+            raise RetryLater(msg)
 
 
 def new_run_id() -> str:

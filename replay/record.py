@@ -5,13 +5,15 @@ Records keep their arrival order per meter: duplicates, late and reordered ones 
 place on a tape: they are counted among its defects, by reason, as are the dead letters of the same time.
 """
 
+import json
 import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
+from replay.run import Ledger, run_folder
 from replay.tape import Tape, log_schema, registry_of, write_tape
 from replay.verify import open_lake
 from schemas.closed_lists import DeadLetterReason
@@ -81,7 +84,7 @@ def record(
     begin: datetime | None = None,
     until: datetime | None = None,
     progress: Progress = lambda *_: None,
-) -> Tape:
+) -> tuple[Tape, datetime]:
     """Writes a tape of what Kafka has at this moment.
 
     Args:
@@ -92,14 +95,23 @@ def record(
         until: only records that Kafka took before.
         progress: called a few times a second.
 
+    Returns:
+        The tape, and when Kafka took the newest of its records.
+
     Raises:
         ConfigError: nothing to record, or the topics are not there.
         RetryLater: Kafka does not answer, or stops answering.
     """
     topics = [*KINDS.values(), DEAD_LETTERS]
     # Kafka's client wants a group's name; assigned partitions and no commit leave nothing of it on the broker
-    settings = {"bootstrap.servers": bootstrap, "group.id": f"record-{uuid.uuid4()}", "enable.auto.commit": False}
-    consumer = Consumer({**settings, "auto.offset.reset": "error", "enable.partition.eof": False, "log_level": 3})
+    settings: dict[str, Any] = {
+        "bootstrap.servers": bootstrap,
+        "group.id": f"record-{uuid.uuid4()}",
+        "enable.auto.commit": False,
+    }
+    # what the client says of a dead broker, several times a second, comes as an error too
+    settings |= {"auto.offset.reset": "error", "enable.partition.eof": False, "log_level": 0}
+    consumer = Consumer(settings)
     try:
         ranges = {topic: _range(consumer, topic, begin, until) for topic in topics}
         total = sum(end - start for each in ranges.values() for start, end in each.values())
@@ -110,7 +122,7 @@ def record(
                 continue  # a dead letter names no run
             done += _read(consumer, found[topic], each, run_id, partial(_report, progress, done, total))
     except KafkaException as error:
-        msg = f"Kafka at {bootstrap}: {error.args[0].str()}"
+        msg = f"no Kafka at {bootstrap}: {error.args[0].str()}"
         raise RetryLater(msg) from error
     finally:
         consumer.close()
@@ -123,11 +135,29 @@ def record(
         defects.update({f"{topic.name}: {reason}": count for reason, count in one.defects.items()})
     interval_s = _interval_s(readings)
     registry, time_zone = _registry(readings, events, interval_s)
-    return write_tape(
+    tape = write_tape(
         folder, readings=readings, events=events, registry=registry, format="record",
         source=f"run {run_id}" if run_id else "Kafka", time_zone=time_zone,
         rows_in=sum(one.read for one in found.values()), defects=defects, interval_s=interval_s,
     )  # fmt: skip
+    newest = max(int(stamps.max()) for topic in KINDS.values() for stamps in found[topic].stamps if len(stamps))
+    return tape, datetime.fromtimestamp(newest / 1000, UTC)
+
+
+def sent_by(run_id: str) -> int | None:
+    """How many readings and events of a run Kafka is to have; None where no run of that name is known here.
+
+    Raises:
+        RetryLater: it still runs, or was killed: nobody knows.
+    """
+    try:
+        ledger = Ledger(**json.loads((run_folder(run_id) / "run.json").read_text()))
+    except FileNotFoundError:
+        return None
+    if not (run_folder(run_id) / "ledger.parquet").exists():
+        msg = f"run {run_id} has no ledger: it still runs, or was killed; what is recorded is a part of it"
+        raise RetryLater(msg)
+    return ledger.records - ledger.poison
 
 
 def _report(progress: Progress, before: int, total: int, read: int) -> None:

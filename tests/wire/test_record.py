@@ -1,5 +1,6 @@
 """Kafka → tape → Kafka: an incident is played again as it was, on a real broker."""
 
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
@@ -8,10 +9,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 from confluent_kafka.admin import AdminClient
+from typer.testing import CliRunner
 
+from replay.__main__ import app
 from replay.dirt import Entry
 from replay.record import record
-from replay.run import Order, play
+from replay.run import Order, play, run_folder
 from replay.sinks import KafkaSink
 from replay.tape import Tape, log_schema
 from schemas.closed_lists import FaultKind
@@ -45,7 +48,7 @@ class Broker:
         play(Order(home / "tape", "sent", "null", METERS, dirt=DIRT), lambda: self.sent)
 
     def record(self, name: str, **which: object) -> Tape:
-        return record(self.home / name, self.bootstrap, **which)  # type: ignore[arg-type]
+        return record(self.home / name, self.bootstrap, **which)[0]  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +143,17 @@ def test_a_record_that_the_client_refuses_is_told_and_the_others_arrive(broker: 
         sink.send("events", ["a", "b", "c"], [b"1", bytes(2_000_000), b"3"])
     sink.close()
     assert sink.acknowledged == 2
+
+
+def test_a_recording_that_lacks_records_of_its_run_says_how_many(broker: Broker) -> None:
+    command = ["record", "--to", str(broker.home / "whole"), "--run", "a", "--bootstrap", broker.bootstrap]
+    sent = broker.ledger.readings + broker.ledger.events
+    whole = CliRunner().invoke(app, command)
+    assert (whole.exit_code, f"{sent:,} records of the {sent:,} that run a sent" in whole.stdout) == (0, True)
+    book = run_folder("a") / "run.json"
+    kept = book.read_text()
+    book.write_text(json.dumps({**json.loads(kept), "records": broker.ledger.records + 1}))
+    part = CliRunner().invoke(app, command)
+    book.write_text(kept)
+    assert (part.exit_code, f"{sent:,} records of the {sent + 1:,} that run a sent" in part.stdout) == (1, True)
+    assert "1 records of run a are not in Kafka yet" in part.stderr

@@ -1,0 +1,68 @@
+"""What the commands say, to people and where nobody looks."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from replay.__main__ import app
+from replay.record import sent_by
+from replay.run import Order, play, run_folder
+from replay.sinks import NullSink
+from schemas.errors import RetryLater
+from tests.wire import small_tape
+
+SPARKFUN = Path(__file__).parents[1] / "logs" / "sparkfun.csv"
+
+
+def test_each_format_is_listed_with_its_time_zone() -> None:
+    lines = CliRunner().invoke(app, ["formats"]).stdout.splitlines()
+    assert any(line.split()[:2] == ["nem12", "Australia/Brisbane"] for line in lines)
+    assert any(line.split()[:2] == ["p1mon-daily", "Europe/Amsterdam"] for line in lines)
+
+
+def test_an_import_says_that_it_replaced_a_tape(tmp_path: Path) -> None:
+    command = ["import", str(SPARKFUN), "--format", "sparkfun", "--to", str(tmp_path / "tape")]
+    assert "replaced" not in CliRunner().invoke(app, command).stdout
+    assert f"replaced the tape that was in {tmp_path / 'tape'}\n" in CliRunner().invoke(app, command).stdout
+
+
+def test_a_grid_has_its_own_number_of_homes(tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["simulate", "--to", str(tmp_path / "tape"), "--meters", "3"])
+    assert (found.exit_code, "--meters is for --profiles demandlib" in found.stderr) == (2, True)
+
+
+def test_without_a_terminal_there_is_no_spinner_and_no_line_is_wrapped(tmp_path: Path) -> None:
+    small_tape.write(tmp_path / "tape")
+    command = [
+        sys.executable,
+        "-m",
+        "replay",
+        "run",
+        "--tape",
+        str(tmp_path / "tape"),
+        "--to",
+        "null",
+        "--speed",
+        "max",
+    ]
+    env = {"METERSTREAM_HOME": str(tmp_path), "PATH": "", "COLUMNS": "40"}
+    found = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert found.stderr == ""
+    assert len(found.stdout.splitlines()) == 1 and len(found.stdout) > 100
+    command = [sys.executable, "-m", "replay", "inspect", *[str(tmp_path / "tape")] * 2]
+    found = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert found.stderr == "" and str(tmp_path / "tape") in found.stdout
+
+
+def test_a_run_tells_how_many_records_a_recording_of_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
+    small_tape.write(tmp_path / "tape")
+    ledger = play(Order(tmp_path / "tape", "r1", "null"), NullSink)
+    assert sent_by("r1") == ledger.readings + ledger.events > 0
+    assert sent_by("of another machine") is None
+    (run_folder("r1") / "ledger.parquet").unlink()
+    with pytest.raises(RetryLater, match="still runs, or was killed"):
+        sent_by("r1")

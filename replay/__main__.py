@@ -27,7 +27,7 @@ from replay.run import Ledger, Order, play
 from replay.simulate import DEFAULT_GRID
 from replay.simulate import simulate as build_simulation
 from replay.sinks import KafkaSink, MqttSink, NullSink, Sink
-from replay.statistics import TARGETS, Statistics, comparison, statistics
+from replay.statistics import NARROWEST, TARGETS, Statistics, comparisons, statistics
 from replay.tape import Tape, read_tape
 from schemas.errors import ConfigError, RetryLater, exits
 
@@ -200,7 +200,8 @@ def inspect(
             told = {name: asdict(one) for name, one in found.items()}
             sys.stdout.write(json.dumps(told | {"targets": TARGETS}) + "\n")
             return
-        console.print(comparison(found))
+        for table in comparisons(found, console.width):  # one too wide for the terminal goes on in its next line
+            console.print(table, width=max(console.width, NARROWEST), crop=False)
         console.print("Median over the meters (10th … 90th percentile). ✗: outside the range of docs/simulation.md.")
 
 

@@ -8,12 +8,13 @@ percentile.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
 import polars as pl
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from replay.tape import Tape
@@ -71,6 +72,7 @@ class Statistics:
         realism: by the names of `TARGETS`.
         mean_day_v: per hour of the local day, mean voltage.
         mean_day_w: the same of import.
+        why_not: of a figure that the tape cannot tell, the reason.
     """
 
     meters: int
@@ -86,6 +88,7 @@ class Statistics:
     realism: dict[str, Spread | None]
     mean_day_v: list[float | None]
     mean_day_w: list[float | None]
+    why_not: dict[str, str] = field(default_factory=dict)
 
 
 def is_in_range(name: str, figure: Spread) -> bool:
@@ -118,14 +121,44 @@ def statistics(tape: Tape) -> Statistics:
         realism={
             "autocorrelation_1min": spread(autocorrelation(minutes, timedelta(minutes=1))),
             "autocorrelation_10min": spread(autocorrelation(minutes, timedelta(minutes=10))),
-            "hourly_swing_v": spread(hourly_swing_v(minutes)),
+            "hourly_swing_v": spread(hourly_swing_v(minutes, tape.info.interval_s or interval_s)),
             "voltage_import_correlation": spread(voltage_import_correlation(minutes)),
             "voltage_export_correlation": spread(voltage_export_correlation(minutes)),
             "transformer_coherence": spread(transformer_coherence(minutes, registry)),
         },
         mean_day_v=mean_day["volts"].to_list(),
         mean_day_w=mean_day["import_w"].to_list(),
+        why_not=_why_not(readings, minutes, registry),
     )
+
+
+def _why_not(readings: pl.DataFrame, minutes: pl.DataFrame, registry: pl.DataFrame) -> dict[str, str]:
+    """Per figure what the tape lacks, if it lacks the figure."""
+    pairs = f"fewer than {LEAST_PAIRS} pairs of minutes"
+    why = {
+        "autocorrelation_1min": f"{pairs} 1 min apart",
+        "autocorrelation_10min": f"{pairs} 10 min apart",
+        "hourly_swing_v": "no hour is half there",
+        "voltage_import_correlation": f"{pairs} with V and import",
+        "voltage_export_correlation": f"fewer than {LEAST_PAIRS} minutes with export",
+        "transformer_coherence": f"fewer than {LEAST_PAIRS} times 10 min of two meters",
+        "power_to_register_pct": "import does not rise",
+    }
+    volts = minutes["volts"].drop_nulls()
+    of_volts = [name for name in why if name != "power_to_register_pct"]
+    if volts.n_unique() == 1:
+        why |= dict.fromkeys((name for name in of_volts if name != "hourly_swing_v"), "V never changes")
+    if not (minutes["export_w"] > 0).any():
+        why["voltage_export_correlation"] = "no export in the tape"
+    if registry["transformer_id"].drop_nulls().is_unique().all():
+        why["transformer_coherence"] = "no two meters of one transformer"
+    if minutes["import_w"].drop_nulls().is_empty():
+        why |= dict.fromkeys(("voltage_import_correlation", "mean_day_w"), "no import in the tape")
+    if readings["import_w"].drop_nulls().is_empty():
+        why["power_to_register_pct"] = "no power in the tape"
+    if volts.is_empty():
+        why |= dict.fromkeys((*of_volts, "mean_day_v"), "no voltage in the tape")
+    return why
 
 
 def spread(figures: pl.Series) -> Spread | None:
@@ -252,18 +285,20 @@ def _correlation(pairs: pl.DataFrame, one: str, other: str) -> pl.Series:
     return pairs.group_by("meter_id", maintain_order=True).agg(figure=figure)["figure"]
 
 
-def hourly_swing_v(minutes: pl.DataFrame) -> pl.Series:
+def hourly_swing_v(minutes: pl.DataFrame, interval_s: int | None) -> pl.Series:
     """Per meter, the median over the UTC hours of max − min of V; an hour with fewer than half of its values is out.
 
     Args:
         minutes: see `minute_values`.
+        interval_s: usual step, which tells how many values an hour has.
     """
+    half = 3600 / max(interval_s or 60, 60) / 2
     hours = (
         minutes.drop_nulls("volts")
         .group_by("meter_id", hour=pl.col("minute").dt.truncate("1h"), maintain_order=True)
         .agg(swing=pl.col("volts").max() - pl.col("volts").min(), values=pl.len())
     )
-    whole = hours.filter(pl.col("values") > 1, pl.col("values") >= pl.col("values").max().over("meter_id") / 2)
+    whole = hours.filter(pl.col("values") > 1, pl.col("values") >= half)
     return whole.group_by("meter_id", maintain_order=True).agg(figure=pl.col("swing").median())["figure"]
 
 
@@ -322,13 +357,26 @@ LABELS = {
 BARS = "▁▂▃▄▅▆▇█"
 
 
+LEFT, TARGET, TAPE, PADDING = 29, 12, 24, 2
+"""Columns of text: the figures' names, their targets, a tape, and between two of them."""
+NARROWEST = LEFT + TARGET + TAPE + 3 * PADDING
+
+
+def comparisons(tapes: Mapping[str, Statistics], width: int) -> list[Table]:
+    """Tapes side by side, as many in a table as a width holds."""
+    most = 1 + max(0, width - NARROWEST) // (TAPE + PADDING)
+    names = list(tapes)
+    parts = [names[first : first + most] for first in range(0, len(names), most)]
+    return [comparison({name: tapes[name] for name in part}) for part in parts]
+
+
 def comparison(tapes: Mapping[str, Statistics]) -> Table:
     """Tapes side by side, one a column, and where each lies in the ranges of real homes."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(no_wrap=True, min_width=max(map(len, LABELS.values())))
-    table.add_column("target", no_wrap=True, min_width=12)
+    table.add_column(no_wrap=True, min_width=LEFT)
+    table.add_column("target", no_wrap=True, min_width=TARGET)
     for name in tapes:
-        table.add_column(name, overflow="fold", min_width=24)
+        table.add_column(escape(name), overflow="fold", min_width=TAPE)
     own = list(tapes.values())
 
     def row(label: str, *cells: str, target: str = "") -> None:
@@ -336,7 +384,10 @@ def comparison(tapes: Mapping[str, Statistics]) -> Table:
 
     row("meters", *[f"{one.meters:,}" for one in own])
     row("readings", *[f"{one.readings:,}" for one in own])
-    row("usual interval", *["–" if one.interval_s is None else f"{one.interval_s} s" for one in own])
+    row(
+        "usual interval",
+        *["– (fewer than two readings)" if one.interval_s is None else f"{one.interval_s} s" for one in own],
+    )
     row("first (UTC)", *[_moment(one.first_at) for one in own])
     row("last (UTC)", *[_moment(one.last_at) for one in own])
     row("missing readings", *[f"{one.missing:,}" for one in own])
@@ -345,38 +396,49 @@ def comparison(tapes: Mapping[str, Statistics]) -> Table:
     for register in REGISTERS:
         figures = [one.kwh_per_day[register] for one in own]
         if any(figures):
-            row(f"{register} kWh a meter and day", *[_told(figure, "{:.2f}") for figure in figures])
-    row("∫ power / Δ import − 1", *[_told(one.power_to_register_pct, "{:+.2f}", " %") for one in own])
+            row(
+                f"{register} kWh a meter and day",
+                *[_told(figure, "{:.2f}", why="no such register") for figure in figures],
+            )
+    row(
+        "∫ power / Δ import − 1",
+        *[_told(one.power_to_register_pct, "{:+.2f}", " %", _why(one, "power_to_register_pct")) for one in own],
+    )
     for name, (low, high) in TARGETS.items():
         target = f"{low:g} … {high:g}"
-        row(LABELS[name], *[_judged(name, one.realism[name]) for one in own], target=target)
-    row("mean day, V by hour", *[_picture(one.mean_day_v, "V") for one in own])
-    row("mean day, import by hour", *[_picture(one.mean_day_w, "W") for one in own])
+        row(LABELS[name], *[_judged(name, one) for one in own], target=target)
+    row("mean day, V by hour", *[_picture(one.mean_day_v, "V", _why(one, "mean_day_v")) for one in own])
+    row("mean day, import by hour", *[_picture(one.mean_day_w, "W", _why(one, "mean_day_w")) for one in own])
     return table
 
 
 def _moment(stamp: str | None) -> str:
-    return stamp[:16].replace("T", " ") if stamp else "–"
+    return stamp[:16].replace("T", " ") if stamp else "– (no readings)"
 
 
-def _told(figure: Spread | None, form: str, unit: str = "") -> str:
+def _why(one: Statistics, name: str) -> str:
+    return one.why_not.get(name, "not in the tape")
+
+
+def _told(figure: Spread | None, form: str, unit: str = "", why: str = "") -> str:
     if figure is None:
-        return "–"
+        return f"– ({why})"
     spans = "" if figure.meters == 1 else f"\n({form.format(figure.low)} … {form.format(figure.high)})"
     return f"{form.format(figure.median)}{unit}{spans}"
 
 
-def _judged(name: str, figure: Spread | None) -> str:
+def _judged(name: str, one: Statistics) -> str:
+    figure = one.realism[name]
     if figure is None:
-        return "–"
+        return _told(None, "", why=_why(one, name))
     mark = "[green]✓[/]" if is_in_range(name, figure) else "[red]✗[/]"
     return f"{mark} {_told(figure, '{:.2f}')}"
 
 
-def _picture(hours: list[float | None], unit: str) -> str:
+def _picture(hours: list[float | None], unit: str, why: str) -> str:
     known = [value for value in hours if value is not None]
     if not known:
-        return "–"
+        return f"– ({why})"
     low, high = min(known), max(known)
     steps = (len(BARS) - 1) / (high - low or 1)
     bars = "".join(" " if value is None else BARS[round((value - low) * steps)] for value in hours)

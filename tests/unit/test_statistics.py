@@ -15,6 +15,7 @@ from replay.statistics import (
     autocorrelation,
     backward,
     comparison,
+    comparisons,
     hourly_swing_v,
     is_in_range,
     kwh_per_day,
@@ -96,13 +97,20 @@ def test_the_swing_is_the_median_over_the_hours_of_highest_minus_lowest():
     volts = np.full(180, 230_000)
     volts[10], volts[70], volts[80], volts[130] = 233_000, 228_000, 234_000, 229_000
     minutes = minute_values(ordered(readings(np.arange(180) * 60, voltage_l1_mv=volts)))
-    assert hourly_swing_v(minutes).to_list() == [3.0]
+    assert hourly_swing_v(minutes, 60).to_list() == [3.0]
 
 
 def test_an_hour_that_is_hardly_there_has_no_swing():
     at = np.concatenate([np.arange(60), np.arange(60, 65), np.arange(120, 180)]) * 60
     volts = np.where(np.arange(len(at)) % 2, 230_000, np.where(at < 7200, 232_000, 236_000))
-    assert hourly_swing_v(minute_values(ordered(readings(at, voltage_l1_mv=volts))))[0] == pytest.approx(4.0)
+    assert hourly_swing_v(minute_values(ordered(readings(at, voltage_l1_mv=volts))), 60)[0] == pytest.approx(4.0)
+
+
+def test_nine_minutes_by_the_second_have_no_swing_and_twelve_readings_of_five_minutes_do():
+    short = minute_values(ordered(readings(np.arange(540), voltage_l1_mv=waves(540))))
+    assert hourly_swing_v(short, 1).is_empty()
+    volts = np.array([230_000, 231_500] * 6)
+    assert hourly_swing_v(minute_values(ordered(readings(np.arange(12) * 300, voltage_l1_mv=volts))), 300)[0] == 1.5
 
 
 def test_voltage_is_compared_with_import_minus_export_and_while_exporting_with_export():
@@ -167,6 +175,22 @@ def test_a_figure_out_of_range_is_marked():
     assert any("1 min" in line and "✗ 0.20" in line for line in lines)
     assert any("swing" in line and "✓ 5.00" in line for line in lines)
     assert is_in_range("hourly_swing_v", Spread(3, 1, 9, 4)) and not is_in_range("hourly_swing_v", Spread(13, 1, 9, 4))
+
+
+def test_every_value_of_many_tapes_is_there_at_80_columns_and_a_dash_says_why(tmp_path):
+    short = statistics(tape_of(readings(np.arange(540), voltage_l1_mv=waves(540)), tmp_path / "short"))
+    blind = statistics(tape_of(readings(np.arange(50) * 1800, import_t1_wh=np.arange(50) * 200), tmp_path / "blind"))
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for table in comparisons({"short": short, "blind": blind, "a-name-of-more-than-24-letters": short}, 80):
+        console.print(table)
+    text = console.export_text()
+    words = " ".join(text.split())
+    assert "…\n" not in text and max(map(len, text.splitlines())) <= 80
+    assert text.count("usual interval") == 3 and "1800 s" in text and "9.60" in text
+    assert words.count("– (no hour is half there)") == 2
+    assert "– (no voltage in the tape)" in words and "– (no power in the tape)" in words
+    both = [table.columns for table in comparisons({"short": short, "blind": blind}, 200)]
+    assert [len(columns) for columns in both] == [4]
 
 
 def statistics_with(**realism):

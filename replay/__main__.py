@@ -299,6 +299,7 @@ def _lines(ledger: Ledger, processes: int) -> Iterator[str]:
 def verify_command(
     run: Annotated[str, typer.Option("--run", help="The run's id: a folder under runs/.")],
     first: Annotated[int, typer.Option(help="How many of what does not hold are named.", min=1)] = 10,
+    wait: Annotated[float, typer.Option(help="Seconds to wait, at most, until bridge and jobs have all.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Compares what a run sent with what lake and dead letters hold, record by record, and explains every fault.
@@ -309,10 +310,14 @@ def verify_command(
 
     Example: replay verify --run dirty
     """
-    from replay.verify import told, verify  # DuckDB, which the processes of a run do without
+    from replay.verify import told, unfinished, verify  # DuckDB, which the processes of a run do without
 
     with exits():
+        end = time.monotonic() + wait
         with working("") as step:
+            while (left := end - time.monotonic()) > 0 and (behind := unfinished(run)):
+                step(f"waits: {behind[0]}")
+                time.sleep(min(2, left))
             verdict = verify(run, lambda what: step(f"verify: {what}"))
         if as_json:
             sys.stdout.write(json.dumps(verdict.as_json(first)) + "\n")

@@ -7,7 +7,7 @@ the lake's records byte by byte with the run's digest, and every injected fault 
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,7 @@ class Verdict:
         faults: one row a fault: fault_id, kind, meter_id (the first), records, outcome, is_explained, detail.
         findings: columns `FINDINGS`; empty when the run is proven.
         notes: what could not be checked, and why.
+        unfinished: which stages have not received all yet; empty when the books are closed.
     """
 
     run_id: str
@@ -162,11 +163,12 @@ class Verdict:
     faults: pl.DataFrame
     findings: pl.DataFrame
     notes: list[str]
+    unfinished: list[str] = field(default_factory=list)
 
     @property
     def is_balanced(self) -> bool:
         """Whether nothing is left to explain."""
-        return not len(self.findings) and bool(self.faults.get_column("is_explained").all())
+        return not self.unfinished and not len(self.findings) and bool(self.faults.get_column("is_explained").all())
 
     def kinds(self) -> dict[str, dict[str, Any]]:
         """Per kind of fault how many were injected and unexplained, and the outcomes of their records."""
@@ -186,6 +188,7 @@ class Verdict:
             "run_id": self.run_id,
             "is_balanced": self.is_balanced,
             "is_whole": self.is_whole,
+            "unfinished": self.unfinished,
             "totals": self.totals,
             "stages": {each.stage: vars(each) for each in self.stages},
             "faults": self.kinds(),
@@ -230,6 +233,7 @@ def verify(run_id: str, on_step: Step = lambda _: None) -> Verdict:
     verdict = Verdict(
         run_id, run.ledger.is_whole, {name: int(meters.get_column(name).sum()) for name in (*BALANCE, "reordered")},
         books(lake, run_id), meters, _per_fault(faults), every, _notes(lake, run, faults),
+        _behind(lake, run.ledger),
     )  # fmt: skip
     for name, frame in (("verify", verdict.meters), ("verify-faults", verdict.faults)):
         staged = home() / "staging" / f"{run_id}-{name}.parquet"
@@ -237,6 +241,53 @@ def verify(run_id: str, on_step: Step = lambda _: None) -> Verdict:
         frame.write_parquet(staged, compression="zstd")
         staged.rename(run_folder(run_id) / f"{name}.parquet")
     return verdict
+
+
+def unfinished(run_id: str) -> list[str]:
+    """Which stages have not received all that a run sent, by their books; empty when those are closed.
+
+    Raises:
+        ConfigError: there is no such run, or it has no ledger yet.
+    """
+    return _behind(open_lake(), ledger_of(run_id))
+
+
+def _behind(lake: duckdb.DuckDBPyConnection, ledger: Ledger) -> list[str]:
+    unsure = max(0, ledger.readings + ledger.events + ledger.poison - ledger.records)
+    received = {line.stage: line.received for line in books(lake, ledger.run_id)}
+    sent = {
+        LAKE: (ledger.readings + ledger.events, "records"),
+        DELTAS: (ledger.readings, "readings"),
+        VOLTAGE: (ledger.readings, "readings"),
+        ALARMS: (ledger.events, "events"),
+    }
+    return [
+        f"{stage} has received {received.get(stage, 0):,} of {count:,} {what}"
+        for stage, (count, what) in sent.items()
+        if received.get(stage, 0) < count - unsure
+    ]
+
+
+def ledger_of(run_id: str) -> Ledger:
+    """What a run that has ended says of itself.
+
+    Raises:
+        ConfigError: it is not there, or not complete.
+    """
+    folder = run_folder(run_id)
+    try:
+        ledger = Ledger(**json.loads((folder / "run.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        known = sorted(path.parent.name for path in (home() / "runs").glob("*/run.json"))
+        msg = f"no run {run_id} in {home() / 'runs'}; there are: {', '.join(known) or 'none'}"
+        raise ConfigError(msg) from error
+    if not (folder / "ledger.parquet").exists():
+        msg = f"run {run_id} has no ledger: it still runs, or was killed"
+        raise ConfigError(msg)
+    if ledger.to not in ("mqtt", "kafka"):
+        msg = f"run {run_id} was played to {ledger.to}: there is nothing to compare"
+        raise ConfigError(msg)
+    return ledger
 
 
 @dataclass(frozen=True)
@@ -261,19 +312,7 @@ class Run:
         Raises:
             ConfigError: it is not there or not complete, or the lake has no readings.
         """
-        folder = run_folder(run_id)
-        try:
-            ledger = Ledger(**json.loads((folder / "run.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            known = sorted(path.parent.name for path in (home() / "runs").glob("*/run.json"))
-            msg = f"no run {run_id} in {home() / 'runs'}; there are: {', '.join(known) or 'none'}"
-            raise ConfigError(msg) from error
-        if not (folder / "ledger.parquet").exists():
-            msg = f"run {run_id} has no ledger: it still runs, or was killed"
-            raise ConfigError(msg)
-        if ledger.to not in ("mqtt", "kafka"):
-            msg = f"run {run_id} was played to {ledger.to}: there is nothing to compare"
-            raise ConfigError(msg)
+        folder, ledger = run_folder(run_id), ledger_of(run_id)
         if not any(table_path("readings").glob("date=*/*.parquet")):
             msg = f"no lake: {table_path('readings')} has no files; METERSTREAM_HOME says where to look"
             raise ConfigError(msg)
@@ -1070,10 +1109,6 @@ def _notes(lake: duckdb.DuckDBPyConnection, run: Run, faults: pl.DataFrame) -> l
             notes.append(
                 f"energy of {skipped} meters is not compared: a value that nothing can tell, or a log that begins anew"
             )
-    sent = run.ledger.readings + run.ledger.events
-    taken = next((line.received for line in books(lake, run.ledger.run_id) if line.stage == LAKE), 0)
-    if taken < sent:
-        notes.append(f"{LAKE} has received {taken:,} of {sent:,} records: the jobs may still be at work")
     kept = lake.execute(
         "SELECT count(*), count(DISTINCT meter_id) FROM apart ANTI JOIN faults USING (meter_id)"
     ).fetchone()
@@ -1093,7 +1128,7 @@ SIGNS = {"sent": "", "stored": "=", "reordered": ""}
 
 
 def told(verdict: Verdict, named: int) -> list[Table | str]:
-    """For people: the sums, the books, the faults, and by name the first `named` of what does not hold."""
+    """For people: what is not finished yet, else the sums; books, faults, the first `named` of what does not hold."""
     sums = Table.grid(padding=(0, 1), pad_edge=True)
     sums.add_row(f"run {escape(verdict.run_id)}", f"{len(verdict.meters):,}", "meters")
     for name in (*BALANCE, "reordered"):
@@ -1104,6 +1139,13 @@ def told(verdict: Verdict, named: int) -> list[Table | str]:
         numbers = [getattr(line, name) for name in ("received", *[bucket.value for bucket in Bucket])]
         stages.add_row(line.stage, *[f"{number:,}" for number in numbers])
     found: list[Table | str] = [sums, stages]
+    if verdict.unfinished:  # sums over tables of which each is at another record would be false
+        found = [
+            f"[red]✗[/] not finished yet: {escape('; '.join(verdict.unfinished))}",
+            "  bridge and jobs may still be at work: verify again (--wait SECONDS); where nothing runs any more, "
+            "what is missing is lost",
+            stages,
+        ]
     if len(verdict.faults):
         kinds = Table("fault", "injected", "what became of its records", "unexplained", box=box.SIMPLE, padding=(0, 1))
         for kind, each in verdict.kinds().items():

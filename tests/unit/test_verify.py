@@ -577,3 +577,23 @@ def test_the_command_says_by_its_exit_code_and_in_json_what_it_found(lake: Calla
     assert text.exit_code == 1
     assert f"{meter}: consumption_deltas" in text.stdout
     assert "1 of 144 lost: seq 33" in text.stdout
+
+
+def test_a_run_that_the_jobs_have_not_taken_yet_is_not_finished_and_has_no_sums(lake: Callable[[str], None]) -> None:
+    lake("clean")
+    books = pl.read_parquet(table("accounting"))
+    steps = (pl.col("stage") == "consumption_deltas") & (pl.col("received") > 0)
+    books.with_columns(received=pl.col("received") - pl.when(steps).then(1).otherwise(0)).write_parquet(
+        table("accounting")
+    )
+    sent = json.loads((run_folder("r1") / "run.json").read_text())["readings"]
+    received = books.filter(steps & (pl.col("run_id") == "r1"))
+    behind = f"consumption_deltas has received {sent - len(received):,} of {sent:,} readings"
+    early = CliRunner().invoke(app, ["verify", "--run", "r1", "--wait", "0.1"])
+    assert early.exit_code == 1
+    assert early.stdout.splitlines()[0] == f"✗ not finished yet: {behind}"
+    assert "redelivered" not in early.stdout
+    assert verify("r1").as_json(1)["unfinished"] == [behind]
+    books.write_parquet(table("accounting"))
+    done = CliRunner().invoke(app, ["verify", "--run", "r1", "--wait", "60"])
+    assert (done.exit_code, "not finished" in done.stdout) == (0, False)

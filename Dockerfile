@@ -14,10 +14,10 @@ WORKDIR /opt/meterstream
 
 # All that changes seldom: a change of code alone builds none of it again.
 FROM machine AS packages
-COPY pyproject.toml requirements.lock README.md LICENSE ./
+COPY pyproject.toml requirements.lock ./
 COPY config/ivy.xml config/
 COPY tools/setup.py tools/
-RUN mkdir schemas lake ingest replay replay/importers streaming_jobs batch_jobs stack \
+RUN mkdir schemas lake ingest replay replay/importers streaming_jobs batch_jobs stack && touch README.md \
  && python3 tools/setup.py && rm -rf /root/.cache .venv/jars/ivy .venv/tmp
 
 FROM machine AS meterstream

@@ -7,7 +7,7 @@ PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 setup:  ## Install what is needed into .venv (again in no time)
 	@command -v python3 >/dev/null || { echo "python3 is missing: install Python 3.11 or newer" >&2; exit 1; }
@@ -46,6 +46,10 @@ bench: setup  ## What the replay's sending costs, beside Kafka's own bench and o
 test: setup  ## All tests; METER_LOGS= names a folder of real logs
 	@mkdir -p data/tmp
 	@TMPDIR="$(CURDIR)/data/tmp" $(if $(METER_LOGS),METER_LOGS="$(abspath $(METER_LOGS))") $(PYTHON) -m pytest $(ARGS)
+
+test-integration: setup  ## The same suites in containers; needs a Docker engine. ARGS="-k brokers"
+	@mkdir -p data/tmp
+	@TMPDIR="$(CURDIR)/data/tmp" $(PYTHON) -m pytest tests/integration $(ARGS)
 
 lint: setup  ## Style, format, types
 	$(PYTHON) -m ruff check .

@@ -48,12 +48,11 @@ def _works(command: list[str]) -> bool:
 
 
 class ContainerStack:
-    """One stack as a compose project; its data lie in the project's volumes.
+    """One stack as a compose project.
 
     Args:
-        settings: home and published ports.
+        settings: home, published ports and compose's project; the data lie in the project's volumes.
         on_progress: gets a line for people when a container becomes ready or is stopped.
-        project: of compose: containers and volumes are named after it.
         cluster: run the jobs on a Spark master and two workers.
 
     Raises:
@@ -64,7 +63,6 @@ class ContainerStack:
         self,
         settings: StackSettings,
         on_progress: Callable[[str], None] = lambda _: None,
-        project: str = "meterstream",
         cluster: bool = False,
     ) -> None:
         compose = engine()
@@ -76,7 +74,7 @@ class ContainerStack:
             raise ConfigError(msg)
         self.settings = settings
         self.home = settings.home.resolve()
-        self.project = project
+        self.project = settings.project
         self.names = ALL if cluster else NAMES
         self._cluster = cluster
         self._docker = str(shutil.which("docker"))

@@ -47,7 +47,6 @@ SHORT_LIVED_JVM = "-XX:TieredStopAtLevel=1"
 DAY = date(2016, 6, 15)
 GRID_TAPE = ROOT / "data" / "cache" / f"simbench-{DAY}-v{VERSION}"
 BAD_INPUT = Path("config") / "demo-dirt.yml"
-PROJECT = "meterstream-demo"
 IN_IMAGE = Path("/opt/meterstream")
 Stack = NativeStack | ContainerStack
 DRAIN_S = 600.0  # for what the replay is ahead of the bridge, on a slow machine
@@ -107,7 +106,8 @@ def _demo(
 
     stack: Stack
     if in_containers:
-        stack = ContainerStack(settings, on_progress, PROJECT, cluster)
+        settings = settings.model_copy(update={"project": f"{settings.project}-demo"})
+        stack = ContainerStack(settings, on_progress, cluster)
     else:
         stack = NativeStack(settings, on_progress, cluster)
     with _step("Tape"):  # first, so that a log that cannot be read leaves the last demo as it is

@@ -86,12 +86,14 @@ class StackSettings(Settings):
         listen: address that the processes listen on; loopback, but for a container's 0.0.0.0.
         kafka_inside: host:port at which containers find Kafka, if they do: a second listener.
         spark_master: spark://host:port of the cluster that jobs and workers use; the port below where it is our own.
+        project: compose's; names containers and volumes, so that two stacks can live beside each other.
     """
 
     home: Path = ROOT / "data"
     listen: str = "127.0.0.1"
     kafka_inside: str | None = None
     spark_master: str = ""
+    project: str = "meterstream"
     mqtt_port: int = Field(1883, ge=1, le=65535)
     nats_port: int = Field(4222, ge=1, le=65535)
     nats_monitor_port: int = Field(8222, ge=1, le=65535)

@@ -6,18 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 
-import paho.mqtt.client as mqtt
 import psutil
 import pytest
-from confluent_kafka import Consumer, Producer
-from confluent_kafka.admin import AdminClient
 
 from schemas.errors import ConfigError
 from schemas.settings import load
-from schemas.topics import READINGS, TOPICS
 from stack.native import MARK, NativeStack, StackSettings, StartFailed
+from tests.brokers import Brokers
 from tests.eventually import eventually
 
 BROKERS = ["nats", "kafka"]
@@ -88,59 +84,15 @@ def command(stack, *arguments):
     )
 
 
-def mqtt_client(stack, name):
-    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=name, clean_session=False)
-    client.connect("127.0.0.1", stack.settings.mqtt_port)
-    return client
+class TestNativeBrokers(Brokers):
+    @pytest.fixture
+    def killed_and_started(self, stack):
+        def kill(name):
+            os.kill(stack.pid(name), signal.SIGKILL)
+            eventually(lambda: not stack.is_running(name))
+            assert stack.start([name]) == [name]
 
-
-def test_every_topic_of_the_contract_exists_with_its_partitions(stack):
-    topics = AdminClient({"bootstrap.servers": stack.settings.kafka_bootstrap}).list_topics(timeout=10).topics
-    assert {t.name: t.partitions for t in TOPICS} == {t.name: len(topics[t.name].partitions) for t in TOPICS}
-
-
-def test_what_is_produced_to_kafka_is_consumed(stack):
-    producer = Producer({"bootstrap.servers": stack.settings.kafka_bootstrap})
-    producer.produce(READINGS.name, key="m1", value=b"hello")
-    assert producer.flush(10) == 0
-    consumer = Consumer(
-        {"bootstrap.servers": stack.settings.kafka_bootstrap, "group.id": "t", "auto.offset.reset": "earliest"}
-    )
-    try:
-        consumer.subscribe([READINGS.name])
-        message = eventually(lambda: consumer.poll(0.5), 20)
-        assert (message.key(), message.value()) == (b"m1", b"hello")
-    finally:
-        consumer.close()
-
-
-def test_what_is_published_over_mqtt_is_kept_for_an_absent_subscriber(stack):
-    subscriber = mqtt_client(stack, "absent")
-    subscribed = threading.Event()
-    subscriber.on_subscribe = lambda *_: subscribed.set()
-    subscriber.loop_start()
-    subscriber.subscribe("meters/#", qos=1)
-    assert subscribed.wait(5)
-    subscriber.disconnect()
-    subscriber.loop_stop()
-
-    publisher = mqtt_client(stack, "publisher")
-    publisher.loop_start()
-    publisher.publish("meters/0/m1/readings/avro", b"hello", qos=1).wait_for_publish(5)
-    publisher.disconnect()
-    publisher.loop_stop()
-
-    received = []
-    again = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id="absent", clean_session=False)
-    again.on_message = lambda _client, _data, message: received.append((message.topic, message.payload))
-    again.connect("127.0.0.1", stack.settings.mqtt_port)
-    again.loop_start()
-    try:
-        eventually(lambda: received, 10)
-    finally:
-        again.disconnect()
-        again.loop_stop()
-    assert received == [("meters/0/m1/readings/avro", b"hello")]
+        return kill
 
 
 def test_starting_again_starts_nothing_and_keeps_the_processes(stack):
@@ -162,7 +114,7 @@ def test_a_second_stack_on_the_same_ports_is_refused_by_the_variables_names(stac
     assert left_of(tmp_path) == []
 
 
-def test_a_killed_broker_is_dead_and_comes_back_with_what_it_had(stack):
+def test_a_killed_broker_is_dead_until_it_is_started(stack):
     os.kill(stack.pid("nats"), signal.SIGKILL)
     eventually(lambda: stack.dead(BROKERS) == ["nats"])
     assert stack.start(BROKERS) == ["nats"]

@@ -1,0 +1,109 @@
+"""What the MQTT broker and Kafka promise over their ports: one suite for processes and containers."""
+
+import threading
+import uuid
+
+import paho.mqtt.client as mqtt
+from confluent_kafka import Consumer, Producer
+from confluent_kafka.admin import AdminClient
+
+from schemas.topics import READINGS, TOPICS
+from tests.eventually import eventually
+
+TOPIC = "meters/0/m1/readings/avro"
+
+
+def client(stack, name):
+    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=name, clean_session=False)
+    eventually(lambda: client.connect("127.0.0.1", stack.settings.mqtt_port) == mqtt.MQTT_ERR_SUCCESS)
+    return client
+
+
+def leave_subscribed(stack, name):
+    subscriber = client(stack, name)
+    subscribed = threading.Event()
+    subscriber.on_subscribe = lambda *_: subscribed.set()
+    subscriber.loop_start()
+    subscriber.subscribe("meters/#", qos=1)
+    assert subscribed.wait(5)
+    subscriber.disconnect()
+    subscriber.loop_stop()
+
+
+def publish(stack, payload):
+    publisher = client(stack, "publisher")
+    publisher.loop_start()
+    message = publisher.publish(TOPIC, payload, qos=1)
+    message.wait_for_publish(5)
+    assert message.is_published()
+    publisher.disconnect()
+    publisher.loop_stop()
+
+
+def kept_for(stack, name):
+    received = []
+    again = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=name, clean_session=False)
+    again.on_message = lambda _client, _data, message: received.append((message.topic, message.payload))
+    eventually(lambda: again.connect("127.0.0.1", stack.settings.mqtt_port) == mqtt.MQTT_ERR_SUCCESS)
+    again.loop_start()
+    try:
+        eventually(lambda: received, 10)
+    finally:
+        again.disconnect()
+        again.loop_stop()
+    return received
+
+
+def produce(stack, value):
+    producer = Producer({"bootstrap.servers": stack.settings.kafka_bootstrap, "acks": "all"})
+    producer.produce(READINGS.name, key="m1", value=value)
+    assert producer.flush(30) == 0
+
+
+def consumed(stack):
+    """Everything in the readings' topic that has the key m1."""
+    settings = {"bootstrap.servers": stack.settings.kafka_bootstrap, "auto.offset.reset": "earliest"}
+    consumer = Consumer({**settings, "group.id": uuid.uuid4().hex})
+    found = []
+
+    def arrived():
+        message = consumer.poll(0.5)
+        if message is None:
+            return found
+        if message.error() is None:
+            found.append((message.key(), message.value()))
+        return None
+
+    try:
+        consumer.subscribe([READINGS.name])
+        return eventually(arrived, 30)
+    finally:
+        consumer.close()
+
+
+class Brokers:
+    """Needs fixtures: `stack` with settings; `killed_and_started`, which kills one of the two and starts it again."""
+
+    def test_every_topic_of_the_contract_exists_with_its_partitions(self, stack):
+        topics = AdminClient({"bootstrap.servers": stack.settings.kafka_bootstrap}).list_topics(timeout=10).topics
+        assert {t.name: t.partitions for t in TOPICS} == {t.name: len(topics[t.name].partitions) for t in TOPICS}
+
+    def test_what_is_produced_to_kafka_is_consumed(self, stack):
+        produce(stack, b"hello")
+        assert (b"m1", b"hello") in consumed(stack)
+
+    def test_what_is_published_over_mqtt_is_kept_for_an_absent_subscriber(self, stack):
+        leave_subscribed(stack, "absent")
+        publish(stack, b"hello")
+        assert kept_for(stack, "absent") == [(TOPIC, b"hello")]
+
+    def test_what_the_mqtt_broker_acknowledged_survives_its_kill(self, stack, killed_and_started):
+        leave_subscribed(stack, "away")
+        publish(stack, b"before the kill")
+        killed_and_started("nats")
+        assert kept_for(stack, "away") == [(TOPIC, b"before the kill")]
+
+    def test_what_kafka_acknowledged_survives_its_kill(self, stack, killed_and_started):
+        produce(stack, b"before the kill")
+        killed_and_started("kafka")
+        assert (b"m1", b"before the kill") in consumed(stack)

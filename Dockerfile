@@ -27,7 +27,6 @@ COPY --from=packages /opt/meterstream/.venv .venv
 COPY . .
 ENV PATH=/opt/meterstream/.venv/bin:$PATH PYTHONPATH=/opt/meterstream METERSTREAM_HOME=/data METERSTREAM_LISTEN=0.0.0.0 PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 USER meterstream
-VOLUME /data
 WORKDIR /data
 ENTRYPOINT ["python", "-m"]
 CMD ["stack", "--help"]

@@ -202,7 +202,11 @@ class ContainerStack:
         command += [
             part for label in (*labels, "label=com.docker.compose.oneoff=False") for part in ("--filter", label)
         ]
-        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, check=False, text=True)
+        if done.returncode:
+            msg = f"the engine does not answer any more: {done.stderr.strip()}"
+            raise StartFailed(msg)
+        return done.stdout.strip()
 
     def _inspect(self, name: str) -> dict[str, Any]:
         container = self._container(name)

@@ -76,7 +76,8 @@ stop() {
   [ -s "$STATE/pid" ] || { say "No engine of ours runs."; return 0; }
   local pid
   pid=$(cat "$STATE/pid")
-  if kill -TERM "$pid" 2>/dev/null; then
+  # a pid that somebody else has by now is left alone
+  if [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = dockerd ] && kill -TERM "$pid"; then
     for _ in $(seq 120); do
       kill -0 "$pid" 2>/dev/null || break
       sleep 0.5

@@ -7,6 +7,8 @@ mkdir -p "$_home/tmp"
 
 # Loopback, as the whole native stack; on a cluster set it to an address that the executors reach.
 SPARK_LOCAL_IP="${SPARK_LOCAL_IP:-127.0.0.1}"
+# In a container, which listens everywhere, its own name: executors in other containers must find this driver.
+[ "${METERSTREAM_LISTEN:-}" = 0.0.0.0 ] && SPARK_LOCAL_HOSTNAME="${SPARK_LOCAL_HOSTNAME:-$(cat /etc/hostname)}"
 SPARK_LOCAL_DIRS="${SPARK_LOCAL_DIRS:-$_home/tmp}"
 _jvm="-Djava.io.tmpdir=$_home/tmp -XX:-UsePerfData"
 SPARK_LAUNCHER_OPTS="$_jvm ${SPARK_LAUNCHER_OPTS:-}"

@@ -146,7 +146,7 @@ class ContainerStack:
 
     def states(self) -> list[PartState]:
         """What runs, for people and monitors."""
-        return [self._state(name) for name in self.names]
+        return [self._state(name) for name in ALL if name in self.names or self._container(name)]
 
     def run(self, service: str, arguments: Sequence[str], mounts: dict[str, str] | None = None) -> str:
         """Runs a service once, in the foreground. Returns what it printed.

@@ -354,6 +354,9 @@ class NativeStack:
         command = [str(SPARK_HOME / "bin" / "spark-class")]
         if name == "spark-master":
             ports = ["--port", f"{settings.spark_master_port}", "--webui-port", f"{settings.spark_master_ui_port}"]
+            # Else a master that comes back knows no driver, and has the executors ended that still work for one.
+            kept = f"-Dspark.deploy.recoveryMode=FILESYSTEM -Dspark.deploy.recoveryDirectory={self.home / 'tmp' / name}"
+            environment["SPARK_DAEMON_JAVA_OPTS"] = f"{os.environ.get('SPARK_DAEMON_JAVA_OPTS', '')} {kept}".strip()
             return [*command, "org.apache.spark.deploy.master.Master", "--host", host, *ports], environment
         command += ["org.apache.spark.deploy.worker.Worker", "--host", host, "--webui-port", "0"]
         command += ["--cores", f"{max(1, (os.cpu_count() or 2) // len(WORKERS))}", "--memory", WORKER_MEMORY]

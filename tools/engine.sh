@@ -6,6 +6,7 @@
 # stop:  ends the dockerd that start began, and puts back what it changed: ip_forward and the FORWARD policy.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+PATH=$PATH:/usr/sbin:/sbin  # where dockerd, debootstrap and iptables are; not on every user's path
 STATE=/run/meterstream-engine
 BASE=debian:bookworm-slim
 DOCKER=/usr/bin/docker  # the distribution's own: it goes with its dockerd
@@ -18,7 +19,7 @@ forward_policy() { iptables -S FORWARD 2>/dev/null | sed -n 's/^-P FORWARD //p';
 install_engine() {
   local missing=()
   for program in dockerd docker-compose debootstrap iptables; do
-    command -v "$program" >/dev/null || [ -x "/usr/sbin/$program" ] || missing+=("$program")
+    command -v "$program" >/dev/null || missing+=("$program")
   done
   [ ${#missing[@]} -gt 0 ] || [ ! -x "$DOCKER" ] || return 0
   command -v apt-get >/dev/null || die "this needs Debian: there is no apt-get"

@@ -59,6 +59,11 @@ def _ruhvro_text(entity: str, version: str) -> str:
     return json.dumps(avro_schema(entity, version))
 
 
+def avro_text(entity: str) -> str:
+    """The schema that we write for the entity, as JSON text."""
+    return _ruhvro_text(entity, latest(entity)[1])
+
+
 @cache
 def latest(entity: str) -> tuple[int, str]:
     """(schema id, version) that we write for the entity."""
@@ -66,7 +71,8 @@ def latest(entity: str) -> tuple[int, str]:
 
 
 @cache
-def _header(schema_id: int) -> bytes:
+def frame_of(schema_id: int) -> bytes:
+    """What stands before the Avro datum."""
     return FRAME.pack(0, schema_id)
 
 
@@ -88,7 +94,7 @@ def encode(entity: str, record: dict[str, Any]) -> bytes:
         ContractBroken: the record does not fit the schema: it is ours, so that is a bug.
     """
     schema_id, version = latest(entity)
-    out = io.BytesIO(_header(schema_id))
+    out = io.BytesIO(frame_of(schema_id))
     out.seek(FRAME.size)
     try:
         fastavro.schemaless_writer(out, _parsed(entity, version), record)
@@ -135,7 +141,7 @@ def decode(payload: bytes, entity: str) -> dict[str, Any]:
 def encode_batch(entity: str, records: pa.Table) -> list[bytes]:
     """Framed data of a table with the entity's columns, in row order."""
     schema_id, version = latest(entity)
-    header = _header(schema_id)
+    header = frame_of(schema_id)
     out: list[bytes] = []
     for batch in records.select(arrow_schema(entity).names).cast(arrow_schema(entity)).to_batches():
         for data in pyruhvro.serialize_record_batch(batch, _ruhvro_text(entity, version), 1):
@@ -169,7 +175,7 @@ def decode_batch(payloads: Sequence[bytes | None], entity: str) -> DecodedBatch:
         entity: `reading` or `event`.
     """
     schema_id, version = latest(entity)
-    header = _header(schema_id)
+    header = frame_of(schema_id)
     schema = arrow_schema(entity)
     reasons: list[str | None] = [None] * len(payloads)
     details: list[str | None] = [None] * len(payloads)

@@ -7,6 +7,7 @@ from lake.streaming import StreamingJob
 
 
 def discovered() -> list[StreamingJob]:
-    """Every job in this folder, by name."""
+    """Every job in this folder that runs by batches, by name; critical_events has a driver of its own."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
-    return [import_module(f"{__name__}.{name}").JOB for name in names]
+    modules = [import_module(f"{__name__}.{name}") for name in names]
+    return [module.JOB for module in modules if hasattr(module, "JOB")]

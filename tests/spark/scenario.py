@@ -18,9 +18,10 @@ from pyspark.sql import DataFrame, SparkSession
 from lake.decoding import spark_schema
 from lake.nightly import BatchJob
 from lake.streaming import StreamingJob, StreamSettings
-from schemas.codec import arrow_schema, encode
+from schemas.codec import arrow_schema, decode, encode
 from schemas.tables import TABLES
-from schemas.topics import Topic
+from schemas.topics import CRITICAL_EVENTS, EVENTS, READINGS, Topic
+from streaming_jobs import critical_events
 
 FOLDER = Path(__file__).parent.parent / "scenarios"
 KAFKA = "key binary, value binary, topic string, partition int, offset long, timestamp timestamp"
@@ -110,6 +111,22 @@ def stream(session: SparkSession, job: StreamingJob, folder: Path) -> dict[str, 
             frame.unpersist()
     found["accounting"] = books(found["accounting"])
     return found
+
+
+def at_once(session: SparkSession, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What critical_events tells of the records of a scenario, read back from its bytes."""
+    batches = sorted(
+        {row.get("batch", "1") for name in ("events", "readings") for row in read(folder / "when" / f"{name}.csv")}
+    )
+    rows = [
+        row for topic in (EVENTS, READINGS) for batch in batches
+        for row in kafka_rows(topic, folder / "when" / f"{topic.entity}s.csv", batch, 0)
+    ]  # fmt: skip
+    registry = table(session, "registry", folder / "when" / "registry.csv")
+    far_out_pct = critical_events.CriticalSettings.model_fields["far_out_pct"].default
+    records = critical_events.transform(session.createDataFrame(rows, KAFKA), registry, far_out_pct)
+    told = critical_events.framed(records).collect()
+    return {critical_events.NAME: [decode(bytes(row.value), CRITICAL_EVENTS.entity) for row in told]}
 
 
 def night(session: SparkSession, job: BatchJob, folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -23,6 +23,7 @@ EXAMPLES = SCHEMAS / "examples"
 CODES = SCHEMAS / "events" / "codes.csv"
 RELEASED = {
     "alarm/1.0.avsc": "43181c13ba1f034c9c6c82470bc795ba36fa9567312d558ba4d03ff4b638448c",
+    "critical-event/1.0.avsc": "881de2069f3018733f2f523f5aab9585b9d1706c736d8992801861d5fb1ecb43",
     "dead-letter/1.0.avsc": "3706d938b5d13016b2c88847ba98a575a838e5140ff62866ee5bdd69b5e77063",
     "event/1.0.avsc": "126bd09a909d68fcd4d3ef6fae65118a51c4d6a36907f4d2e8ad0311143bc5d2",
     "reading/1.0.avsc": "6150a69a112e41a9851701be21a5b216b91aded2c789c64dda005918d8037a17",

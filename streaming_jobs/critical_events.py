@@ -1,0 +1,250 @@
+"""What somebody has to know at once, within milliseconds: Kafka → Kafka in Spark's real-time mode.
+
+Power failures, last gasps, tampering, voltages far out.
+
+Reads: meter-events-v1, meter-readings-v1; registry (nominal voltage), as it is when a checkpoint begins.
+Writes: critical-events-v1, one record per event, and per phase of a reading whose voltage is far out.
+Key: meter_id; event_id names what the meter said.
+Lateness: nothing is too late: no state is kept.
+Duplicates: what comes twice is told twice, with the same event_id.
+Restart: from the last checkpoint: what was told since then is told again, with the same event_id.
+
+What cannot be decoded is left out here: readings_lake keeps it, with the reason. Real-time mode takes no Python code
+and no shuffle, so Avro is decoded by Spark itself, and each Kafka partition holds a task slot for good.
+"""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import structlog
+import typer
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.avro.functions import from_avro, to_avro
+from pyspark.sql.streaming.query import StreamingQuery
+
+from lake.alarm_life import code_table
+from lake.reading import read_registry
+from lake.session import spark_session, uri
+from lake.voltage import NOMINAL_MV
+from schemas.closed_lists import Edge
+from schemas.codec import arrow_schema, avro_text, frame_of, latest
+from schemas.errors import ConfigError, ContractBroken, RetryLater, exits
+from schemas.settings import Settings, load
+from schemas.tables import PHASES, home
+from schemas.topics import CRITICAL_EVENTS, EVENTS, READINGS, Topic
+
+NAME = Path(__file__).stem
+VERSION = 1
+KINDS = {
+    "power_failure", "tamper_detect", "terminal_cover_open", "meter_cover_open", "module_cover_open", "strong_dc_field",
+    *(f"phase_outage_{phase.lower()}" for phase in PHASES),
+}  # fmt: skip
+"""Alarm types that are critical."""
+FAR_OUT = "voltage_far_out"
+SAID = ("meter_id", "observed_at", "sent_at", "received_at", "run_id", "seq", "dialect")
+"""What an event and a reading both say."""
+IDENTITY = ("meter_id", "observed_at", "run_id", "seq", "kind", "code", "phase")
+FREE_SLOTS = 4  # beyond one a partition: Spark plans and commits with them
+log = structlog.get_logger()
+
+
+class CriticalSettings(Settings):
+    """Settings of this job.
+
+    Attributes:
+        kafka_bootstrap: host:port of a Kafka broker.
+        critical_checkpoint_s: seconds between checkpoints; what was told since the last one is told again after a kill.
+        far_out_pct: a voltage that deviates by more from its meter's nominal one is far out.
+    """
+
+    kafka_bootstrap: str
+    critical_checkpoint_s: int = 60
+    far_out_pct: float = 15.0
+
+
+def transform(records: DataFrame, registry: DataFrame, far_out_pct: float) -> DataFrame:
+    """Critical events among records of both topics, read once; see the module.
+
+    Args:
+        records: key, value, topic and timestamp of Kafka.
+        registry: one row per meter.
+        far_out_pct: a voltage that deviates by more is far out.
+    """
+    others = registry.where(F.col("nominal_mv") != NOMINAL_MV).select("meter_id", "nominal_mv")  # few, or none
+    bodies = [_body(topic).alias(topic.entity) for topic in (EVENTS, READINGS)]
+    told = (
+        records.select(F.col("key").cast("string").alias("meter_id"), F.col("timestamp").alias("appended_at"), *bodies)
+        .join(F.broadcast(others), "meter_id", "left")
+        .withColumn("told", F.explode(F.concat(_of_event(), _of_reading(far_out_pct))))
+    )
+    both = {name: F.coalesce(f"{EVENTS.entity}.{name}", f"{READINGS.entity}.{name}") for name in SAID}
+    own = {name: F.col(f"told.{name}") for name in ("kind", "code", "phase", "voltage_mv")}
+    event_id = F.lower(F.hex(F.xxhash64(*IDENTITY)))
+    return (
+        told.select("appended_at", *[value.alias(name) for name, value in {**both, **own}.items()])
+        .where("meter_id IS NOT NULL")
+        .withColumn("event_id", event_id)
+        .select(*arrow_schema(CRITICAL_EVENTS.entity).names)
+    )
+
+
+def _body(topic: Topic) -> Column:
+    """The record of a topic, decoded by Spark; null in another topic's rows, a struct of nulls where it cannot be."""
+    schema_id, _ = latest(topic.entity)
+    is_ours = (F.col("topic") == topic.name) & (F.expr("substring(value, 1, 5)") == F.lit(frame_of(schema_id)))
+    body = from_avro(F.expr("substring(value, 6)"), avro_text(topic.entity), {"mode": "PERMISSIVE"})
+    return F.when(is_ours, body)
+
+
+def _told(kind: Column, code: Column, phase: Column, voltage_mv: Column) -> Column:
+    return F.struct(
+        kind.alias("kind"), code.alias("code"), phase.alias("phase"), voltage_mv.cast("long").alias("voltage_mv")
+    )
+
+
+def _of_event() -> Column:
+    """What is told of an event: one, or none."""
+    nothing = F.lit(None)
+    told = F.array(_told(_kind(), F.col("event.code"), nothing.cast("string"), nothing))
+    return F.filter(told, lambda each: each.kind.isNotNull())
+
+
+def _of_reading(far_out_pct: float) -> Column:
+    """What is told of a reading: one of each phase whose voltage is far out."""
+    nominal = F.coalesce("nominal_mv", F.lit(NOMINAL_MV))
+    volts = [
+        _told(F.lit(FAR_OUT), F.lit(None).cast("string"), F.lit(phase), F.col(f"reading.voltage_{phase.lower()}_mv"))
+        for phase in PHASES
+    ]
+    return F.filter(F.array(*volts), lambda each: F.abs(each.voltage_mv - nominal) * 100 > nominal * far_out_pct)
+
+
+def _kind() -> Column:
+    """Kind of an event by (dialect, version, table, code); null where it is not critical."""
+    of = ("dialect", "dialect_version", "source_table", "code")
+    dialect, version, table, code = (F.col(f"event.{name}") for name in of)
+    raised, levels = {}, {}
+    for row in code_table().iter_rows(named=True):
+        kind = row["alarm_type"] if row["alarm_type"] in KINDS else ""
+        key = "|".join(row[name] for name in of)
+        raised[key] = kind if row["edge"] == Edge.RAISE else ""
+        levels[key] = kind if row["edge"] == Edge.LEVEL else ""
+
+    def meaning(kinds: dict[str, str]) -> Column:
+        known = F.create_map(*[F.lit(part) for item in kinds.items() for part in item])
+        any_version = F.concat_ws("|", dialect, F.lit("*"), table, code)
+        return F.coalesce(known[F.concat_ws("|", dialect, version, table, code)], known[any_version])
+
+    kind = F.when(F.col("event.argument") == "1", F.coalesce(F.nullif(meaning(levels), F.lit("")), meaning(raised)))
+    return F.nullif(kind.otherwise(meaning(raised)), F.lit(""))
+
+
+def framed(rows: DataFrame) -> DataFrame:
+    """Key and value for Kafka."""
+    entity = CRITICAL_EVENTS.entity
+    schema_id, _ = latest(entity)
+    body = to_avro(F.struct(*arrow_schema(entity).names), avro_text(entity))
+    return rows.select(F.col("meter_id").alias("key"), F.concat(F.lit(frame_of(schema_id)), body).alias("value"))
+
+
+def start(session: SparkSession, settings: CriticalSettings, micro_batch: bool = False) -> StreamingQuery:
+    """Starts the query; it goes on where its checkpoint stands.
+
+    Args:
+        session: with a task slot for each partition, and some more.
+        settings: of this job.
+        micro_batch: batch after batch instead, to compare.
+
+    Raises:
+        ConfigError: the session has too few task slots: then other work would starve without an error.
+        RetryLater: Kafka does not answer, or has not the topics.
+    """
+    way = "-micro-batch" if micro_batch else ""
+    slots, needed = session.sparkContext.defaultParallelism, partitions(settings.kafka_bootstrap) + FREE_SLOTS
+    if slots < needed:
+        msg = f"{NAME} holds {needed - FREE_SLOTS} task slots for good and wants {needed} in all; there are {slots}: --master local[{needed}]"
+        raise ConfigError(msg)
+    records = (
+        session.readStream.format("kafka")
+        .option("kafka.bootstrap.servers", settings.kafka_bootstrap)
+        .option("subscribe", f"{EVENTS.name},{READINGS.name}")
+        .option("startingOffsets", "latest")  # what is over is no emergency
+        .option("failOnDataLoss", "true")
+        .load()
+    )
+    rows = transform(records, read_registry(session), settings.far_out_pct)
+    return (
+        framed(rows)
+        .writeStream.queryName(NAME)
+        .format("kafka")
+        .option("kafka.bootstrap.servers", settings.kafka_bootstrap)
+        .option("topic", CRITICAL_EVENTS.name)
+        .option("checkpointLocation", uri(home() / "state" / "checkpoints" / f"{NAME}-v{VERSION}{way}"))
+        .outputMode("update")
+        .trigger(
+            **(
+                {"processingTime": "0 seconds"}
+                if micro_batch
+                else {"realTime": f"{settings.critical_checkpoint_s} seconds"}
+            )
+        )
+        .start()
+    )
+
+
+def partitions(bootstrap: str) -> int:
+    """Partitions of what is read.
+
+    Raises:
+        RetryLater: Kafka does not answer, or has not the topics.
+    """
+    try:
+        topics = AdminClient({"bootstrap.servers": bootstrap}).list_topics(timeout=10).topics
+        return sum(len(topics[topic.name].partitions) for topic in (EVENTS, READINGS))
+    except (KafkaException, KeyError) as error:
+        msg = f"Kafka at {bootstrap} does not answer, or has not the topics: {error}"
+        raise RetryLater(msg) from error
+
+
+def main() -> None:
+    """Runs it until SIGTERM or Ctrl-C, in a driver of its own with slots enough."""
+
+    def run(
+        micro_batch: Annotated[bool, typer.Option(help="Batch after batch instead: for bench/latency.py.")] = False,
+    ) -> None:
+        with exits():
+            settings = load(CriticalSettings)
+            stop = threading.Event()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: stop.set())
+            if "PYSPARK_GATEWAY_PORT" not in os.environ:  # not under spark-submit, which says it itself
+                slots = partitions(settings.kafka_bootstrap) + FREE_SLOTS
+                os.environ.setdefault("METERSTREAM_SPARK_MASTER", f"local[{slots}]")
+            query = start(spark_session(f"meterstream-{NAME}"), settings, micro_batch)
+            ready = home() / "run" / f"{NAME}.ready"
+            ready.parent.mkdir(parents=True, exist_ok=True)
+            ready.write_text(str(os.getpid()))
+            log.info("real-time mode", kafka=settings.kafka_bootstrap)
+            try:
+                while not stop.wait(0.5):
+                    if not query.isActive:
+                        msg = f"query {NAME} ended: {query.exception()}"
+                        raise ContractBroken(msg)
+            finally:
+                ready.unlink(missing_ok=True)
+                query.stop()
+
+    run.__doc__ = main.__doc__
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(run)
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Critical events through a real Kafka in real-time mode: at once, each with one id, none lost by kill -9."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka import Consumer, Producer
+
+from schemas.codec import decode, encode
+from schemas.errors import ConfigError
+from schemas.topics import CRITICAL_EVENTS, EVENTS
+from stack.demo import environment, own_settings
+from stack.native import NativeStack
+from streaming_jobs.critical_events import CriticalSettings, start
+from tests.eventually import eventually
+
+
+@pytest.fixture(scope="module")
+def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeStack]:
+    stack = NativeStack(own_settings(tmp_path_factory.mktemp("critical")))
+    try:
+        stack.start(["kafka"])
+        yield stack
+    finally:
+        stack.stop()
+
+
+class Reader:
+    """Everything in the topic so far."""
+
+    def __init__(self, bootstrap: str) -> None:
+        self.consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "t", "auto.offset.reset": "earliest"})
+        self.consumer.subscribe([CRITICAL_EVENTS.name])
+        self.records: list[dict[str, Any]] = []
+
+    def ids(self) -> set[str]:
+        message = self.consumer.poll(0.05)
+        while message is not None:
+            assert message.error() is None
+            self.records.append(decode(message.value() or b"", CRITICAL_EVENTS.entity))
+            message = self.consumer.poll(0)
+        return {record["event_id"] for record in self.records}
+
+
+def failures(bootstrap: str, numbers: range) -> None:
+    producer = Producer({"bootstrap.servers": bootstrap, "linger.ms": 0})
+    for number in numbers:
+        record = {"meter_id": f"m{number % 7}", "observed_at": datetime.now(UTC), "dialect": "c12.19", "seq": number}
+        value = encode("event", {**record, "dialect_version": "1", "source_table": "ST76", "code": "AE1"})
+        producer.produce(EVENTS.name, value, f"m{number % 7}")
+    assert producer.flush(30) == 0
+
+
+@pytest.fixture
+def running(kafka: NativeStack) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """Starts the job; whatever is left of it is killed."""
+    begun: list[subprocess.Popen[bytes]] = []
+    ready = kafka.home / "run" / "critical_events.ready"
+
+    def run() -> subprocess.Popen[bytes]:
+        ready.unlink(missing_ok=True)
+        variables = {**os.environ, **environment(kafka.settings), "METERSTREAM_CRITICAL_CHECKPOINT_S": "5"}
+        with (kafka.home / "logs" / "critical.log").open("ab") as log:
+            command = [sys.executable, "-m", "streaming_jobs.critical_events"]
+            begun.append(subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True))
+        eventually(ready.exists, 120)
+        return begun[-1]
+
+    yield run
+    for process in begun:
+        with pytest.MonkeyPatch.context():
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            process.wait()
+
+
+def test_what_is_sent_while_it_runs_or_lies_dead_is_told_with_one_id_each(
+    kafka: NativeStack, running: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    bootstrap = kafka.settings.kafka_bootstrap
+    reader = Reader(bootstrap)
+    process = running()
+    # its own beginning is the end of the topic when its first checkpoint is written
+    eventually(lambda: (failures(bootstrap, range(0, 1)), reader.ids())[1], 60)
+    began = time.monotonic()
+    failures(bootstrap, range(1, 101))
+    eventually(lambda: len(reader.ids()) >= 101, 30)
+    assert time.monotonic() - began < 5, "before the checkpoint that a micro-batch would wait for"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    failures(bootstrap, range(101, 201))
+    process = running()
+    failures(bootstrap, range(201, 301))
+    told = {(record["meter_id"], record["event_id"]) for record in eventually(lambda: whole(reader), 60)}
+    assert len({event_id for _, event_id in told}) == len(told), "an id is one meter's"
+    process.terminate()
+    assert process.wait(60) == 0
+    assert not (Path(kafka.home) / "run" / "critical_events.ready").exists()
+
+
+def whole(reader: Reader) -> list[dict[str, Any]]:
+    return reader.records if len(reader.ids()) >= 301 else []
+
+
+def test_a_driver_with_too_few_task_slots_is_refused(kafka: NativeStack, spark: Any) -> None:
+    settings = CriticalSettings(kafka_bootstrap=kafka.settings.kafka_bootstrap)
+    with pytest.raises(ConfigError, match="holds 8 task slots for good and wants 12 in all"):
+        start(spark, settings)

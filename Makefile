@@ -3,7 +3,7 @@ SHELL := /bin/sh
 MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
 
-.PHONY: help setup up down status logs demo nightly replay bench test test-integration lint clean
+.PHONY: help setup up down status logs demo nightly replay bench bench-latency test test-integration lint clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -42,6 +42,10 @@ replay: setup  ## Replay: ARGS="run --tape … --meters 1000", ARGS=--help
 
 bench: setup  ## What the replay's sending costs, beside Kafka's own bench and others: ARGS=--help
 	@$(PYTHON) -m bench.replay $(ARGS)
+
+bench-latency: setup  ## How soon a critical event is told, beside micro-batches: ARGS=--help
+	@mkdir -p data/tmp
+	@$(PYTHON) -m bench.latency $(ARGS)
 
 test: setup  ## All tests; METER_LOGS= names a folder of real logs
 	@mkdir -p data/tmp

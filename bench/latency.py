@@ -1,8 +1,9 @@
 """How soon a critical event is told: Spark's real-time mode beside micro-batches, in one run: `make bench-latency`.
 
 Power failures go into Kafka at a steady rate (open loop); a consumer takes what comes out. Latency is from Kafka's
-append of the event to the consumer's receipt, for every event after the warm-up. Both contenders run the same transform of
-streaming_jobs.critical_events, one after the other, in turn, each in a process of its own. Timing decides no exit code.
+append of the event to the consumer's receipt, for every event after the warm-up. Both contenders run the same transform
+of streaming_jobs.critical_events, one after the other, in turn, each in a process of its own. Timing decides no exit
+code.
 """
 
 import json

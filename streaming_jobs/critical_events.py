@@ -168,7 +168,10 @@ def start(session: SparkSession, settings: CriticalSettings, micro_batch: bool =
     way = "-micro-batch" if micro_batch else ""
     slots, needed = session.sparkContext.defaultParallelism, partitions(settings.kafka_bootstrap) + FREE_SLOTS
     if slots < needed:
-        msg = f"{NAME} holds {needed - FREE_SLOTS} task slots for good and wants {needed} in all; there are {slots}: --master local[{needed}]"
+        msg = (
+            f"{NAME} holds {needed - FREE_SLOTS} task slots for good and wants {needed} in all; there are {slots}: "
+            f"--master local[{needed}]"
+        )
         raise ConfigError(msg)
     records = (
         session.readStream.format("kafka")

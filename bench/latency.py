@@ -68,16 +68,18 @@ class Measured:
 
 @contextmanager
 def _job(way: str, variables: dict[str, str], home: Path) -> Iterator[None]:
-    """A contender, ready."""
+    """A contender, ready; with a home of its own it begins at the end of the topics."""
+    home.mkdir()
     ready = home / "run" / "critical_events.ready"
-    ready.unlink(missing_ok=True)
-    with (home / "logs" / "critical.log").open("ab") as log:
-        process = subprocess.Popen(WAYS[way], env=variables, stdout=log, stderr=log, cwd=ROOT)
+    told = home / "critical.log"
+    with told.open("ab") as log:
+        own = {**variables, "METERSTREAM_HOME": str(home)}
+        process = subprocess.Popen(WAYS[way], env=own, stdout=log, stderr=log, cwd=ROOT)
         try:
             until = time.monotonic() + START_S
             while not ready.exists():
                 if process.poll() is not None or time.monotonic() > until:
-                    msg = f"{way} did not start: see {home / 'logs' / 'critical.log'}"
+                    msg = f"{way} did not start:\n{told.read_text()[-2_000:]}"
                     raise RetryLater(msg)
                 time.sleep(0.1)
             yield
@@ -131,12 +133,14 @@ def _round(way: str, bootstrap: str, rate: int, seconds: int, warm_up_s: int) ->
 
 def main(
     rate: Annotated[int, typer.Option(help="Events a second.", min=1)] = 1_000,
-    seconds: Annotated[int, typer.Option(help="How long, after the warm-up.", min=1)] = 60,
+    seconds: Annotated[
+        int, typer.Option(help="How long, after the warm-up: a checkpoint's time or more.", min=1)
+    ] = 125,
     warm_up: Annotated[int, typer.Option(help="Seconds that do not count.", min=0)] = 30,
     rounds: Annotated[int, typer.Option(help="Of each contender, in turn.", min=1)] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
-    """Latency of critical events in real-time mode and in micro-batches: make bench-latency ARGS="--seconds 20"."""
+    """Latency of critical events in real-time mode and in micro-batches: make bench-latency ARGS="--rounds 1"."""
     with exits():
         folder = Path(tempfile.mkdtemp(prefix="latency-", dir=ROOT / "data" / "tmp"))
         stack = NativeStack(own_settings(folder), on_progress=lambda line: progress.print(f"  {line}"))
@@ -147,7 +151,7 @@ def main(
             for number in range(rounds):
                 for way in WAYS:
                     progress.print(f"{way}, round {number + 1}")
-                    with _job(way, variables, folder):
+                    with _job(way, variables, folder / f"job{len(done)}"):
                         done.append(_round(way, stack.settings.kafka_bootstrap, rate, seconds, warm_up))
         finally:
             stack.stop()

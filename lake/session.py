@@ -34,6 +34,7 @@ def spark_session(name: str, **options: str) -> SparkSession:
         "spark.sql.streaming.numRecentProgressUpdates": "50",
         "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
         "spark.sql.warehouse.dir": str(home() / "tmp" / "warehouse"),
+        "spark.executor.extraJavaOptions": f"-Djava.io.tmpdir={home().absolute() / 'tmp'} -XX:-UsePerfData",
         "spark.scheduler.mode": "FAIR",
         "spark.ui.enabled": "false",
     }

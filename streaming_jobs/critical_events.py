@@ -2,7 +2,7 @@
 
 Power failures, last gasps, tampering, voltages far out.
 
-Reads: meter-events-v1, meter-readings-v1; registry (nominal voltage), as it is when a checkpoint begins.
+Reads: meter-events-v1, meter-readings-v1; registry (nominal voltage), as it is when the job starts.
 Writes: critical-events-v1, one record per event, and per phase of a reading whose voltage is far out.
 Key: meter_id; event_id names what the meter said.
 Lateness: nothing is too late: no state is kept.

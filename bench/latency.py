@@ -85,7 +85,11 @@ def _job(way: str, variables: dict[str, str], home: Path) -> Iterator[None]:
             yield
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _round(way: str, bootstrap: str, rate: int, seconds: int, warm_up_s: int) -> Measured:
@@ -96,8 +100,12 @@ def _round(way: str, bootstrap: str, rate: int, seconds: int, warm_up_s: int) ->
     )  # fmt: skip
     producer = Producer({"bootstrap.servers": bootstrap, "linger.ms": 0, "acks": "all"})
     consumer.subscribe([CRITICAL_EVENTS.name])
+    until = time.monotonic() + START_S
     while not consumer.assignment():
         consumer.poll(0.1)
+        if time.monotonic() > until:
+            msg = f"Kafka at {bootstrap} gives no partition"
+            raise RetryLater(msg)
     load = os.getloadavg()[0]
     late_ms: list[float] = []
     first = rate * warm_up_s
@@ -105,6 +113,8 @@ def _round(way: str, bootstrap: str, rate: int, seconds: int, warm_up_s: int) ->
     def take(wait_s: float) -> None:
         message = consumer.poll(wait_s)
         while message is not None:
+            if error := message.error():
+                raise RetryLater(error.str())
             now = time.time()
             record = decode(message.value() or b"", CRITICAL_EVENTS.entity)
             if int(record["run_id"]) >= first:

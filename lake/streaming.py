@@ -275,6 +275,11 @@ def _send(rows: DataFrame, topic: Topic, bootstrap: str) -> None:
     )
 
 
+def flushed_mark() -> Path:
+    """There since the jobs last ended with a flush, until they start again."""
+    return home() / "run" / "streaming.flushed"
+
+
 def run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
     """Runs the jobs in one driver until SIGTERM or SIGINT; SIGUSR1 before that asks for a flush at the end.
 
@@ -294,6 +299,7 @@ def run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
     queries = [runner.start(session) for runner in runners]
     ready = home() / "run" / "streaming.ready"
     ready.parent.mkdir(parents=True, exist_ok=True)
+    flushed_mark().unlink(missing_ok=True)
     ready.write_text(str(os.getpid()))
     log.info("streaming", jobs=[job.name for job in jobs], kafka=settings.kafka_bootstrap)
     try:
@@ -312,6 +318,7 @@ def run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
     if flush.is_set():
         for runner in runners:
             runner.flush(session)
+        flushed_mark().touch()
     log.info("stopped", flushed=flush.is_set())
     session.stop()
 

@@ -399,7 +399,7 @@ class Fleet:
     @property
     def mark(self) -> str:
         """What tells this fleet's copies of the grid from those of a fleet with other ids."""
-        return "" if self.prefix == PREFIX else self.prefix
+        return "" if self.prefix == PREFIX else f"{self.prefix}-"
 
     def registry(self, low: int, high: int) -> pl.DataFrame:
         """Registry rows of the meters low … high − 1."""
@@ -514,6 +514,9 @@ def fleet(
         raise ConfigError(msg)
     if not re.fullmatch("[A-Za-z0-9_-]{1,32}", prefix):
         msg = f"--meter-prefix has 1 to 32 letters, digits, '_' or '-', not {prefix!r}"
+        raise ConfigError(msg)
+    if own_clock and prefix != PREFIX:
+        msg = "with its own clock the meters keep the log's names: no --meter-prefix"
         raise ConfigError(msg)
     if loop and duration is None:
         msg = "--loop goes on until --duration is over: give both"

@@ -220,15 +220,19 @@ def _prepare(crew: Fleet, dirt: Dirt | None, ledger: Ledger, again: bool) -> Non
     if (folder / "run.json").exists():
         msg = f"run {ledger.run_id} is there already ({folder}): a run's name is used once"
         raise ConfigError(msg)
-    registry = folder / "registry.parquet"
     if ledger.to != "null":
         _check_is_new(crew, again)
-        registry = table_path("registry") / f"date={crew.first_at:%Y-%m-%d}" / f"{ledger.run_id}.parquet"
-    _write((crew.registry(low, high).to_arrow().cast(REGISTRY) for low, high in _blocks(len(crew))), registry)
+        registry = (crew.registry(low, high).to_arrow().cast(REGISTRY) for low, high in _blocks(len(crew)))
+        _write(registry, _registry_file(ledger))
     _write((crew.truth(low, high).to_arrow() for low, high in _blocks(len(crew))), folder / "truth.parquet")
     faults = (dirt.faults if dirt else pl.DataFrame(schema=polars_schema(FAULTS))).to_arrow().cast(FAULTS)
     _write(iter([faults]), folder / "faults.parquet")
     _write_ledger(ledger)
+
+
+def _registry_file(ledger: Ledger) -> Path:
+    """The run's part of the lake's registry."""
+    return table_path("registry") / f"date={ledger.first_at[:10]}" / f"{ledger.run_id}.parquet"
 
 
 def _check_is_new(crew: Fleet, again: bool) -> None:
@@ -238,8 +242,13 @@ def _check_is_new(crew: Fleet, again: bool) -> None:
         mine = crew.registry(low, high)
         is_mine = pl.col("meter_id").is_in(mine.get_column("meter_id").implode())
         known = pl.scan_parquet(files, include_file_paths="file").filter(is_mine).collect()
-        other = "--meter-prefix gives the fleet other names, METERSTREAM_HOME names another data folder"
-        both = known.join(mine, on="meter_id", suffix="_mine").sort("meter_id", "file")
+        newest = known.sort("valid_from", "usage_point_id", descending=[True, False], nulls_last=True).unique(
+            "meter_id", keep="first", maintain_order=True
+        )
+        other = "METERSTREAM_HOME names another data folder"
+        if not crew.own_clock:
+            other = f"--meter-prefix gives the fleet other names, {other}"
+        both = newest.join(mine, on="meter_id", suffix="_mine").sort("meter_id", "file")
         for row in both.iter_rows(named=True):
             whose = f"{row['meter_id']} is known by {Path(row['file']).stem}"
             differing = [name for name in FACTS if row[name] != row[f"{name}_mine"]]
@@ -297,6 +306,8 @@ def play(order: Order, open_sink: Callable[[], Sink], on_progress: Progress = la
     ledger.seconds = round(time.monotonic() - began, 3)
     _settle(ledger, parts)
     ledger.is_whole = failure is None and not stop.is_asked
+    if failure and not ledger.readings + ledger.events + ledger.poison:
+        _registry_file(ledger).unlink(missing_ok=True)  # it sent nothing: the same run again is no second one
     _write(_per_meter(ids, parts, ledger), run_folder(ledger.run_id) / "ledger.parquet")
     _write_ledger(ledger)
     if failure:

@@ -1142,8 +1142,8 @@ def told(verdict: Verdict, named: int) -> list[Table | str]:
     if verdict.unfinished:  # sums over tables of which each is at another record would be false
         found = [
             f"[red]✗[/] not finished yet: {escape('; '.join(verdict.unfinished))}",
-            "  bridge and jobs may still be at work: verify again (--wait SECONDS); where nothing runs any more, "
-            "what is missing is lost",
+            "  bridge and jobs may still be at work: verify again (--wait SECONDS); where nothing runs, make up first: "
+            "what broker and Kafka keep still comes",
             stages,
         ]
     if len(verdict.faults):

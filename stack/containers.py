@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, RetryLater
 from stack.native import (
     ALL,
     FLUSH_GRACE_S,
     FLUSHING,
     LOG_TAIL_LINES,
     NAMES,
+    NOT_FLUSHED,
+    NOT_READY,
     ROOT,
     SUPERVISOR,
     PartState,
@@ -118,13 +120,23 @@ class ContainerStack:
 
         Args:
             flush: the jobs first take what Kafka has and close what is open.
+
+        Raises:
+            RetryLater: a flush was asked for and the jobs are not ready, then nothing is stopped; or it did not come to
+                its end, then everything is.
         """
         running = [name for name in ALL if self.is_running(name)]
-        if flush and self._state("streaming").state == "running":
+        is_flushed = True
+        if flush and "streaming" in running:
+            if self._state("streaming").state != "running":
+                raise RetryLater(NOT_READY)
             self._do(["kill", "-s", "SIGUSR1", "streaming"], "the jobs could not be asked to flush")
             self._on_progress(FLUSHING)
             self.stop_part("streaming", FLUSH_GRACE_S)
+            is_flushed = self._inspect("streaming").get("State", {}).get("ExitCode") == 0
         self._do(["--profile", "cluster", "down", "--remove-orphans"], "the containers could not be stopped")
+        if not is_flushed:
+            raise RetryLater(NOT_FLUSHED)
         return running
 
     def clean(self) -> None:

@@ -30,7 +30,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 from pydantic import Field
 
-from schemas.errors import ConfigError, MeterstreamError
+from schemas.errors import ConfigError, MeterstreamError, RetryLater
 from schemas.settings import Settings
 from schemas.topics import TOPICS
 
@@ -55,6 +55,8 @@ STOP_GRACE_S = {"nats": 15.0, "kafka": 30.0, "ingest": 30.0, **dict.fromkeys(CLU
 """Time to finish on SIGTERM: a streaming batch and Kafka's clean flush take longest."""
 FLUSH_GRACE_S = 900.0
 """Time to take all that Kafka has, and to close what is open."""
+NOT_READY = "the streaming jobs are starting, and cannot flush yet: wait for make status to say running"
+NOT_FLUSHED = "the streaming jobs did not take all that Kafka has: make up, and down with FLUSH=1 again; see make logs"
 FLUSHING = "streaming takes what Kafka has and closes what is open: half a minute, or more"
 FAILED_START_GRACE_S = 5.0
 """What has not become ready has nothing worth a longer wait."""
@@ -190,20 +192,38 @@ class NativeStack:
 
         Returns:
             The names of what was running, wholly or in part.
+
+        Raises:
+            RetryLater: a flush was asked for and the jobs are not ready, then nothing is stopped; or it did not come to
+                its end, then everything is.
         """
+        asked = flush and self.is_running("streaming")
+        if asked and not self._is_ready("streaming"):
+            raise RetryLater(NOT_READY)
         stopped = [SUPERVISOR] if self._stop_part(SUPERVISOR, STOP_GRACE_S[SUPERVISOR]) else []
-        with self._locked(), _uninterrupted():
-            grace_s = dict(STOP_GRACE_S)
-            driver = self._leader("streaming")
-            if flush and driver and self._is_ready("streaming"):
-                driver.send_signal(signal.SIGUSR1)
-                self._on_progress(FLUSHING)
-                grace_s["streaming"] = FLUSH_GRACE_S
-            for name in reversed(ALL):
-                if self._stop_part(name, grace_s[name]):
-                    stopped.append(name)
-                    self._on_progress(f"{name} stopped")
+        with self._locked():
+            if asked:
+                self._flush()
+            with _uninterrupted():
+                for name in reversed(ALL):
+                    if self._stop_part(name, STOP_GRACE_S[name]):
+                        stopped.append(name)
+                        self._on_progress(f"{name} stopped")
+        if asked and not (self.home / "run" / "streaming.flushed").exists():
+            raise RetryLater(NOT_FLUSHED)
         return stopped
+
+    def _flush(self) -> None:
+        """Lets the jobs come to their end, as long as it takes; Ctrl-C ends the waiting."""
+        driver = self._leader("streaming")
+        if driver is None:
+            return
+        self._on_progress(FLUSHING)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            driver.send_signal(signal.SIGUSR1)
+            driver.send_signal(signal.SIGTERM)
+        with contextlib.suppress(KeyboardInterrupt):
+            self._wait_until(lambda: self._leader("streaming") is None, FLUSH_GRACE_S)
 
     def stop_part(self, name: str, grace_s: float | None = None) -> None:
         """Stops one process; by default with its usual grace.

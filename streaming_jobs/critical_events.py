@@ -171,7 +171,7 @@ def start(session: SparkSession, settings: CriticalSettings, micro_batch: bool =
     if slots < needed:
         msg = (
             f"{NAME} holds {needed - FREE_SLOTS} task slots for good and wants {needed} in all; there are {slots}: "
-            f"--master local[{needed}]"
+            f"METERSTREAM_SPARK_MASTER, or spark-submit's --master, is local[{needed}]"
         )
         raise ConfigError(msg)
     records = (

@@ -668,10 +668,12 @@ def _windows(lake: duckdb.DuckDBPyConnection) -> list[pl.DataFrame]:
                 count(*) AS n, min(mv) AS low, max(mv) AS high, avg(mv) AS mean
             FROM (UNPIVOT (FROM placed ANTI JOIN shared USING (meter_id) WHERE turn = 1) ON {VOLTAGE_COLUMNS}
                 INTO NAME name VALUE mv) GROUP BY ALL),
-        found AS (FROM run_windows ANTI JOIN shared USING (meter_id))
+        found AS (
+            SELECT *, count(*) OVER (PARTITION BY meter_id, phase, window_start) AS times
+            FROM run_windows ANTI JOIN shared USING (meter_id))
         SELECT meter_id, phase, window_start, m.n, f.sample_count
         FROM made m FULL JOIN found f USING (meter_id, phase, window_start)
-        WHERE f.sample_count IS DISTINCT FROM m.n OR f.min_mv IS DISTINCT FROM m.low
+        WHERE f.times > 1 OR f.sample_count IS DISTINCT FROM m.n OR f.min_mv IS DISTINCT FROM m.low
             OR f.max_mv IS DISTINCT FROM m.high OR abs(f.mean_mv - m.mean) > 1"""
     )
     at = "phase || ' ' || strftime(window_start, '%Y-%m-%d %H:%M')"

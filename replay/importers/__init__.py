@@ -12,7 +12,7 @@ import pkgutil
 import re
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal, InvalidOperation
@@ -305,8 +305,11 @@ class Log:
             BadLog: a needed column is missing, or a row is refused.
         """
         self.text()  # names the line that is no text; the rows are read as a stream, for a large log's memory
-        rows = csv.reader(io.TextIOWrapper(io.BytesIO(self.data), "utf-8-sig", newline=""), delimiter=delimiter)
-        header = [name.strip() for name in next(rows, [])]
+        rows = fields_of(io.TextIOWrapper(io.BytesIO(self.data), "utf-8-sig", newline=""), delimiter)
+        _, names = next(rows, (1, []))
+        if isinstance(names, csv.Error):
+            raise self.bad(1, str(names))
+        header = [name.strip() for name in names]
         missing = [name for name in needed if name not in header]
         if missing:
             raise self.bad(1, f"no column {', '.join(missing)}")
@@ -315,14 +318,17 @@ class Log:
         schema = dict.fromkeys(there, pl.String()) | {"line": pl.Int64()}
         chunk: list[list[Any]] = []
         chunks = [pl.DataFrame(schema=schema)]
-        for fields in rows:
+        for line, fields in rows:
             if not fields:
                 continue
             self.rows_in += 1
-            if len(fields) != len(header):
-                self.refuse(rows.line_num, f"{len(fields)} fields, the header has {len(header)}")
+            if isinstance(fields, csv.Error):
+                self.refuse(line, str(fields))
                 continue
-            chunk.append([*(fields[place] for place in places), rows.line_num])
+            if len(fields) != len(header):
+                self.refuse(line, f"{len(fields)} fields, the header has {len(header)}")
+                continue
+            chunk.append([*(fields[place] for place in places), line])
             if len(chunk) == CHUNK_ROWS:
                 chunks.append(pl.DataFrame(chunk, schema, orient="row"))
                 chunk = []
@@ -405,6 +411,18 @@ class Log:
             readings.to_arrow().cast(log_schema("reading")), self.zone.key, +self.defects, self.rows_in, intervals_s,
             self.refused, registry,
         )  # fmt: skip
+
+
+def fields_of(lines: Iterable[str], delimiter: str = ",") -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """Number and fields of each line of a CSV log, or what is wrong with it.
+
+    Each line is read by itself: a stray quotation mark harms no other.
+    """
+    for number, line in enumerate(lines, 1):
+        try:
+            yield number, next(csv.reader([line], delimiter=delimiter, strict=True), [])
+        except csv.Error as error:
+            yield number, error
 
 
 def look_at_times(readings: pl.DataFrame, defects: Counter[str]) -> dict[str, int | None]:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import MAXYEAR, datetime, timedelta
 from pathlib import Path
@@ -11,7 +10,7 @@ from zoneinfo import ZoneInfo
 
 import polars as pl
 
-from replay.importers import MAX_EXACT, Asked, Defect, Imported, Log, exact, summed
+from replay.importers import MAX_EXACT, Asked, Defect, Imported, Log, exact, fields_of, summed
 from schemas.topics import METER_ID
 
 FILES = ("*.csv", "*.csv.gz")
@@ -69,9 +68,13 @@ def read(path: Path, asked: Asked) -> Imported:
         BadLog: a record that does not fit, or the file is no NEM12 or NEM13.
     """
     log = Log(path, asked, ZONE)
-    lines = _lines(log)
+    lines = fields_of(io.StringIO(log.text(), newline=""))
     _, header = next(lines, (1, []))
-    if len(header) < 2 or (header[0].strip(), header[1].strip()) not in (("100", "NEM12"), ("100", "NEM13")):
+    if (
+        isinstance(header, csv.Error)
+        or len(header) < 2
+        or (header[0].strip(), header[1].strip()) not in (("100", "NEM12"), ("100", "NEM13"))
+    ):
         raise log.bad(1, "no header (100,NEM12 or 100,NEM13)")
     if asked.timezone is None and len(header) > 3:
         log.zone = ZoneInfo(SENDER_ZONES.get(header[3].strip(), log.zone.key))
@@ -80,6 +83,11 @@ def read(path: Path, asked: Asked) -> Imported:
     is_open = False  # the last day was taken, so that 400 records have something to set
     reads: list[tuple[Any, ...]] = []
     for number, record in lines:
+        if isinstance(record, csv.Error):
+            channel, is_open = None, False  # it may have been a 200: what follows is of nobody
+            log.rows_in += 1
+            log.refuse(number, str(record))
+            continue
         kind = record[0].strip() if record else ""
         try:
             match kind:
@@ -100,6 +108,7 @@ def read(path: Path, asked: Asked) -> Imported:
                 case "100" | "500" | "550" | "900" | "":
                     continue
                 case _:
+                    channel, is_open = None, False  # as above
                     log.rows_in += 1
                     log.refuse(number, f"record {kind!r} is none that we know")
         except (ValueError, IndexError, KeyError, ArithmeticError) as error:
@@ -122,16 +131,6 @@ def read(path: Path, asked: Asked) -> Imported:
     )
     registry = readings.select("meter_id", jurisdiction=pl.lit("AS60038")).unique()
     return log.close(log.utc(readings), registry)
-
-
-def _lines(log: Log) -> Iterator[tuple[int, list[str]]]:
-    """Number and fields of each line."""
-    lines = csv.reader(io.StringIO(log.text()))
-    try:
-        for record in lines:
-            yield lines.line_num, record
-    except csv.Error as error:
-        raise log.bad(lines.line_num, str(error)) from error
 
 
 def _meter_id(text: str) -> str:

@@ -552,7 +552,29 @@ def test_what_a_nem12_file_is_refused_is_part_of_its_rows_in(tmp_path, records, 
 def test_a_nem12_file_that_is_no_csv_is_refused_with_its_line(tmp_path):
     path = log(tmp_path / "x.csv", nem12(channel(), day(20240201, 1, 1), '300,20240202,"' + "1," * 70_000))
     with pytest.raises(BadLog, match=r"x\.csv:4: field larger"):
-        read(path, "nem12", keep_going=True)
+        read(path, "nem12")
+    going = read(path, "nem12", keep_going=True)
+    assert (going.rows_in, going.defects["refused"]) == (3, 1)
+
+
+def test_days_below_a_garbled_channel_are_nobodys(tmp_path):
+    """Else reactive energy would count as the channel's above it."""
+    garbled = channel(suffix="Q1").replace("200,", "Z200,").replace("kWh", "kVArh")
+    text = nem12(channel(), day(20240201, 1, 1), garbled, day(20240201, 7, 7))
+    imported = read(log(tmp_path / "x.csv", text), "nem12", keep_going=True)
+    assert (imported.rows_in, imported.defects["refused"], imported.defects["conflict"]) == (5, 3, 0)
+    assert column(imported, "import_t1_wh") == [0, 1000, 2000]
+
+
+@pytest.mark.parametrize("damage", ['"', "7" * 140_000])
+def test_a_stray_quotation_mark_or_an_endless_field_harms_its_own_row_only(tmp_path, damage):
+    rows = [f"2024-01-0{day} 00:00:00,{day}" for day in range(1, 7)]
+    rows[2] = damage + rows[2]
+    path = log(tmp_path / "x.csv", "TIMESTAMP,VERBR_KWH_181\n" + "\n".join(rows) + "\n")
+    with pytest.raises(BadLog, match=r"x\.csv:4: "):
+        read(path, "p1mon-daily")
+    imported = read(path, "p1mon-daily", keep_going=True)
+    assert (imported.rows_in, len(imported.readings), imported.defects["refused"]) == (6, 5, 1)
 
 
 def test_western_power_keeps_its_own_markets_time(tmp_path):

@@ -42,7 +42,7 @@ from rich.table import Table
 
 from replay.fleet import STAMP, fleet
 from replay.sinks import PRODUCER
-from replay.tape import read_tape
+from replay.tape import has_tape, read_tape
 from schemas.codec import FRAME, arrow_schema, avro_schema, encode_batch, latest
 from schemas.errors import ConfigError, ContractBroken, RetryLater, exits
 from schemas.topics import READINGS, mqtt_topic
@@ -209,7 +209,7 @@ def _tape() -> Path:
     from stack.demo import DAY, GRID_TAPE
 
     folder = GRID_TAPE
-    if (folder / "tape.json").exists():
+    if has_tape(folder):
         return folder
     progress.print("building the simulated grid's tape")
     command = [sys.executable, "-m", "replay", "simulate", "--day", f"{DAY}", "--to", str(folder)]

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -275,6 +276,41 @@ def _send(rows: DataFrame, topic: Topic, bootstrap: str) -> None:
     )
 
 
+def asked_to_end() -> threading.Event:
+    """Set by SIGTERM or SIGINT from now on."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+@contextmanager
+def served(name: str, queries: list[StreamingQuery]) -> Iterator[None]:
+    """Says by `run/<name>.ready` that a driver's queries run; at the end they are stopped."""
+    ready = home() / "run" / f"{name}.ready"
+    ready.parent.mkdir(parents=True, exist_ok=True)
+    ready.write_text(str(os.getpid()))
+    try:
+        yield
+    finally:
+        ready.unlink(missing_ok=True)
+        for query in queries:
+            query.stop()
+
+
+def stay(queries: list[StreamingQuery], stop: threading.Event) -> None:
+    """Waits until somebody asks for the end.
+
+    Raises:
+        ContractBroken: a query ended by itself.
+    """
+    while not stop.wait(0.5):
+        for query in queries:
+            if not query.isActive:
+                msg = f"query {query.name} ended: {query.exception()}"
+                raise ContractBroken(msg)
+
+
 def flushed_mark() -> Path:
     """There since the jobs last ended with a flush, until they start again."""
     return home() / "run" / "streaming.flushed"
@@ -286,35 +322,22 @@ def run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
     Raises:
         ContractBroken: a query ended by itself; the others are stopped.
     """
-    stop, flush = threading.Event(), threading.Event()
+    stop, flush = asked_to_end(), threading.Event()
     if settings.flush:
         flush.set()
     signal.signal(signal.SIGUSR1, lambda *_: flush.set())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     session = spark_session("meterstream-" + "-".join(job.name for job in jobs))
     runners = [Runner(job, settings) for job in jobs]
     for runner in runners:
         runner.finish_flush(session)
     queries = [runner.start(session) for runner in runners]
-    ready = home() / "run" / "streaming.ready"
-    ready.parent.mkdir(parents=True, exist_ok=True)
     flushed_mark().unlink(missing_ok=True)
-    ready.write_text(str(os.getpid()))
-    log.info("streaming", jobs=[job.name for job in jobs], kafka=settings.kafka_bootstrap)
-    try:
-        while not stop.wait(0.5):
-            for query in queries:
-                if not query.isActive:
-                    msg = f"query {query.name} ended: {query.exception()}"
-                    raise ContractBroken(msg)
+    with served("streaming", queries):
+        log.info("streaming", jobs=[job.name for job in jobs], kafka=settings.kafka_bootstrap)
+        stay(queries, stop)
         if flush.is_set():
             for query in queries:
                 query.processAllAvailable()
-    finally:
-        ready.unlink(missing_ok=True)
-        for query in queries:
-            query.stop()
     if flush.is_set():
         for runner in runners:
             runner.flush(session)

@@ -28,7 +28,7 @@ from replay.simulate import DEFAULT_GRID
 from replay.simulate import simulate as build_simulation
 from replay.sinks import KafkaSink, MqttSink, NullSink, Sink
 from replay.statistics import NARROWEST, TARGETS, Statistics, comparisons, statistics
-from replay.tape import Tape, read_tape
+from replay.tape import Tape, has_tape, read_tape
 from schemas.errors import ConfigError, RetryLater, exits
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode="markdown")
@@ -81,7 +81,7 @@ def import_command(
     """
     with exits():
         begin = first_at and first_at.replace(tzinfo=UTC)
-        is_there = (to / "tape.json").is_file()
+        is_there = has_tape(to)
         with working("reading"):
             tape, refused = import_log(
                 logs, format, to, meter_id=meter_id, timezone=timezone, keep_going=keep_going, first_at=begin,
@@ -136,7 +136,7 @@ def simulate(
             )
             raise ConfigError(msg)
         homes = meters or 50 if profiles == "demandlib" else None
-        is_there = (to / "tape.json").is_file()
+        is_there = has_tape(to)
         tape = simulated(to, day.date(), step_s, seed, days=days, grid=grid, homes=homes, taps=_taps(tap or []))
         _told(tape, to, is_there)
 
@@ -349,7 +349,7 @@ def record_command(
     from replay.record import record, sent_by
 
     with exits():
-        is_there = (to / "tape.json").is_file()
+        is_there = has_tape(to)
         with Progress(TextColumn("record"), BarColumn(), TimeElapsedColumn(), console=problems) as bar:
             task = bar.add_task("", total=None)
             tape, newest = record(

@@ -5,7 +5,6 @@ Records keep their arrival order per meter: duplicates, late and reordered ones 
 place on a tape: they are counted among its defects, by reason, as are the dead letters of the same time.
 """
 
-import json
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
-from replay.run import Ledger, run_folder
+from replay.run import read_ledger, run_folder
 from replay.tape import Tape, log_schema, registry_of, write_tape
 from replay.verify import open_lake
 from schemas.closed_lists import DeadLetterReason
@@ -151,7 +150,7 @@ def sent_by(run_id: str) -> int | None:
         RetryLater: it still runs, or was killed: nobody knows.
     """
     try:
-        ledger = Ledger(**json.loads((run_folder(run_id) / "run.json").read_text()))
+        ledger = read_ledger(run_id)
     except FileNotFoundError:
         return None
     if not (run_folder(run_id) / "ledger.parquet").exists():

@@ -249,16 +249,24 @@ def _check_is_new(crew: Fleet, again: bool) -> None:
         if not crew.own_clock:
             other = f"--meter-prefix gives the fleet other names, {other}"
         both = newest.join(mine, on="meter_id", suffix="_mine").sort("meter_id", "file")
-        for row in both.iter_rows(named=True):
+        is_another = pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"{name}_mine")) for name in FACTS)
+        for row in (both.filter(is_another) if again else both).head(1).iter_rows(named=True):
             whose = f"{row['meter_id']} is known by {Path(row['file']).stem}"
-            differing = [name for name in FACTS if row[name] != row[f"{name}_mine"]]
-            if differing:
+            if differing := [name for name in FACTS if row[name] != row[f"{name}_mine"]]:
                 name = differing[0]
                 msg = f"{whose} as another meter ({name} {row[name]}, not {row[f'{name}_mine']}): {other}"
                 raise ConfigError(msg)
-            if not again:
-                msg = f"{whose} already: {other}, --again adds to what is there of the same meters"
-                raise ConfigError(msg)
+            msg = f"{whose} already: {other}, --again adds to what is there of the same meters"
+            raise ConfigError(msg)
+
+
+def read_ledger(run_id: str) -> Ledger:
+    """What a run has said of itself so far.
+
+    Raises:
+        OSError, ValueError, TypeError: it is not there, or not whole.
+    """
+    return Ledger(**json.loads((run_folder(run_id) / "run.json").read_text()))
 
 
 def _write_ledger(ledger: Ledger) -> None:

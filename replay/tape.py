@@ -113,6 +113,11 @@ def _iso(stamp: datetime | None) -> str | None:
     return stamp.astimezone(UTC).isoformat() if stamp else None
 
 
+def has_tape(folder: Path) -> bool:
+    """Whether there is a tape in a folder."""
+    return (folder / "tape.json").is_file()
+
+
 def write_tape(
     folder: Path,
     *,
@@ -146,7 +151,7 @@ def write_tape(
         ConfigError: the folder holds something else than a tape.
     """
     folder = folder.absolute()
-    if folder.exists() and not (folder / "tape.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not has_tape(folder) and (not folder.is_dir() or any(folder.iterdir())):
         msg = f"{folder} is there and is no tape: name another place"
         raise ConfigError(msg)
     span = pc.min_max(readings["observed_at"]).as_py()

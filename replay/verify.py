@@ -7,7 +7,7 @@ the lake's records byte by byte with the run's digest, and every injected fault 
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rich.table import Table
 import schemas
 from replay.dirt import FAULTS, encoding_of
 from replay.outcomes import GAP_FACTOR, MAX_AHEAD, MAX_BEHIND, STEP_SLACK_WH, judged
-from replay.run import UNSTAMPED, Ledger, digest_of, digest_text, raw_bytes, run_folder
+from replay.run import UNSTAMPED, Ledger, digest_of, digest_text, raw_bytes, read_ledger, run_folder
 from schemas.closed_lists import (
     ACCEPTED_DELTAS,
     AlarmState,
@@ -163,7 +163,7 @@ class Verdict:
     faults: pl.DataFrame
     findings: pl.DataFrame
     notes: list[str]
-    unfinished: list[str] = field(default_factory=list)
+    unfinished: list[str]
 
     @property
     def is_balanced(self) -> bool:
@@ -276,7 +276,7 @@ def ledger_of(run_id: str) -> Ledger:
     """
     folder = run_folder(run_id)
     try:
-        ledger = Ledger(**json.loads((folder / "run.json").read_text()))
+        ledger = read_ledger(run_id)
     except (OSError, ValueError, TypeError) as error:
         known = sorted(path.parent.name for path in (home() / "runs").glob("*/run.json"))
         msg = f"no run {run_id} in {home() / 'runs'}; there are: {', '.join(known) or 'none'}"

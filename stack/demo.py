@@ -203,11 +203,8 @@ def _empty(folder: Path) -> None:
         msg = f"{folder} is there and is no folder of a demo: name another with --folder"
         raise ConfigError(msg)
     shutil.rmtree(folder, ignore_errors=True)
-    for name in (
-        "run",
-        "tmp",
-    ):  # the first tells it for a demo's, also where this one is cut off before it has any data
-        (folder / name).mkdir(parents=True)
+    (folder / "run").mkdir(parents=True)  # tells it for a demo's, also where this one is cut off before it has data
+    (folder / "tmp").mkdir()
 
 
 @contextlib.contextmanager

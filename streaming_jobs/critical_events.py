@@ -14,8 +14,6 @@ and no shuffle, so Avro is decoded by Spark itself, and each Kafka partition hol
 """
 
 import os
-import signal
-import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -31,10 +29,11 @@ from pyspark.sql.streaming.query import StreamingQuery
 from lake.alarm_life import code_table
 from lake.reading import read_registry
 from lake.session import spark_session, uri
+from lake.streaming import asked_to_end, served, stay
 from lake.voltage import NOMINAL_MV
 from schemas.closed_lists import Edge
 from schemas.codec import arrow_schema, avro_text, frame_of, latest
-from schemas.errors import ConfigError, ContractBroken, RetryLater, exits
+from schemas.errors import ConfigError, RetryLater, exits
 from schemas.settings import Settings, load
 from schemas.tables import PHASES, home
 from schemas.topics import CRITICAL_EVENTS, EVENTS, READINGS, Topic
@@ -130,20 +129,20 @@ def _kind() -> Column:
     """Kind of an event by (dialect, version, table, code); null where it is not critical."""
     of = ("dialect", "dialect_version", "source_table", "code")
     dialect, version, table, code = (F.col(f"event.{name}") for name in of)
-    raised, levels = {}, {}
+    kinds = {}
     for row in code_table().iter_rows(named=True):
-        kind = row["alarm_type"] if row["alarm_type"] in KINDS else ""
         key = "|".join(row[name] for name in of)
-        raised[key] = kind if row["edge"] == Edge.RAISE else ""
-        levels[key] = kind if row["edge"] == Edge.LEVEL else ""
-
-    def meaning(kinds: dict[str, str]) -> Column:
-        known = F.create_map(*[F.lit(part) for item in kinds.items() for part in item])
-        any_version = F.concat_ws("|", dialect, F.lit("*"), table, code)
-        return F.coalesce(known[F.concat_ws("|", dialect, version, table, code)], known[any_version])
-
-    kind = F.when(F.col("event.argument") == "1", F.coalesce(F.nullif(meaning(levels), F.lit("")), meaning(raised)))
-    return F.nullif(kind.otherwise(meaning(raised)), F.lit(""))
+        kind = row["alarm_type"] if row["alarm_type"] in KINDS else ""
+        kinds[key] = kind if row["edge"] == Edge.RAISE else ""
+        if row["edge"] == Edge.LEVEL:
+            kinds[f"{key}|1"] = kind  # a status bit is told when its argument sets it
+    known = F.create_map(*[F.lit(part) for item in kinds.items() for part in item])
+    meanings = [
+        known[F.concat_ws("|", dialect, which, table, code, *argument)]
+        for which in (version, F.lit("*"))
+        for argument in ([F.col("event.argument")], [])
+    ]
+    return F.nullif(F.coalesce(*meanings), F.lit(""))
 
 
 def framed(rows: DataFrame) -> DataFrame:
@@ -166,7 +165,9 @@ def start(session: SparkSession, settings: CriticalSettings, micro_batch: bool =
         ConfigError: the session has too few task slots: then other work would starve without an error.
         RetryLater: Kafka does not answer, or has not the topics.
     """
-    way = "-micro-batch" if micro_batch else ""
+    way, trigger = "", {"realTime": f"{settings.critical_checkpoint_s} seconds"}
+    if micro_batch:
+        way, trigger = "-micro-batch", {"processingTime": "0 seconds"}
     slots, needed = session.sparkContext.defaultParallelism, partitions(settings.kafka_bootstrap) + FREE_SLOTS
     if slots < needed:
         msg = (
@@ -191,13 +192,7 @@ def start(session: SparkSession, settings: CriticalSettings, micro_batch: bool =
         .option("topic", CRITICAL_EVENTS.name)
         .option("checkpointLocation", uri(home() / "state" / "checkpoints" / f"{NAME}-v{VERSION}{way}"))
         .outputMode("update")
-        .trigger(
-            **(
-                {"processingTime": "0 seconds"}
-                if micro_batch
-                else {"realTime": f"{settings.critical_checkpoint_s} seconds"}
-            )
-        )
+        .trigger(**trigger)
         .start()
     )
 
@@ -224,25 +219,14 @@ def main() -> None:
     ) -> None:
         with exits():
             settings = load(CriticalSettings)
-            stop = threading.Event()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: stop.set())
+            stop = asked_to_end()
             if "PYSPARK_GATEWAY_PORT" not in os.environ:  # not under spark-submit, which says it itself
                 slots = partitions(settings.kafka_bootstrap) + FREE_SLOTS
                 os.environ.setdefault("METERSTREAM_SPARK_MASTER", f"local[{slots}]")
             query = start(spark_session(f"meterstream-{NAME}"), settings, micro_batch)
-            ready = home() / "run" / f"{NAME}.ready"
-            ready.parent.mkdir(parents=True, exist_ok=True)
-            ready.write_text(str(os.getpid()))
-            log.info("real-time mode", kafka=settings.kafka_bootstrap)
-            try:
-                while not stop.wait(0.5):
-                    if not query.isActive:
-                        msg = f"query {NAME} ended: {query.exception()}"
-                        raise ContractBroken(msg)
-            finally:
-                ready.unlink(missing_ok=True)
-                query.stop()
+            with served(NAME, [query]):
+                log.info("real-time mode", kafka=settings.kafka_bootstrap)
+                stay([query], stop)
 
     run.__doc__ = main.__doc__
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -1,5 +1,6 @@
 """Critical events through a real Kafka in real-time mode: at once, each with one id, none lost by kill -9."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -75,11 +76,8 @@ def running(kafka: NativeStack) -> Iterator[Callable[[], subprocess.Popen[bytes]
 
     yield run
     for process in begun:
-        with pytest.MonkeyPatch.context():
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 

@@ -25,6 +25,7 @@ RUN useradd --uid 10001 --user-group --no-create-home --home-dir /data meterstre
  && mkdir /data && chown meterstream:meterstream /data
 COPY --from=packages /opt/meterstream/.venv .venv
 COPY . .
+RUN find . -path ./.venv -prune -o -exec chmod a+rX {} +
 ENV PATH=/opt/meterstream/.venv/bin:$PATH PYTHONPATH=/opt/meterstream METERSTREAM_HOME=/data METERSTREAM_LISTEN=0.0.0.0 PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 USER meterstream
 WORKDIR /data

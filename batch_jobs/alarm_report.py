@@ -1,7 +1,8 @@
 """Alarms of a local day: each that was raised, repeated or cleared in it, as it stood at the day's end.
 
 Reads: alarms raised in the UTC days that the local day can touch and in the 30 days before: an alarm that stood longer
-than that before it was cleared is not found; registry (transformer, feeder, time zone).
+than that before it was cleared is not found; alarm_acknowledgements of these days; registry (transformer, feeder,
+time zone).
 Writes: alarm_report_v1.
 Key: alarm_id, date. An alarm has a row in each day that touched it, so a count over days takes one row an alarm_id.
 A change has the meter's time where the table keeps it (raised_at, cleared_at), else its arrival (repeats). What
@@ -26,6 +27,12 @@ DAYS_BEFORE = 30
 """How long an alarm may stand and its end still be reported."""
 
 
+def _acknowledged(given: DataFrame) -> DataFrame:
+    """The first acknowledgement of each alarm."""
+    first = F.min(F.struct("acknowledged_at", "acknowledged_by", "note")).alias("first")
+    return given.groupBy("alarm_id").agg(first).select("alarm_id", "first.*")
+
+
 def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date) -> DataFrame:
     """A day's alarms; see the module."""
     is_cleared = F.col("state") == AlarmState.CLEARED.value
@@ -39,6 +46,9 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
         .withColumn("changed_at", changed_at)
         .where(F.col("changed_at") < F.col("day_end"))
     )
+    acknowledged = with_local_day(lake["alarm_acknowledgements"], registry, date).where(
+        F.col("acknowledged_at") < F.col("day_end")
+    )
     # A life goes one way: repeats count up, the clear comes last. So its order needs no clock.
     newest = F.struct(is_cleared, "repeat_count", "updated_at")
     places = ["usage_point_id", "transformer_id", "feeder_id"]
@@ -51,6 +61,7 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
         )
         .where("is_touched")
         .select("alarm_id", "last.*")
+        .join(_acknowledged(acknowledged), "alarm_id", "left")
         .select(
             "alarm_id",
             "meter_id",
@@ -65,11 +76,19 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
             "source",
             "run_id",
             "updated_at",
+            "acknowledged_at",
+            "acknowledged_by",
+            "note",
         )
     )
 
 
-JOB = BatchJob(name=Path(__file__).stem, version=1, reads={"alarms": DAYS_BEFORE}, transform=transform)
+JOB = BatchJob(
+    name=Path(__file__).stem,
+    version=1,
+    reads={"alarms": DAYS_BEFORE, "alarm_acknowledgements": DAYS_BEFORE},
+    transform=transform,
+)
 
 
 def main() -> None:

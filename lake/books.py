@@ -1,28 +1,38 @@
 """The books: received = stored + duplicate + late + quarantined + invalid, per run, stage and batch."""
 
 import polars as pl
-import pyarrow as pa
-from pyspark.sql import DataFrame
-from pyspark.sql import functions as F
 
-from lake.seen_before import PLACE
-from schemas import tables
 from schemas.closed_lists import Bucket, QuarantineReason
+from schemas.tables import TABLES, polars_schema
 
-BOOKS = pa.schema([("run_id", pa.string()), ("bucket", pa.string()), ("records", pa.int64())])
-REFUSED = pa.schema(
-    [
-        pa.field("meter_id", pa.string()),
-        *tables.KAFKA_PLACE,
-        pa.field("bucket", pa.string()),
-        pa.field("reason", pa.string()),
-    ]
-)
+BOOKS = pl.Schema({"run_id": pl.String(), "bucket": pl.String(), "records": pl.Int64()})
 
 
 def count(records: pl.DataFrame) -> pl.DataFrame:
-    """Lines of the books from records with run_id and bucket."""
-    return records.group_by("run_id", "bucket").agg(records=pl.len().cast(pl.Int64))
+    """Lines of the books, columns `BOOKS`, from records with run_id and bucket."""
+    return records.group_by("run_id", "bucket").agg(records=pl.len().cast(pl.Int64)).select(BOOKS.names())
+
+
+def invalid(rows: pl.DataFrame) -> pl.DataFrame:
+    """Lines of the books for decoded rows that were refused."""
+    refused = rows.filter(pl.col("refused_because").is_not_null())
+    return count(refused.with_columns(run_id=pl.lit(None, pl.String), bucket=pl.lit(Bucket.INVALID.value)))
+
+
+def refused(rows: pl.DataFrame) -> pl.DataFrame:
+    """Dead letters of what reached Kafka another way than through the bridge, from decoded rows that were refused."""
+    nobody = pl.lit(None, pl.String)
+    return rows.filter(pl.col("refused_because").is_not_null()).select(
+        payload="refused_payload",
+        reason="refused_because",
+        detail="refused_detail",
+        received_at="kafka_at",
+        meter_id=nobody,
+        mqtt_topic=nobody,
+        kafka_topic="topic",
+        kafka_partition="partition",
+        kafka_offset="offset",
+    )
 
 
 def impossible(records: pl.DataFrame) -> pl.DataFrame:
@@ -32,36 +42,15 @@ def impossible(records: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def refused(judged: pl.DataFrame) -> pl.DataFrame:
-    """Which records are kept apart and why, columns `REFUSED`: their rows are with Spark, `rows_refused` finds them.
+def kept_apart(rows: pl.DataFrame, judged: pl.DataFrame, bucket: Bucket, stage: str, table: str) -> pl.DataFrame:
+    """Whole rows of the records of one bucket, with reason and stage.
 
     Args:
-        judged: records with their place, bucket and why.
-    """
-    apart = pl.col("bucket").is_in([Bucket.QUARANTINED.value, Bucket.LATE.value])
-    return judged.filter(apart).select("meter_id", *PLACE, "bucket", reason="why")
-
-
-def rows_refused(rows: DataFrame, refused: DataFrame, bucket: Bucket, stage: str, columns: list[str]) -> DataFrame:
-    """Whole rows of the refused records of one bucket.
-
-    Args:
-        rows: decoded rows.
-        refused: columns `REFUSED`; few.
+        rows: decoded rows of one Kafka partition.
+        judged: its records with offset, bucket and why.
         bucket: which of them.
         stage: name of the job that refused them.
-        columns: of the table.
+        table: whose columns they get.
     """
-    places = refused.where(F.col("bucket") == bucket.value).select(*PLACE, "reason")
-    return rows.join(F.broadcast(places), PLACE).withColumn("stage", F.lit(stage)).select(*columns)
-
-
-def invalid(rows: DataFrame) -> DataFrame:
-    """Lines of the books for decoded rows that were refused."""
-    refused = rows.where(F.col("refused_because").isNotNull())
-    return (
-        refused.groupBy()
-        .agg(F.count("*").alias("records"))
-        .where("records > 0")
-        .select(F.lit(None).cast("string").alias("run_id"), F.lit(Bucket.INVALID.value).alias("bucket"), "records")
-    )
+    apart = judged.filter(pl.col("bucket") == bucket.value).select("offset", reason="why")
+    return rows.join(apart, on="offset").with_columns(stage=pl.lit(stage)).select(polars_schema(TABLES[table]).names())

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from schemas.closed_lists import ACCEPTED_DELTAS, Bucket, DeltaReason, QuarantineReason
-from schemas.tables import CONSUMPTION_DELTAS, REGISTERS, polars_schema
+from schemas.tables import CONFLICTS, CONSUMPTION_DELTAS, REGISTERS, polars_schema
 
 STAMP = pl.Datetime("us", "UTC")
 PHASE_VOLTAGE_V = 230  # the plausible maximum takes the nominal voltage where the registry has none
@@ -38,7 +38,9 @@ BASELINE = pl.Schema(
 )
 """State: the last accepted value of each register."""
 STEPS = pl.Schema({**polars_schema(CONSUMPTION_DELTAS), "partition": pl.Int64(), "offset": pl.Int64()})
+CONFLICT_ROWS = polars_schema(CONFLICTS)
 KEY = ["meter_id", "register"]
+NUMBERS = {register: number for number, register in enumerate(REGISTERS)}
 UNPLACED = (DeltaReason.DUPLICATE, DeltaReason.CONFLICT, DeltaReason.OUT_OF_ORDER)
 """Reasons of records that have no place in their series: what stood before them depends on how batches were cut."""
 BUCKETS = {
@@ -179,22 +181,23 @@ def steps(readings: pl.DataFrame, baseline: pl.DataFrame) -> Result:
             interval_s, quantum_wh and `<register>_wh` of each register.
         baseline: the state so far, columns `BASELINE`.
     """
-    named = {f"{register}_wh": register for register in REGISTERS}
-    kept = ["meter_id", "observed_at", "run_id", "equipment_id", "partition", "offset", "seen", "max_w", "interval_s"]
-    long = (
-        readings.select(*kept, "quantum_wh", *named)
-        .rename(named)
-        .unpivot(on=list(REGISTERS), index=[*kept, "quantum_wh"], variable_name="register", value_name="wh")
-        .filter(pl.col("wh").is_not_null())
-        .with_columns(equipment_id=pl.col("equipment_id").replace("", None))
-        .join(baseline.select(*KEY, "previous_at", "previous_wh", "segment_id", box="equipment_id"), on=KEY, how="left")
+    meters = readings.select(pl.col("meter_id").unique().sort()).with_row_index("meter")
+    known = baseline.join(meters, on="meter_id", how="left", maintain_order="left").with_columns(
+        series=_series(pl.col("register").replace_strict(NUMBERS, return_dtype=pl.UInt32))
     )
-    is_unplaced = pl.col("seen").is_not_null() | (pl.col("observed_at") <= pl.col("previous_at")).fill_null(False)
-    is_same_time = pl.col("observed_at") == pl.col("previous_at")
+    long = _long(readings.join(meters, on="meter_id", how="left", maintain_order="left")).join(
+        known.select("series", "previous_at", "previous_wh", "segment_id", box="equipment_id"),
+        on="series",
+        how="left",
+        maintain_order="left",
+    )
+    at, wh, is_next = pl.col("observed_at"), pl.col("wh"), pl.col("series") == pl.col("series").shift(1)
+    is_unplaced = pl.col("seen").is_not_null() | (at <= pl.col("previous_at")).fill_null(False)
+    is_same_time = at == pl.col("previous_at")
     unplaced = long.filter(is_unplaced).with_columns(
         reason=pl.when(pl.col("seen").is_not_null())
         .then(pl.col("seen"))
-        .when(is_same_time & (pl.col("wh") == pl.col("previous_wh")))
+        .when(is_same_time & (wh == pl.col("previous_wh")))
         .then(pl.lit(DeltaReason.DUPLICATE.value))
         .when(is_same_time)
         .then(pl.lit(DeltaReason.CONFLICT.value))
@@ -204,16 +207,17 @@ def steps(readings: pl.DataFrame, baseline: pl.DataFrame) -> Result:
         previous_wh=pl.lit(None, pl.Int64),
         segment_id=pl.lit(None, pl.String),
     )
-    series = long.filter(~is_unplaced).sort(*KEY, "observed_at")
-    at, wh = pl.col("observed_at"), pl.col("wh")
-    series = series.with_columns(
-        before_at=at.shift(1).over(KEY).fill_null(pl.col("previous_at")),
-        before_wh=wh.shift(1).over(KEY).fill_null(pl.col("previous_wh")),
-        before_box=pl.col("equipment_id").shift(1).over(KEY).fill_null(pl.col("box")),
-        first_at=pl.when(pl.col("previous_at").is_null()).then(at.first().over(KEY)),
+    ordered = (
+        long.filter(~is_unplaced)
+        .sort("series", "observed_at")
+        .with_columns(
+            before_at=pl.when(is_next).then(at.shift(1)).otherwise("previous_at"),
+            before_wh=pl.when(is_next).then(wh.shift(1)).otherwise("previous_wh"),
+            before_box=pl.coalesce(pl.when(is_next).then(pl.col("equipment_id").shift(1)), "box"),
+        )
+        .with_columns(span_s=(at - pl.col("before_at")).dt.total_microseconds() / 1e6)
     )
-    span_s = (at - pl.col("before_at")).dt.total_microseconds() / 1e6
-    too_much = (wh - pl.col("before_wh")) > pl.col("max_w") * span_s / 3600 + pl.col("quantum_wh")
+    too_much = (wh - pl.col("before_wh")) > pl.col("max_w") * pl.col("span_s") / 3600 + pl.col("quantum_wh")
     plain = (
         pl.col("before_at").is_null()
         | (
@@ -224,45 +228,71 @@ def steps(readings: pl.DataFrame, baseline: pl.DataFrame) -> Result:
             & (pl.col("equipment_id").is_null() == pl.col("before_box").is_null())
         )
     )  # fmt: skip
-    series = series.with_columns(plain=plain.all().over(KEY), span_s=span_s)
+    broken = ordered.filter(~plain).get_column("series").unique()
+    is_broken = pl.col("series").is_in(broken.implode())
+    easy = _easy(ordered.filter(~is_broken))
+    walked = [_walked(group) for group in ordered.filter(is_broken).partition_by("series", maintain_order=True)]
+    last_of_series = (pl.col("series") != pl.col("series").shift(-1)).fill_null(True)
+    ends = pl.concat([easy.filter(last_of_series), *[_end(group) for group in walked]], how="diagonal")
+    newest = ends.select(
+        *KEY,
+        "segment_id",
+        "run_id",
+        previous_at="observed_at",
+        previous_wh="wh",
+        equipment_id=pl.coalesce("equipment_id", "box"),
+    ).select(BASELINE.keys())
+    moved = ends.get_column("series").implode()
+    kept_baseline = known.filter(~pl.col("series").is_in(moved).fill_null(False)).select(BASELINE.keys())
+    done = [frame.select(STEPS.keys()).cast(STEPS) for frame in [easy, unplaced, *walked]]
+    return Result(pl.concat(done), pl.concat([kept_baseline, newest]).cast(BASELINE))
+
+
+def _series(register: pl.Expr) -> pl.Expr:
+    """Number of a register of a meter, by the meter's number and the register's."""
+    return pl.col("meter") * len(REGISTERS) + register
+
+
+def _long(readings: pl.DataFrame) -> pl.DataFrame:
+    """One row per reading and register with a value, with the number of its series."""
+    kept = ["meter_id", "observed_at", "run_id", "partition", "offset", "seen", "max_w", "interval_s", "quantum_wh"]
+    return pl.concat(
+        [
+            readings.filter(pl.col(f"{register}_wh").is_not_null()).select(
+                *kept,
+                equipment_id=pl.when(pl.col("equipment_id") != "").then("equipment_id"),
+                register=pl.lit(register),
+                wh=pl.col(f"{register}_wh"),
+                series=_series(pl.lit(number, pl.UInt32)),
+            )
+            for register, number in NUMBERS.items()
+        ]
+    )
+
+
+def _easy(ordered: pl.DataFrame) -> pl.DataFrame:
+    """Steps of series in which every reading goes on from the one before."""
+    is_first = pl.col("before_at").is_null()
     is_gap = (pl.col("span_s") > GAP_FACTOR * pl.col("interval_s")).fill_null(False)
-    reason = (
-        pl.when(pl.col("before_at").is_null())
+    start = pl.format("{}/{}/{}", "meter_id", "register", pl.col("observed_at").dt.strftime("%Y%m%dT%H%M%S%.6fZ"))
+    begun = ordered.filter(is_first).select("series", start=start)  # as segment_id()
+    return ordered.join(begun, on="series", how="left", maintain_order="left").with_columns(
+        reason=pl.when(is_first)
         .then(pl.lit(DeltaReason.FIRST.value))
         .when(is_gap)
         .then(pl.lit(DeltaReason.GAP.value))
-        .otherwise(pl.lit(DeltaReason.OK.value))
-    )
-    start = pl.format(
-        "{}/{}/{}", "meter_id", "register", pl.col("first_at").dt.strftime("%Y%m%dT%H%M%S%.6fZ")
-    )  # as segment_id()
-    easy = series.filter("plain").with_columns(
-        reason=reason,
-        delta_wh=(wh - pl.col("before_wh")).fill_null(0),
-        segment_id=pl.coalesce("segment_id", start),
+        .otherwise(pl.lit(DeltaReason.OK.value)),
+        delta_wh=(pl.col("wh") - pl.col("before_wh")).fill_null(0),
+        segment_id=pl.coalesce("segment_id", "start"),
         previous_at=pl.col("before_at"),
         previous_wh=pl.col("before_wh"),
     )
-    walked = [_walked(group) for group in series.filter(~pl.col("plain")).partition_by(KEY, maintain_order=True)]
-    done = pl.concat([frame.select(STEPS.keys()).cast(STEPS) for frame in [easy, unplaced, *walked]])
-    accepted = done.filter(pl.col("reason").is_in([reason.value for reason in ACCEPTED_DELTAS]))
-    boxes = baseline.select(*KEY, box="equipment_id")
-    newest = (
-        accepted.sort(*KEY, "observed_at")
-        .group_by(KEY)
-        .agg(
-            previous_at=pl.col("observed_at").last(),
-            previous_wh=pl.col("wh").last(),
-            segment_id=pl.col("segment_id").last(),
-            equipment_id=pl.col("equipment_id").drop_nulls().last(),
-            run_id=pl.col("run_id").last(),
-        )
-        .join(boxes, on=KEY, how="left")
-        .with_columns(equipment_id=pl.coalesce("equipment_id", "box"))
-        .select(BASELINE.keys())
-    )
-    kept_baseline = baseline.join(newest, on=KEY, how="anti").select(BASELINE.keys())
-    return Result(done, pl.concat([kept_baseline, newest]).cast(BASELINE))
+
+
+def _end(walked: pl.DataFrame) -> pl.DataFrame:
+    """The last accepted row of a series, with the box that was named last; none where none is."""
+    accepted = walked.filter(pl.col("reason").is_in([reason.value for reason in ACCEPTED_DELTAS]))
+    return accepted.with_columns(pl.col("equipment_id").forward_fill()).tail(1)
 
 
 def _walked(group: pl.DataFrame) -> pl.DataFrame:
@@ -272,6 +302,34 @@ def _walked(group: pl.DataFrame) -> pl.DataFrame:
     limits = Limits(first["max_w"], first["interval_s"], first["quantum_wh"])
     walked = [{**row, **step} for row, step in zip(rows, walk(baseline, rows, limits), strict=True)]
     return pl.DataFrame(walked, schema=group.schema | STEPS)
+
+
+def conflicts(done: pl.DataFrame, originals: pl.DataFrame, baseline: pl.DataFrame) -> pl.DataFrame:
+    """Both values of a conflict, columns `CONFLICT_ROWS`; registers in which the two records agree have none.
+
+    Args:
+        done: of `steps`.
+        originals: readings of this batch and those that are remembered: meter_id, observed_at, `<register>_wh`.
+        baseline: the state before the steps: a value that is older than what is remembered.
+    """
+    refused = done.filter(pl.col("reason") == DeltaReason.CONFLICT.value)
+    named = {f"{register}_wh": register for register in REGISTERS}
+    of = ["meter_id", "observed_at"]
+    accepted = (
+        originals.join(refused.select(of).unique(), on=of, how="semi")
+        .select(*of, *named)
+        .rename(named)
+        .unpivot(on=list(REGISTERS), index=of, variable_name="register", value_name="first_wh")
+    )
+    held = baseline.select(*KEY, observed_at="previous_at", held_wh="previous_wh")
+    return (
+        refused.join(accepted, on=[*KEY, "observed_at"], how="left")
+        .join(held, on=[*KEY, "observed_at"], how="left")
+        .with_columns(accepted_wh=pl.coalesce("first_wh", "held_wh"), refused_wh="wh")
+        .filter(pl.col("accepted_wh").ne_missing(pl.col("refused_wh")))
+        .select(CONFLICT_ROWS.keys())
+        .cast(CONFLICT_ROWS)
+    )
 
 
 def with_bucket(readings: pl.DataFrame, done: pl.DataFrame) -> pl.DataFrame:
@@ -289,10 +347,15 @@ def with_bucket(readings: pl.DataFrame, done: pl.DataFrame) -> pl.DataFrame:
     """
     place = ["partition", "offset"]
     wild = pl.col("reason").is_in([DeltaReason.IMPLAUSIBLE.value, DeltaReason.CONFLICT.value])
-    each = done.group_by(place).agg(
-        wild=pl.col("reason").filter(wild).first(),
-        old=pl.col("reason").is_in([DeltaReason.OUT_OF_ORDER.value, DeltaReason.DUPLICATE.value]).all(),
-        same=(pl.col("reason") == DeltaReason.DUPLICATE.value).all(),
+    doubtful = done.filter(pl.col("reason").is_in(list(BUCKETS))).select(place).unique()
+    each = (
+        done.join(doubtful, on=place, how="semi", maintain_order="left")
+        .group_by(place)
+        .agg(
+            wild=pl.col("reason").filter(wild).first(),
+            old=pl.col("reason").is_in([DeltaReason.OUT_OF_ORDER.value, DeltaReason.DUPLICATE.value]).all(),
+            same=(pl.col("reason") == DeltaReason.DUPLICATE.value).all(),
+        )
     )
     whys = (
         pl.when(pl.col("seen").is_not_null())

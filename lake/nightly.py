@@ -25,7 +25,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from rich.console import Console
 
-from lake.decoding import impossible_clock, spark_schema
+from lake.decoding import spark_schema
 from lake.publishing import publish_report
 from lake.reading import read_registry, read_table, utc_days
 from lake.session import spark_session, uri
@@ -117,6 +117,12 @@ def is_begun_in_day(at: str) -> Column:
 def day_s() -> Column:
     """Length of the local day, s."""
     return F.unix_seconds("day_end") - F.unix_seconds("day_start")
+
+
+def impossible_clock(max_ahead_s: int, max_behind_s: int) -> Column:
+    """`lake.decoding.is_impossible` as a column of Spark's."""
+    seconds = F.col("observed_at").cast("double") - F.col("arrival_at").cast("double")
+    return (seconds > max_ahead_s) | (seconds < -max_behind_s)
 
 
 def only_believable(readings: DataFrame) -> DataFrame:

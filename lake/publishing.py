@@ -8,14 +8,18 @@ and none is there twice. Renames are atomic on a local or shared file system, no
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark.sql import DataFrame
-from pyspark.sql import functions as F
 
 from lake.session import uri
 from schemas.tables import home, report_path, table_path
+
+SMALL_ROWS = 200_000
+COMPRESSION: Literal["snappy"] = "snappy"
 
 
 @dataclass(frozen=True)
@@ -48,49 +52,46 @@ def remove_parts(key: BatchKey, tables: list[str]) -> None:
             part.unlink()
 
 
-def _rename_in(staged: Path, table: str, key: BatchKey) -> None:
-    for number, part in enumerate(sorted(staged.glob("date=*/*.parquet"))):
-        target = table_path(table) / part.parent.name
+def rename_in(table: str, key: BatchKey) -> None:
+    """Adds what a batch has staged to a lake table: one file a day, more where they are large.
+
+    Args:
+        table: name of the lake table; its rows lie under the batch's staging folder in `date=…` folders.
+        key: the batch; its earlier parts have been removed by `remove_parts`.
+    """
+    staged, number = key.staging / table, 0
+    for day in sorted(staged.glob("date=*")):
+        target = table_path(table) / day.name
         target.mkdir(parents=True, exist_ok=True)
-        part.rename(target / f"{key}-{number}.parquet")
+        for part in _merged(sorted(day.glob("*.parquet"))):
+            part.rename(target / f"{key}-{number}.parquet")
+            number += 1
     shutil.rmtree(staged, ignore_errors=True)
 
 
-def publish(rows: DataFrame, table: str, key: BatchKey, dated_by: str) -> None:
-    """Adds a batch's rows to a lake table, one file a day.
-
-    Args:
-        rows: the table's columns.
-        table: name of the lake table.
-        key: the batch; its earlier parts have been removed by `remove_parts`.
-        dated_by: timestamp column whose UTC day is the partition.
-    """
-    staged = key.staging / table
-    (
-        rows.withColumn("date", F.to_date(dated_by))
-        .coalesce(1)
-        .write.partitionBy("date")
-        .mode("overwrite")
-        .parquet(uri(staged))
-    )
-    _rename_in(staged, table, key)
+def _merged(parts: list[Path]) -> list[Path]:
+    """The same rows in one file, where they are few."""
+    if len(parts) == 1 or sum(pq.read_metadata(part).num_rows for part in parts) > SMALL_ROWS:
+        return parts
+    whole = parts[0].with_suffix(".whole")
+    pl.concat([pl.read_parquet(part) for part in parts]).write_parquet(whole, compression=COMPRESSION)
+    return [whole]
 
 
 def publish_small(rows: pa.Table, table: str, key: BatchKey, date: str) -> None:
-    """The same for a few rows that the driver holds."""
-    staged = key.staging / table
-    folder = staged / f"date={date}"
+    """Adds a few rows that the driver holds."""
+    folder = key.staging / table / f"date={date}"
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(rows, folder / "part-0.parquet")
-    _rename_in(staged, table, key)
+    rename_in(table, key)
 
 
-def swap_file(rows: DataFrame, target: Path) -> None:
-    """Replaces one Parquet file by a new version of it."""
-    staged = home() / "staging" / f"swap-{target.parent.name}-{target.stem}"
-    rows.coalesce(1).write.mode("overwrite").parquet(uri(staged))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    next(staged.glob("part-*.parquet")).rename(target)
+def swap_in(table: str, key: BatchKey) -> None:
+    """Replaces the files of a table that has its newest version only."""
+    staged = key.staging / table
+    table_path(table).mkdir(parents=True, exist_ok=True)
+    for part in sorted(staged.glob("*.parquet")):
+        part.rename(table_path(table) / part.name)
     shutil.rmtree(staged, ignore_errors=True)
 
 

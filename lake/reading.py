@@ -1,6 +1,7 @@
 """Reading tables back: by plain globs, so that we see what everyone sees."""
 
 from datetime import date, timedelta
+from functools import lru_cache
 
 import polars as pl
 import pyarrow as pa
@@ -9,7 +10,7 @@ from pyspark.sql import functions as F
 
 from lake.decoding import spark_schema
 from lake.session import uri
-from schemas.tables import TABLES, table_path
+from schemas.tables import TABLES, polars_schema, table_path
 
 
 def read_table(session: SparkSession, table: str, dates: list[date] | None = None) -> DataFrame:
@@ -30,6 +31,28 @@ def read_table(session: SparkSession, table: str, dates: list[date] | None = Non
     if not parts:
         return session.createDataFrame([], schema)
     return session.read.schema(schema).parquet(*parts)
+
+
+RegistryFiles = tuple[tuple[str, int], ...]
+"""The registry's files, each with the time of its last change."""
+
+
+def registry_files() -> RegistryFiles:
+    """What `newest_registry` takes, as it is now."""
+    parts = sorted(table_path("registry").glob("date=*/*.parquet"))
+    return tuple((str(part), part.stat().st_mtime_ns) for part in parts)
+
+
+@lru_cache(maxsize=1)
+def newest_registry(files: RegistryFiles) -> pl.DataFrame:
+    """`read_registry` without Spark; read once per process and change of the files."""
+    schema = polars_schema(TABLES["registry"])
+    if not files:
+        return pl.DataFrame(schema=schema)
+    rows = pl.read_parquet([path for path, _ in files], columns=schema.names())
+    order = ["meter_id", "valid_from", "usage_point_id"]
+    newest = rows.sort(order, descending=[False, True, False], nulls_last=[True, True, False])
+    return newest.unique("meter_id", keep="first", maintain_order=True)
 
 
 def read_registry(session: SparkSession) -> DataFrame:

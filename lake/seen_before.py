@@ -23,9 +23,17 @@ def with_seen(records: pl.DataFrame, recent: pl.DataFrame, identity: list[str], 
         The records with `seen`: null for an original, else `duplicate` or `conflict`.
     """
     columns = list(dict.fromkeys([*identity, *PLACE, *values]))
-    both = pl.concat(
-        [recent.select(columns).with_columns(new=pl.lit(False)), records.select(columns).with_columns(new=pl.lit(True))]
-    ).sort([*identity, "new", *PLACE])
+    hashed = pl.struct(identity).hash()  # most records are alone: only those that share a hash are looked at
+    of_new, of_old = records.select(hashed).to_series(), recent.select(hashed).to_series()
+    came_again = of_old.is_in(of_new.implode())
+    is_shared = of_new.is_duplicated() | of_new.is_in(of_old.filter(came_again).implode())
+    several = pl.concat(
+        [
+            recent.filter(came_again).select(columns).with_columns(row=pl.lit(None, pl.UInt32)),
+            records.select(columns).with_row_index("row").filter(is_shared),
+        ],
+        how="diagonal",
+    ).sort([*identity, pl.col("row").is_not_null(), *PLACE])
     same = pl.all_horizontal(
         pl.lit(True), *[pl.col(name).eq_missing(pl.col(name).first().over(identity)) for name in values]
     )
@@ -36,8 +44,8 @@ def with_seen(records: pl.DataFrame, recent: pl.DataFrame, identity: list[str], 
         .then(pl.lit(DeltaReason.DUPLICATE.value))
         .otherwise(pl.lit(DeltaReason.CONFLICT.value))
     )
-    marks = both.with_columns(seen=seen).filter("new").select(*PLACE, "seen")
-    return records.join(marks, on=PLACE, how="left")
+    marks = several.with_columns(seen=seen).filter(pl.col("row").is_not_null()).select("row", "seen")
+    return records.with_row_index("row").join(marks, on="row", how="left", maintain_order="left").drop("row")
 
 
 def is_recent(horizon: int) -> pl.Expr:

@@ -10,33 +10,51 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 
+import polars as pl
 import pyarrow as pa
 import structlog
 import typer
+from confluent_kafka import KafkaError, Message, Producer
+from pydantic import Field
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
 from pyspark.sql.streaming.query import StreamingQuery
-from pyspark.sql.types import StructType
 
-from lake.decoding import KAFKA_COLUMNS
-from lake.publishing import BatchKey, publish, publish_small, remove_parts, swap_file
-from lake.reading import read_registry
+from lake import metrics
+from lake.by_partition import (
+    BOUNDS,
+    CLOCK,
+    TOGETHER,
+    Cut,
+    Frames,
+    Moment,
+    Transform,
+    keep,
+    known_frames,
+    staged,
+)
+from lake.by_partition import run as run_partitions
+from lake.checkpoint import LOST_IN_KAFKA, from_the_beginning, lost_in_kafka, require_whole
+from lake.decoding import KAFKA
+from lake.publishing import BatchKey, publish_small, remove_parts, rename_in, swap_in
+from lake.reading import newest_registry, registry_files
 from lake.session import spark_session, uri
 from schemas.closed_lists import Bucket
-from schemas.codec import arrow_schema, encode_batch
-from schemas.errors import ContractBroken, StateLost, exits
+from schemas.codec import encode_batch
+from schemas.errors import ContractBroken, RetryLater, StateLost, exits
 from schemas.settings import Settings, load
-from schemas.tables import ACCOUNTING, home, table_path
+from schemas.tables import ACCOUNTING, home
 from schemas.topics import Topic
 
 log = structlog.get_logger()
+PRODUCER = {"acks": "all", "enable.idempotence": True, "compression.type": "lz4", "partitioner": "murmur2_random"}
+SEND_TIMEOUT_S = 60
 
 
 class StreamSettings(Settings):
@@ -53,6 +71,9 @@ class StreamSettings(Settings):
         max_behind_s: how far behind; a meter that was offline sends readings of months ago.
         flush: on the way out take what Kafka still has, then close what is open.
         close_all: set by a flush: every window is over.
+        accept_loss: go on where Kafka no longer has what was not read yet.
+        metrics_port: where `GET /metrics` is answered; 0 is nowhere.
+        listen: address for that.
     """
 
     kafka_bootstrap: str
@@ -64,30 +85,12 @@ class StreamSettings(Settings):
     max_behind_s: int = 400 * 24 * 3600
     flush: bool = False
     close_all: bool = False
+    accept_loss: bool = False
+    metrics_port: int = Field(0, ge=0, le=65535)
+    listen: str = "127.0.0.1"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a transform gives back for one batch.
-
-    Attributes:
-        tables: rows to add per lake table.
-        books: run_id, bucket, records: where each input record went.
-        state: what the next batch reads.
-        topics: rows to send per Kafka topic, with the columns of its entity.
-        current: tables that are replaced by a new version each batch.
-        held: frames that several of the others come from: kept in memory until the batch is written.
-    """
-
-    tables: Mapping[str, DataFrame]
-    books: DataFrame
-    state: DataFrame
-    topics: Mapping[Topic, DataFrame] = field(default_factory=dict)
-    current: Mapping[str, DataFrame] = field(default_factory=dict)
-    held: tuple[DataFrame, ...] = ()
-
-
-Transform = Callable[[DataFrame, DataFrame, DataFrame, StreamSettings], Outcome]
+Together = Callable[[Frames, pl.DataFrame, Frames, Moment], Frames]
 
 
 @dataclass(frozen=True)
@@ -97,18 +100,30 @@ class StreamingJob:
     Attributes:
         name: its module's name: query, checkpoint, output prefix, CLI word.
         version: raised when the state changes its form; part of the checkpoint's path.
-        topics: what it reads.
+        topics: what it reads; their key is the meter.
         writes: lake table → the timestamp column that dates its rows.
-        state: columns of its state.
-        transform: (records, registry, state, settings) → outcome; pure, runs on static frames too.
+        state: kinds of frames that are kept from batch to batch, a partition at a time.
+        transform: (rows of one Kafka partition by `lake.decoding.decoded`, registry, state, moment) → frames: tables,
+            state, and `books` (run_id, bucket, records: where each input record went); pure, runs on static frames.
+        sends: lake table → the topic that gets its rows too.
+        current: lake tables that are replaced by their newest version.
+        hands: tables whose rows of a batch are handed to `together`.
+        together: ({table: rows of all partitions}, registry, its state, moment) → frames: tables, state; for what does
+            not belong to one meter.
+        together_state: kinds of frames that it keeps.
     """
 
     name: str
     version: int
     topics: tuple[Topic, ...]
     writes: Mapping[str, str]
-    state: StructType
+    state: Mapping[str, pl.Schema]
     transform: Transform
+    sends: Mapping[str, Topic] = field(default_factory=dict)
+    current: tuple[str, ...] = ()
+    hands: tuple[str, ...] = ()
+    together: Together | None = None
+    together_state: Mapping[str, pl.Schema] = field(default_factory=dict)
 
 
 class Runner:
@@ -132,15 +147,18 @@ class Runner:
     def start(self, session: SparkSession) -> StreamingQuery:
         """Starts the query; it goes on where its checkpoint stands."""
         settings = self.settings
+        require_whole(self.job.name, self.job.version, self.checkpoint)
+        for left in [*self.checkpoint.rglob(".*.tmp"), *self.checkpoint.rglob(".*.tmp.crc")]:
+            left.unlink()  # of a write that was killed; before its first batch Spark takes no folder that has one
         records = (
             session.readStream.format("kafka")
             .option("kafka.bootstrap.servers", settings.kafka_bootstrap)
             .option("subscribe", ",".join(topic.name for topic in self.job.topics))
             .option("startingOffsets", "earliest")
-            .option("failOnDataLoss", "true")
+            .option("failOnDataLoss", str(not settings.accept_loss).lower())
             .option("maxOffsetsPerTrigger", settings.max_offsets_per_trigger)
             .load()
-            .select(*KAFKA_COLUMNS)
+            .select(*KAFKA.names)
         )
         return (
             records.writeStream.queryName(self.job.name)
@@ -153,14 +171,24 @@ class Runner:
     def process(self, records: DataFrame, batch_id: int) -> None:
         """Writes one batch; the same rows in the same files when it is tried again."""
         key = BatchKey(self.job.name, self.query_id, f"{batch_id:08d}")
-        began = time.monotonic()
-        state = self._state(records.sparkSession, batch_id - 1)
-        received = self._write(records, state, key, self.settings, self._states / str(batch_id))
+        began, after = time.monotonic(), self._states / str(batch_id)
+        buckets, bound = self._write(records, self._state(batch_id - 1), key, self.settings, after)
         seconds = round(time.monotonic() - began, 2)
-        log.info("batch", job=self.job.name, batch=batch_id, received=received, seconds=seconds)
+        metrics.batch(self.job.name, batch_id, seconds, buckets, metrics.rows_of(after), bound)
+        log.info("batch", job=self.job.name, batch=batch_id, received=sum(buckets.values()), seconds=seconds)
         for old in self._states.iterdir():
             if int(old.name.partition(".")[0]) < batch_id - 1:
                 shutil.rmtree(old)
+
+    def tell(self, listener: metrics.Listener) -> None:
+        """Tells where the query stands before its first batch."""
+        last = self._last_commit()
+        if last is None:
+            return
+        offsets = (self.checkpoint / "offsets" / str(last)).read_text().splitlines()[2]
+        listener.taken(self.job.name, offsets)
+        state = self._state(last)
+        metrics.stands(self.job.name, last, metrics.rows_of(state) if state else 0)
 
     @property
     def is_flushed(self) -> bool:
@@ -171,7 +199,7 @@ class Runner:
     def _last_commit(self) -> int | None:
         return max((int(commit.name) for commit in (self.checkpoint / "commits").glob("[0-9]*")), default=None)
 
-    def flush(self, session: SparkSession) -> None:
+    def flush(self) -> None:
         """Closes what is open after the last batch; the query must have stopped.
 
         A marker is written first and the new state renamed in last: a flush that was killed is done again, with the
@@ -181,68 +209,85 @@ class Runner:
         if last is None or self.is_flushed:
             return
         (self._states / f"{last}.flush").mkdir(parents=True, exist_ok=True)
-        nothing = session.createDataFrame(
-            [], "key binary, value binary, topic string, partition int, offset long, timestamp timestamp"
-        )
         settings = self.settings.model_copy(update={"close_all": True})
         key = BatchKey(self.job.name, self.query_id, f"{last:08d}f")
         self._first = True
         staged = self._states / f"{last}.flushing"
-        self._write(nothing, self._state(session, last), key, settings, staged)
+        self._write(None, self._state(last), key, settings, staged)
         staged.rename(self._states / f"{last}.flushed")
 
-    def finish_flush(self, session: SparkSession) -> None:
+    def finish_flush(self) -> None:
         """Does a flush again that an earlier process began and did not end."""
         last = self._last_commit()
         if last is not None and (self._states / f"{last}.flush").exists():
-            self.flush(session)
+            self.flush()
 
-    def _state(self, session: SparkSession, batch_id: int) -> DataFrame:
+    def _state(self, batch_id: int) -> Path | None:
         if batch_id < 0:
-            return session.createDataFrame([], self.job.state)
+            return None
         flushed = self._states / f"{batch_id}.flushed"
         folder = flushed if flushed.exists() else self._states / str(batch_id)
         if not folder.exists():
-            msg = (
-                f"{self.job.name}: the state of batch {batch_id} is gone ({folder}). Repair: stop the jobs, remove "
-                f"{self.checkpoint}, remove the files {self.job.name}-{self.query_id}-* under {home() / 'lake'}, and "
-                "start again: the job reads Kafka from the beginning."
-            )
+            msg = f"{self.job.name}: the state of batch {batch_id} is gone ({folder}). "
+            msg += from_the_beginning(self.job.name, self.checkpoint)
             raise StateLost(msg)
-        return session.read.schema(self.job.state).parquet(uri(folder))
+        return folder
 
     def _write(
-        self, records: DataFrame, state: DataFrame, key: BatchKey, settings: StreamSettings, next_state: Path
-    ) -> int:
-        outcome = self.job.transform(records, read_registry(records.sparkSession), state, settings)
-        for frame in outcome.held:
-            frame.persist()
+        self, records: DataFrame | None, before: Path | None, key: BatchKey, settings: StreamSettings, after: Path
+    ) -> tuple[dict[str, int], datetime | None]:
+        """Writes rows, books and state. Returns the records by bucket, and up to when windows are over."""
+        job = self.job
+        for left in (after, key.staging):
+            shutil.rmtree(left, ignore_errors=True)
+        after.mkdir(parents=True)
+        clocks = [pl.read_ipc(file) for file in sorted(before.glob("*/clock.arrow"))] if before else []
+        cut = Cut(
+            topics={topic.name: topic for topic in job.topics},
+            writes=job.writes,
+            current=job.current,
+            state=job.state,
+            transform=job.transform,
+            registry=registry_files(),
+            moment=Moment(settings, bounds(clocks, settings.allowed_lateness_s)),
+            before=before,
+            after=after,
+            staging=key.staging,
+        )
         try:
+            books = run_partitions(records, cut)
+            if job.together:
+                self._put_together(job.together, cut)
             if self._first:
-                shutil.rmtree(key.staging, ignore_errors=True)
-                remove_parts(key, [*self.job.writes, "accounting"])
-            outcome.state.coalesce(2).write.mode("overwrite").parquet(uri(next_state))
-            for table, dated_by in self.job.writes.items():
-                publish(outcome.tables[table], table, key, dated_by)
-            for topic, rows in outcome.topics.items():
-                _send(rows, topic, settings.kafka_bootstrap)
-            received = self._publish_books(outcome.books, key)
-            for table, rows in outcome.current.items():
-                swap_file(rows, table_path(table) / "current.parquet")
+                remove_parts(key, [*job.writes, "accounting"])
+            for table, topic in job.sends.items():
+                send(staged(cut, table), topic, settings.kafka_bootstrap)
+            for table in job.writes:
+                rename_in(table, key)
+            self._publish_books(books, key)
+            for table in job.current:
+                swap_in(table, key)
         finally:
-            for frame in outcome.held:
-                frame.unpersist()
             shutil.rmtree(key.staging, ignore_errors=True)
         self._first = False
-        return received
+        newest = cut.moment.bounds.get_column("bound_after").max()
+        counted = books.group_by("bucket").agg(pl.col("records").sum())
+        return dict(counted.iter_rows()), newest if isinstance(newest, datetime) else None
 
-    def _publish_books(self, books: DataFrame, key: BatchKey) -> int:
-        """Writes the batch's lines. Returns the records received."""
+    def _put_together(self, together: Together, cut: Cut) -> None:
+        """What does not belong to one meter, on the driver."""
+        whole = replace(cut, state=self.job.together_state)
+        known = known_frames(whole.before, TOGETHER, whole.state)
+        handed = {table: staged(cut, table) for table in self.job.hands}
+        keep(together(handed, newest_registry(cut.registry), known, cut.moment), known, TOGETHER, whole)
+
+    def _publish_books(self, books: pl.DataFrame, key: BatchKey) -> None:
+        """Writes the batch's lines."""
         runs: dict[str | None, dict[str, int]] = {}
-        for row in books.groupBy("run_id", "bucket").agg(F.sum("records").alias("records")).collect():
-            runs.setdefault(row.run_id, dict.fromkeys(Bucket, 0))[row.bucket] += row.records
+        for run_id, bucket, records in books.iter_rows():
+            runs.setdefault(run_id, dict.fromkeys(Bucket, 0))[bucket] += records
         if not runs:
-            return 0
+            return
         rows = [
             {"run_id": run, "stage": self.job.name, "batch": str(key), "received": sum(buckets.values()), **buckets}
             for run, buckets in sorted(runs.items(), key=lambda item: item[0] or "")
@@ -251,29 +296,42 @@ class Runner:
         started_ms = json.loads(batch.read_text().splitlines()[1])["batchTimestampMs"]  # the same when tried again
         day = datetime.fromtimestamp(started_ms / 1000, UTC).date()
         publish_small(pa.Table.from_pylist(rows, ACCOUNTING), "accounting", key, day.isoformat())
-        return sum(sum(buckets.values()) for buckets in runs.values())
 
 
-def _send(rows: DataFrame, topic: Topic, bootstrap: str) -> None:
-    schema = arrow_schema(topic.entity)
+def bounds(clocks: Iterable[pl.DataFrame], allowed_lateness_s: float) -> pl.DataFrame:
+    """Up to when windows are over, columns `BOUNDS`, by the clocks that the batch before left, columns `CLOCK`."""
+    after = pl.col("newest_at").max() - timedelta(seconds=allowed_lateness_s)
+    known = pl.concat([pl.DataFrame(schema=CLOCK), *clocks])
+    newest = known.group_by("run_id").agg(bound_before=pl.col("bound_at").max(), bound_after=after)
+    return newest.with_columns(bound_after=pl.max_horizontal("bound_before", "bound_after")).cast(BOUNDS)
 
-    def encode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            table = pa.Table.from_batches([batch])
-            yield pa.record_batch(
-                [table.column("meter_id").combine_chunks(), pa.array(encode_batch(topic.entity, table), pa.binary())],
-                names=["key", "value"],
-            )
 
-    (
-        rows.select(*schema.names)
-        .mapInArrow(encode, "key string, value binary")
-        .write.format("kafka")
-        .option("kafka.bootstrap.servers", bootstrap)
-        .option("kafka.compression.type", "lz4")
-        .option("topic", topic.name)
-        .save()
-    )
+def send(rows: pl.DataFrame, topic: Topic, bootstrap: str) -> None:
+    """Sends rows to a topic and waits until Kafka has them; after a kill they may come again.
+
+    Raises:
+        RetryLater: Kafka did not take them.
+    """
+    if not len(rows):
+        return
+    producer = Producer({"bootstrap.servers": bootstrap, **PRODUCER})
+    refused: list[str] = []
+
+    def told(error: KafkaError | None, _: Message) -> None:
+        if error:
+            refused.append(error.str())
+
+    for meter_id, value in zip(rows.get_column("meter_id"), encode_batch(topic.entity, rows.to_arrow()), strict=True):
+        while True:
+            try:
+                producer.produce(topic.name, key=meter_id, value=value, on_delivery=told)
+                break
+            except BufferError:
+                producer.poll(0.1)
+    left = producer.flush(SEND_TIMEOUT_S)
+    if left or refused:
+        msg = f"Kafka did not take {left or len(refused)} records for {topic.name}: {'; '.join(refused[:1])}"
+        raise RetryLater(msg)
 
 
 def asked_to_end() -> threading.Event:
@@ -302,12 +360,16 @@ def stay(queries: list[StreamingQuery], stop: threading.Event) -> None:
     """Waits until somebody asks for the end.
 
     Raises:
+        StateLost: Kafka no longer has what a query has not read.
         ContractBroken: a query ended by itself.
     """
     while not stop.wait(0.5):
         for query in queries:
             if not query.isActive:
-                msg = f"query {query.name} ended: {query.exception()}"
+                told = str(query.exception())
+                if lost := next((line for line in told.splitlines() if LOST_IN_KAFKA.search(line)), None):
+                    raise StateLost(lost_in_kafka(query.name, lost.strip()))
+                msg = f"query {query.name} ended: {told}"
                 raise ContractBroken(msg)
 
 
@@ -327,9 +389,14 @@ def run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
         flush.set()
     signal.signal(signal.SIGUSR1, lambda *_: flush.set())
     session = spark_session("meterstream-" + "-".join(job.name for job in jobs))
+    listener = metrics.Listener(settings.kafka_bootstrap)
+    session.streams.addListener(listener)
+    if settings.metrics_port:
+        metrics.serve(settings.metrics_port, settings.listen)
     runners = [Runner(job, settings) for job in jobs]
     for runner in runners:
-        runner.finish_flush(session)
+        runner.finish_flush()
+        runner.tell(listener)
     queries = [runner.start(session) for runner in runners]
     flushed_mark().unlink(missing_ok=True)
     with served("streaming", queries):
@@ -340,7 +407,7 @@ def run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
                 query.processAllAvailable()
     if flush.is_set():
         for runner in runners:
-            runner.flush(session)
+            runner.flush()
         flushed_mark().touch()
     log.info("stopped", flushed=flush.is_set())
     session.stop()

@@ -5,15 +5,16 @@
 deviation % = (V − Vn) / Vn × 100 with Vn per meter, each phase on its own (domain reference, section 4).
 """
 
-from datetime import timedelta
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 import polars as pl
 
-from lake.delta_engine import BUCKETS
+from lake.delta_engine import BUCKETS, STAMP
 from lake.seen_before import PLACE, is_recent, with_seen
-from schemas.closed_lists import Band, Bucket, DeltaReason
-from schemas.tables import PHASES, VOLTAGE_WINDOWS, polars_schema
+from schemas.closed_lists import Band, Bucket, DeltaReason, VoltageEvent
+from schemas.tables import PHASES, VOLTAGE_EVENTS, VOLTAGE_WINDOWS, polars_schema
 
 WINDOW = timedelta(minutes=10)  # EN 50160 judges means over ten minutes
 NOMINAL_MV = 230_000  # where the registry has none: European low voltage
@@ -31,7 +32,31 @@ BANDS = pl.DataFrame(
 """EN 50160: 95 % of windows within ±10 %, all within +10 / −15 %. ANSI C84.1: service range A, then B."""
 
 VOLTAGES = [f"voltage_{phase.lower()}_mv" for phase in PHASES]
+STATISTICS: dict[str, Callable[[pl.Expr], pl.Expr]] = {
+    "sample_count": pl.Expr.count,
+    "exact_mv": pl.Expr.mean,
+    "min_mv": pl.Expr.min,
+    "max_mv": pl.Expr.max,
+    "stddev_mv": lambda mv: mv.std(ddof=0),
+}
 WINDOWS = polars_schema(VOLTAGE_WINDOWS)
+VOLTAGE_EVENT_ROWS = polars_schema(VOLTAGE_EVENTS)
+COUNTERS = {
+    f"{kind.value}_count_{phase.lower()}": (phase, kind.value) for kind in VoltageEvent for phase in PHASES
+}  # fmt: skip
+COUNTER = pl.Schema(
+    {
+        "meter_id": pl.String(),
+        "phase": pl.String(),
+        "kind": pl.String(),
+        "observed_at": STAMP,
+        "counter": pl.Int64(),
+        "equipment_id": pl.String(),
+        "run_id": pl.String(),
+    }
+)
+"""State: the newest value of each counter."""
+NEVER = datetime(1, 1, 1, tzinfo=UTC)
 
 
 class Advance(NamedTuple):
@@ -55,18 +80,20 @@ def advance(
     samples: pl.DataFrame,
     closed: pl.DataFrame,
     bounds: pl.DataFrame,
+    registry: pl.DataFrame,
     horizon: int,
     close_all: bool = False,
 ) -> Advance:
-    """Puts a batch of readings into windows and closes those that are over.
+    """Closes the windows that are over, then puts a batch of readings into the others.
 
-    A window is over when the bound of its run (newest arrival − allowed lateness) has reached its end.
+    A window is over when its run's bound (newest arrival − allowed lateness, before the batch) has reached its end.
 
     Args:
-        readings: meter_id, observed_at, run_id, topic, partition, offset, voltages, nominal_mv, jurisdiction.
+        readings: meter_id, observed_at, run_id, topic, partition, offset, voltages.
         samples: the state so far, the same columns.
         closed: the state so far: meter_id, run_id, window_start.
-        bounds: per run_id `bound_before` this batch and `bound_after` it.
+        bounds: per run_id `bound_before`, up to which windows were closed, and `bound_after`, up to which they are now.
+        registry: meter_id, nominal_mv, jurisdiction: what a window is judged by when it is over.
         horizon: offsets within which a redelivered record is recognised.
         close_all: at the end of a run: every window is over.
     """
@@ -81,10 +108,11 @@ def advance(
         ]
     )
     end = pl.col("window_start") + WINDOW
+    closed_to = pl.when("fresh").then("bound_after").otherwise("bound_before")
     placed = (
         _with_bounds(state.with_columns(window_start=window_start()), bounds)
         .join(early, on=window, how="left", nulls_equal=True)
-        .with_columns(was_over=(end <= pl.col("bound_before")).fill_null(False) | pl.col("is_early").fill_null(False))
+        .with_columns(was_over=(end <= closed_to).fill_null(False) | pl.col("is_early").fill_null(False))
     )
     late = placed.filter(pl.col("fresh") & pl.col("was_over")).select(*PLACE, is_late=pl.lit(True))
     why = (
@@ -103,7 +131,7 @@ def advance(
     newly_early = closing.select(window).unique() if close_all else closed.clear()
     still_early = known.filter(~(end <= pl.col("bound_after")).fill_null(False)).select(window)
     return Advance(
-        windows(closing),
+        windows(closing.join(registry, on="meter_id", how="left")),
         judged,
         placed.filter(~(is_over | pl.col("was_over")) | is_recent(horizon)).select(samples.columns),
         pl.concat([still_early, newly_early]),
@@ -112,6 +140,47 @@ def advance(
 
 def _with_bounds(frame: pl.DataFrame, bounds: pl.DataFrame) -> pl.DataFrame:
     return frame.join(bounds, on="run_id", how="left", nulls_equal=True)
+
+
+def counted(readings: pl.DataFrame, counters: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Sags and swells: an event is the increase of a meter's own counter.
+
+    A reading that is older than the newest one counted changes nothing; a counter that falls, or that of another box,
+    begins anew.
+
+    Args:
+        readings: originals: meter_id, observed_at, run_id, equipment_id and `COUNTERS`.
+        counters: the state so far, columns `COUNTER`.
+
+    Returns:
+        Events, columns `VOLTAGE_EVENT_ROWS`, and the new state.
+    """
+    of, box = ["meter_id", "phase", "kind"], pl.col("equipment_id")
+    counting = {column: of for column, of in COUNTERS.items() if readings.get_column(column).count()}
+    each = [
+        readings.filter(pl.col(column).is_not_null()).select(
+            "meter_id", "observed_at", "run_id", "equipment_id",
+            phase=pl.lit(phase), kind=pl.lit(kind), counter=pl.col(column), is_new=pl.lit(True),
+        )
+        for column, (phase, kind) in counting.items()
+    ]  # fmt: skip
+    if not each:
+        return pl.DataFrame(schema=VOLTAGE_EVENT_ROWS), counters
+    known = counters.select(*COUNTER.keys(), is_new=pl.lit(False))
+    counted_at = pl.col("observed_at").filter(~pl.col("is_new")).max().over(of).fill_null(NEVER)
+    series = (
+        pl.concat([known, *[frame.select(known.columns) for frame in each]])
+        .sort(*of, "observed_at", "is_new")
+        .filter(pl.col("observed_at") >= counted_at)
+        .with_columns(
+            previous_at=pl.col("observed_at").shift(1).over(of),
+            event_count=pl.col("counter").diff().over(of),
+            is_same=box.eq_missing(box.shift(1).over(of)),
+        )
+    )
+    events = series.filter((pl.col("event_count") > 0) & pl.col("is_same"))
+    state = series.unique(of, keep="last", maintain_order=True).select(COUNTER.keys())
+    return events.select(VOLTAGE_EVENT_ROWS.keys()).cast(VOLTAGE_EVENT_ROWS), state
 
 
 def window_start(column: str = "observed_at") -> pl.Expr:
@@ -129,33 +198,27 @@ def windows(samples: pl.DataFrame) -> pl.DataFrame:
     Returns:
         Columns `WINDOWS`; the standard deviation is the population's, so one sample has 0.
     """
-    of = ["meter_id", "phase", "window_start"]
-    each = (
-        samples.select("meter_id", "observed_at", "run_id", "nominal_mv", "jurisdiction", *VOLTAGES)
-        .rename(dict(zip(VOLTAGES, PHASES, strict=True)))
-        .unpivot(
-            on=list(PHASES),
-            index=["meter_id", "observed_at", "run_id", "nominal_mv", "jurisdiction"],
-            variable_name="phase",
-            value_name="mv",
-        )
-        .filter(pl.col("mv").is_not_null())
-        .with_columns(window_start=window_start())
-    )
-    mv = pl.col("mv")
-    totals = (
-        each.sort("observed_at")
-        .group_by(of)
+    wide = (
+        samples.sort("observed_at")
+        .group_by("meter_id", window_start=window_start())
         .agg(
-            sample_count=pl.len().cast(pl.Int64),
-            exact_mv=mv.mean(),
-            min_mv=mv.min(),
-            max_mv=mv.max(),
-            stddev_mv=mv.std(ddof=0),
-            nominal_mv=pl.col("nominal_mv").last(),
-            jurisdiction=pl.col("jurisdiction").last(),
-            run_id=pl.col("run_id").last(),
+            pl.col("nominal_mv", "jurisdiction", "run_id").last(),
+            **{
+                f"{name}_{phase}": statistic(pl.col(voltage))
+                for phase, voltage in zip(PHASES, VOLTAGES, strict=True)
+                for name, statistic in STATISTICS.items()
+            },
         )
+    )
+    of = ["meter_id", "window_start", "nominal_mv", "jurisdiction", "run_id"]
+    totals = (
+        pl.concat(
+            [
+                wide.select(*of, phase=pl.lit(phase), **{name: f"{name}_{phase}" for name in STATISTICS})
+                for phase in PHASES
+            ]
+        )
+        .filter(pl.col("sample_count") > 0)
         .with_columns(
             nominal_mv=pl.col("nominal_mv").fill_null(NOMINAL_MV),
             jurisdiction=pl.col("jurisdiction").fill_null(JURISDICTION),
@@ -177,7 +240,7 @@ def windows(samples: pl.DataFrame) -> pl.DataFrame:
         .with_columns(band=_band())
         .select(WINDOWS.keys())
         .cast(WINDOWS)
-        .sort(of)
+        .sort("meter_id", "phase", "window_start")
     )
 
 

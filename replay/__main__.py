@@ -304,9 +304,10 @@ def verify_command(
 ) -> None:
     """Compares what a run sent with what lake and dead letters hold, record by record, and explains every fault.
 
-    Run it when the jobs have taken everything and closed their windows: after `make down FLUSH=1`. Exit 0: nothing is
-    left to explain; 1: the books do not balance, or a fault is unexplained; 2: no such run, or no lake. Per meter:
-    verify.parquet beside the run's ledger.
+    It ends with precision and recall per reason and alarm type. Run it when the jobs have taken everything and closed
+    their windows: after `make down FLUSH=1`. Exit 0: nothing is left to explain; 1: the books do not balance, a fault
+    is unexplained, or a precision or recall is below 0.99; 2: no such run, or no lake. Per meter: verify.parquet beside
+    the run's ledger.
 
     Example: replay verify --run dirty
     """

@@ -20,11 +20,14 @@ from rich.markup import escape
 from rich.table import Table
 
 import schemas
-from replay.dirt import FAULTS, encoding_of
+from replay.dirt import encoding_of
 from replay.outcomes import GAP_FACTOR, MAX_AHEAD, MAX_BEHIND, STEP_SLACK_WH, judged
-from replay.run import UNSTAMPED, Ledger, digest_of, digest_text, raw_bytes, read_ledger, run_folder
+from replay.run import UNSTAMPED, Ledger, digest_of, digest_text, raw_bytes, run_folder
+from replay.scores import Scores, scores, scores_told
+from replay.sent import ALARMS, DELTAS, LAKE, PLACE, REGISTER_COLUMNS, VOLTAGE, VOLTAGE_COLUMNS, Run, ledger_of
 from schemas.closed_lists import (
     ACCEPTED_DELTAS,
+    AlarmSource,
     AlarmState,
     Bucket,
     DeltaReason,
@@ -36,12 +39,9 @@ from schemas.closed_lists import (
     QuarantineReason,
 )
 from schemas.codec import arrow_schema, encode_batch
-from schemas.errors import ConfigError
-from schemas.tables import PHASES, REGISTERS, TABLES, glob_of, home, polars_schema, table_path
-from schemas.topics import KINDS
+from schemas.tables import REGISTERS, TABLES, glob_of, home, polars_schema, table_path
+from schemas.topics import COMMANDS, KINDS
 
-DELTAS, VOLTAGE, ALARMS, LAKE = "consumption_deltas", "voltage_deviation", "alarms", "readings_lake"
-"""The stages, by the name of their job."""
 JUDGING = (DELTAS, VOLTAGE, ALARMS)
 """What these make of a record depends on what they had of its meter before, from whatever run."""
 NAMED_SEQS = 20  # missing records of one meter that are named
@@ -150,6 +150,7 @@ class Verdict:
         stages: the books of the run's stages.
         meters: one row a meter: `BALANCE`, reordered, wrong (sentences; empty where all holds).
         faults: one row a fault: fault_id, kind, meter_id (the first), records, outcome, is_explained, detail.
+        scores: precision and recall per reason and alarm type.
         findings: columns `FINDINGS`; empty when the run is proven.
         notes: what could not be checked, and why.
         unfinished: which stages have not received all yet; empty when the books are closed.
@@ -161,14 +162,16 @@ class Verdict:
     stages: list[Books]
     meters: pl.DataFrame
     faults: pl.DataFrame
+    scores: Scores
     findings: pl.DataFrame
     notes: list[str]
     unfinished: list[str]
 
     @property
     def is_balanced(self) -> bool:
-        """Whether nothing is left to explain."""
-        return not self.unfinished and not len(self.findings) and bool(self.faults.get_column("is_explained").all())
+        """Whether nothing is left to explain, and no precision or recall is low."""
+        is_explained = bool(self.faults.get_column("is_explained").all())
+        return not self.unfinished and not len(self.findings) and is_explained and not len(self.scores.low)
 
     def kinds(self) -> dict[str, dict[str, Any]]:
         """Per kind of fault how many were injected and unexplained, and the outcomes of their records."""
@@ -192,6 +195,8 @@ class Verdict:
             "totals": self.totals,
             "stages": {each.stage: vars(each) for each in self.stages},
             "faults": self.kinds(),
+            "scores": self.scores.table.to_dicts(),
+            "undecidable": self.scores.undecidable.to_dicts(),
             "findings_total": len(self.findings),
             "findings": self.findings.head(named).to_dicts(),
             "unexplained_total": len(wrong),
@@ -227,12 +232,14 @@ def verify(run_id: str, on_step: Step = lambda _: None) -> Verdict:
     findings += [_broken(lake), *_energy(lake, run, faults)]
     on_step("bytes")
     findings += _digested(lake, run, counts)
+    on_step("scores")
+    scored = scores(lake, run)
     on_step("sums")
     every = pl.concat([FINDINGS.to_frame(), *findings]).sort("meter_id", "place", nulls_last=False)
     meters = _per_meter(lake, run, counts, every)
     verdict = Verdict(
         run_id, run.ledger.is_whole, {name: int(meters.get_column(name).sum()) for name in (*BALANCE, "reordered")},
-        books(lake, run_id), meters, _per_fault(faults), every, _notes(lake, run, faults),
+        books(lake, run_id), meters, _per_fault(faults), scored, every, _notes(lake, run, faults),
         _behind(lake, run.ledger),
     )  # fmt: skip
     for name, frame in (("verify", verdict.meters), ("verify-faults", verdict.faults)):
@@ -266,170 +273,6 @@ def _behind(lake: duckdb.DuckDBPyConnection, ledger: Ledger) -> list[str]:
         for stage, (count, what) in sent.items()
         if received.get(stage, 0) < count - unsure
     ]
-
-
-def ledger_of(run_id: str) -> Ledger:
-    """What a run that has ended says of itself.
-
-    Raises:
-        ConfigError: it is not there, or not complete.
-    """
-    folder = run_folder(run_id)
-    try:
-        ledger = read_ledger(run_id)
-    except (OSError, ValueError, TypeError) as error:
-        known = sorted(path.parent.name for path in (home() / "runs").glob("*/run.json"))
-        msg = f"no run {run_id} in {home() / 'runs'}; there are: {', '.join(known) or 'none'}"
-        raise ConfigError(msg) from error
-    if not (folder / "ledger.parquet").exists():
-        msg = f"run {run_id} has no ledger: it still runs, or was killed"
-        raise ConfigError(msg)
-    if ledger.to not in ("mqtt", "kafka"):
-        msg = f"run {run_id} was played to {ledger.to}: there is nothing to compare"
-        raise ConfigError(msg)
-    return ledger
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run says of itself.
-
-    Attributes:
-        ledger: of run.json.
-        meters: ledger.parquet.
-        faults: faults.parquet with `row`, `was_sent` (its time had come when the run ended), `register` (whose steps
-            tell what became of it) and the meter's `max_w` and `interval_s`.
-    """
-
-    ledger: Ledger
-    meters: pl.DataFrame
-    faults: pl.DataFrame
-
-    @classmethod
-    def read(cls, run_id: str) -> "Run":
-        """Reads a run's folder.
-
-        Raises:
-            ConfigError: it is not there or not complete, or the lake has no readings.
-        """
-        folder, ledger = run_folder(run_id), ledger_of(run_id)
-        if not any(table_path("readings").glob("date=*/*.parquet")):
-            msg = f"no lake: {table_path('readings')} has no files; METERSTREAM_HOME says where to look"
-            raise ConfigError(msg)
-        meters = pl.read_parquet(folder / "ledger.parquet")
-        faults = pl.read_parquet(folder / "faults.parquet").cast(polars_schema(FAULTS))
-        truth = pl.read_parquet(folder / "truth.parquet", columns=["meter_id", "register"])
-        order = {register: place for place, register in enumerate(REGISTERS)}
-        first = (
-            truth.with_columns(place=pl.col("register").replace_strict(order, return_dtype=pl.Int64))
-            .group_by("meter_id")
-            .agg(first_register=pl.col("register").sort_by("place").first())
-        )
-        own = pl.col("detail").str.strip_suffix("_wh")
-        register = pl.when(own.is_in(list(REGISTERS))).then(own).otherwise("first_register")
-        named = (
-            faults.with_row_index("row")
-            .join(meters.select("meter_id", "sent_until"), on="meter_id", how="left", maintain_order="left")
-            .join(first, on="meter_id", how="left", maintain_order="left")
-            .with_columns(register=register, was_sent=pl.col("due_at") < pl.col("sent_until"))
-            .drop("first_register", "sent_until")
-        )
-        return cls(ledger, meters, named)
-
-    def open_in(self, lake: duckdb.DuckDBPyConnection) -> None:
-        """Views of the run's own rows, and tables of what it sent."""
-        run_id = self.ledger.run_id.replace("'", "''")
-        for view, table in (
-            ("run_readings", "readings"), ("run_events", "events"), ("run_deltas", "consumption_deltas"),
-            ("run_windows", "voltage_windows"),
-        ):  # fmt: skip
-            lake.execute(f"CREATE VIEW {view} AS SELECT * FROM {table} WHERE run_id = '{run_id}'")
-        place = 'topic, partition, "offset"'
-        lake.execute(
-            "CREATE TEMP TABLE apart AS "
-            + " UNION ALL ".join(
-                f"SELECT '{table}' AS kept_in, '{bucket}' AS bucket, stage, reason, meter_id, {place} FROM {table} "
-                f"WHERE run_id = '{run_id}'"
-                for table, bucket in (
-                    ("late_readings", Bucket.LATE),
-                    ("quarantined_readings", Bucket.QUARANTINED),
-                    ("late_events", Bucket.LATE),
-                    ("quarantined_events", Bucket.QUARANTINED),
-                )  # fmt: skip
-            )
-        )
-        lake.register("faults", self.faults.to_arrow())
-        holes = self._holes()
-        lake.register("sent", self._sent(holes).to_arrow())
-        lake.register("holes", holes.to_arrow())
-        lake.register("ledger_meters", self.meters.select("meter_id").to_arrow())
-        truth = run_folder(self.ledger.run_id) / "truth.parquet"
-        lake.execute(f"CREATE VIEW truth AS FROM read_parquet('{truth}')")
-        lake.execute(
-            """CREATE TEMP TABLE limits AS SELECT meter_id, interval_s,
-                CAST(fuse_a * len(string_split(phases, ',')) * coalesce(nominal_mv, 230000) / 1000 AS BIGINT) AS max_w
-            FROM newest_registry SEMI JOIN ledger_meters USING (meter_id)"""
-        )
-        lake.execute(
-            f"""CREATE TEMP TABLE shared AS
-            SELECT DISTINCT meter_id FROM readings SEMI JOIN ledger_meters USING (meter_id)
-            WHERE run_id IS DISTINCT FROM '{run_id}'"""
-        )
-        # past the bridge a dead letter names no meter, and two meters' poison may be the same bytes: then any will do
-        whose, way = ("meter_id", "mqtt_topic") if self.ledger.to == "mqtt" else ("NULL", "kafka_topic")
-        lake.execute(
-            f"""CREATE TEMP TABLE letters AS
-            WITH expected AS (
-                SELECT row, payload, {whose} AS whose,
-                    row_number() OVER (PARTITION BY payload, {whose} ORDER BY row) AS turn,
-                    count(*) OVER (PARTITION BY payload, {whose}) AS turns
-                FROM faults WHERE payload IS NOT NULL AND was_sent),
-            found AS (
-                SELECT payload, {whose} AS whose, any_value(reason) AS reason, count(*) AS letters FROM dead_letters
-                WHERE {way} IS NOT NULL
-                    AND received_at >= TIMESTAMPTZ '{self.ledger.started_at}' - INTERVAL 1 MINUTE GROUP BY ALL)
-            SELECT row, reason, CASE WHEN turn = turns THEN letters - turns + 1 ELSE 1 END AS letters
-            FROM expected e JOIN found f ON f.payload = e.payload AND f.whose IS NOT DISTINCT FROM e.whose
-            WHERE turn <= letters"""
-        )
-
-    def _sent(self, holes: pl.DataFrame) -> pl.DataFrame:
-        """Per topic and meter: `sent` records, `copies` among them, `end`: its seqs are 0 … end − 1 but for holes.
-
-        Args:
-            holes: seqs that were not sent: topic, meter_id, seq.
-        """
-        of = ["topic", "meter_id"]
-        is_copy = pl.col("was_sent") & (pl.col("kind") == FaultKind.DUPLICATE)
-        copies = self.faults.filter(is_copy).group_by(of).agg(copies=pl.len().cast(pl.Int64))
-        missed = holes.group_by(of).agg(holes=pl.len().cast(pl.Int64))
-        both = pl.concat([self.meters.select("meter_id", topic=pl.lit(kind), sent=kind) for kind in KINDS])
-        return (
-            both.join(copies, on=of, how="left")
-            .join(missed, on=of, how="left")
-            .with_columns(pl.col("copies", "holes").fill_null(0))
-            .with_columns(end=pl.col("sent") - pl.col("copies") + pl.col("holes"))
-        )
-
-    def _holes(self) -> pl.DataFrame:
-        """Seqs that were never sent: topic, meter_id, seq.
-
-        Of an interrupted run also records that were to come later than their time, where their time had come: those
-        below the end that the number of records sent gives.
-        """
-        of = ["topic", "meter_id"]
-        withheld = (pl.col("kind") == FaultKind.POISON) | ~pl.col("is_sent")
-        certain = self.faults.filter(pl.col("was_sent") & withheld).select(*of, "seq").unique()
-        if self.ledger.is_whole:
-            return certain
-        moved = pl.col("kind").is_in([FaultKind.LATE.value, FaultKind.REORDER.value])
-        open_ = (
-            self.faults.filter(moved & ~pl.col("was_sent"))
-            .sort("seq")
-            .join(self._sent(certain), on=of, how="left")
-            .with_columns(rank=pl.int_range(pl.len()).over(of))
-        )
-        return pl.concat([certain, open_.filter(pl.col("seq") < pl.col("end") + pl.col("rank")).select(*of, "seq")])
 
 
 def _told(lake: duckdb.DuckDBPyConnection, place: str, sql: str) -> pl.DataFrame:
@@ -528,11 +371,6 @@ def _records(lake: duckdb.DuckDBPyConnection, run: Run) -> tuple[pl.DataFrame, l
         for kind in KINDS
     ]
     return counts, findings
-
-
-REGISTER_COLUMNS = ", ".join(f"{register}_wh" for register in REGISTERS)
-VOLTAGE_COLUMNS = ", ".join(f"voltage_{phase.lower()}_mv" for phase in PHASES)
-PLACE = 'topic, partition, "offset"'
 
 
 def _possible(stage: str) -> str:
@@ -703,32 +541,42 @@ def _apart(lake: duckdb.DuckDBPyConnection) -> list[pl.DataFrame]:
 def _alarms(lake: duckdb.DuckDBPyConnection) -> list[pl.DataFrame]:
     """Each change of an alarm again, from the events less what the stage kept apart.
 
-    Tables `changes` (per event that moves an alarm: place, run_id, alarm_type, change, is_found).
+    Tables `original_events` (is_coded, alarm_type, told_edge as the table of codes has it, edge, event_at, is_apart,
+    is_overtaken: a later one of its alarm came before) and `changes` (per event that moves an alarm: place, run_id,
+    alarm_type, change).
     """
     codes = Path(schemas.__file__).parent / "events" / "codes.csv"
     ahead, behind = (round(limit.total_seconds()) for limit in (MAX_AHEAD, MAX_BEHIND))
     of = "meter_id, observed_at, sent_at, seq, dialect, source_table, code, argument"
     lake.execute(
-        f"""CREATE TEMP TABLE changes AS
+        f"""CREATE TEMP TABLE original_events AS
         WITH codes AS (FROM read_csv('{codes}', all_varchar = true)),
         originals AS (
             SELECT * FROM events SEMI JOIN ledger_meters USING (meter_id)
-            ANTI JOIN (SELECT {PLACE} FROM late_events UNION ALL SELECT {PLACE} FROM quarantined_events) USING ({PLACE})
-            QUALIFY row_number() OVER (PARTITION BY {of} ORDER BY partition, "offset") = 1),
-        edges AS (
-            SELECT o.*, c.alarm_type, CASE WHEN c.edge <> '{Edge.LEVEL}' THEN c.edge
-                WHEN argument = '1' THEN '{Edge.RAISE}' WHEN argument = '0' THEN '{Edge.CLEAR}' END AS edge,
+            QUALIFY row_number() OVER (PARTITION BY {of} ORDER BY partition, "offset") = 1)
+        SELECT *, alarm_type IS NOT NULL AND coalesce(max(event_at) OVER (
+                PARTITION BY meter_id, alarm_type ORDER BY partition, "offset"
+                ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) > event_at, false) AS is_overtaken
+        FROM (
+            SELECT o.*, c.code IS NOT NULL AS is_coded, c.edge AS told_edge,
+                CASE WHEN c.action = '{EventAction.RAISE}' THEN c.alarm_type END AS alarm_type,
+                CASE WHEN c.edge <> '{Edge.LEVEL}' THEN c.edge
+                    WHEN argument = '1' THEN '{Edge.RAISE}' WHEN argument = '0' THEN '{Edge.CLEAR}' END AS edge,
                 CASE WHEN epoch(observed_at) - epoch(arrival_at) BETWEEN -{behind} AND {ahead}
-                    THEN observed_at ELSE arrival_at END AS event_at
-            FROM originals o JOIN codes c ON c.dialect = o.dialect AND c.source_table = o.source_table
+                    THEN observed_at ELSE arrival_at END AS event_at,
+                ({PLACE}) IN (SELECT ({PLACE}) FROM late_events UNION ALL SELECT ({PLACE}) FROM quarantined_events)
+                    AS is_apart
+            FROM originals o LEFT JOIN codes c ON c.dialect = o.dialect AND c.source_table = o.source_table
                 AND c.code = o.code AND c.dialect_version IN (o.dialect_version, '*')
-            WHERE c.action = '{EventAction.RAISE}'
             QUALIFY row_number() OVER (
-                PARTITION BY o.topic, o.partition, o."offset" ORDER BY c.dialect_version = '*') = 1),
-        moves AS (
+                PARTITION BY o.topic, o.partition, o."offset" ORDER BY c.dialect_version = '*') = 1)"""
+    )
+    lake.execute(
+        f"""CREATE TEMP TABLE changes AS
+        WITH moves AS (
             SELECT *, coalesce(lag(edge) OVER (
                 PARTITION BY meter_id, alarm_type ORDER BY event_at, partition, "offset"), '{Edge.CLEAR}') AS before
-            FROM edges)
+            FROM original_events WHERE alarm_type IS NOT NULL AND NOT is_apart)
         SELECT {PLACE}, run_id, meter_id, alarm_type, event_at, arrival_at,
             CASE WHEN edge = '{Edge.RAISE}' AND before = '{Edge.RAISE}' THEN '{FaultOutcome.REPEATED}'
                 WHEN edge = '{Edge.RAISE}' THEN '{FaultOutcome.RAISED}'
@@ -743,7 +591,7 @@ def _alarms(lake: duckdb.DuckDBPyConnection) -> list[pl.DataFrame]:
                 WHEN repeat_count = 0 THEN '{FaultOutcome.RAISED}' ELSE '{FaultOutcome.REPEATED}' END AS change,
             CASE WHEN state = '{AlarmState.CLEARED}' THEN cleared_at
                 WHEN repeat_count = 0 THEN raised_at END AS moved_at
-        FROM alarms SEMI JOIN ledger_meters USING (meter_id)"""
+        FROM alarms SEMI JOIN ledger_meters USING (meter_id) WHERE source = '{AlarmSource.METER_EVENT}'"""
     )
     key = "meter_id, alarm_type, arrival_at, change, moved_at"
     differing = f"""WITH made AS (
@@ -796,11 +644,14 @@ def _books(lake: duckdb.DuckDBPyConnection) -> list[pl.DataFrame]:
         f"SELECT count(*) FROM dead_letters WHERE kafka_topic = '{topic.name}'" for topic in KINDS.values()
     )
     unnamed = {
-        LAKE: """SELECT (SELECT count(*) FROM dead_letters) + (SELECT count(*) FROM readings WHERE run_id IS NULL)
+        LAKE: f"""SELECT (SELECT count(*) FROM dead_letters WHERE kafka_topic IS DISTINCT FROM '{COMMANDS.name}')
+            + (SELECT count(*) FROM readings WHERE run_id IS NULL)
             + (SELECT count(*) FROM events WHERE run_id IS NULL)""",
         DELTAS: f"SELECT ({readings}) + (SELECT count(*) FROM readings WHERE run_id IS NULL)",
         VOLTAGE: f"SELECT ({readings}) + (SELECT count(*) FROM readings WHERE run_id IS NULL)",
-        ALARMS: f"SELECT ({events}) + (SELECT count(*) FROM events WHERE run_id IS NULL)",
+        ALARMS: f"""SELECT ({events}) + (SELECT count(*) FROM events WHERE run_id IS NULL)
+            + (SELECT count(*) FROM alarm_acknowledgements)
+            + (SELECT count(*) FROM dead_letters WHERE kafka_topic = '{COMMANDS.name}')""",
     }
     for stage, sql in unnamed.items():
         found = _number(lake, sql)
@@ -1155,6 +1006,8 @@ def told(verdict: Verdict, named: int) -> list[Table | str]:
             wrong = f"[red]{each['unexplained']:,}[/]" if each["unexplained"] else "0"
             kinds.add_row(kind, f"{each['injected']:,}", became, wrong)
         found.append(kinds)
+    if not verdict.unfinished:
+        found += scores_told(verdict.scores)
     whole = verdict.findings.filter(pl.col("meter_id").is_null())
     meters = verdict.meters.filter(pl.col("wrong") != "")
     faults = verdict.faults.filter(~pl.col("is_explained")).select("fault_id", "kind", "detail")

@@ -65,6 +65,15 @@ class QuarantineReason(StrEnum):
     UNKNOWN_ARGUMENT = "unknown_argument"
 
 
+class IntervalQuality(StrEnum):
+    """What the energy of an interval is worth."""
+
+    MEASURED = "measured"
+    INTERPOLATED = "interpolated"
+    ESTIMATED = "estimated"
+    INCOMPLETE = "incomplete"
+
+
 class Band(StrEnum):
     """Where a voltage lies against the limits of its jurisdiction."""
 
@@ -73,6 +82,20 @@ class Band(StrEnum):
     HIGH = "high"
     VERY_LOW = "very_low"
     VERY_HIGH = "very_high"
+
+
+class GridLevel(StrEnum):
+    """What meters are grouped by."""
+
+    TRANSFORMER = "transformer"
+    FEEDER = "feeder"
+
+
+class VoltageEvent(StrEnum):
+    """What a meter's own counters tell of voltages that no reading shows."""
+
+    SAG = "sag"
+    SWELL = "swell"
 
 
 class Severity(StrEnum):
@@ -105,6 +128,13 @@ class AlarmState(StrEnum):
 
     ACTIVE = "active"
     CLEARED = "cleared"
+
+
+class OutageKind(StrEnum):
+    """Of an outage that is over: up to five minutes, or longer."""
+
+    MOMENTARY = "momentary"
+    SUSTAINED = "sustained"
 
 
 class AlarmSource(StrEnum):

@@ -22,6 +22,7 @@ from schemas.errors import ContractBroken, InvalidMessage
 from schemas.topics import AVRO_FOLDER, SCHEMA_IDS
 
 FRAME = struct.Struct(">bI")
+LONGEST = 2**31 - 1  # bytes in a binary array
 TIMESTAMP = pa.timestamp("us", "UTC")
 FIRST_US, LAST_US = -62_135_596_800_000_000, 253_402_300_799_999_999
 """The calendar's first and last microsecond (years 1 and 9999): what lies beyond is no time."""
@@ -149,10 +150,15 @@ def encode_batch(entity: str, records: pa.Table) -> list[bytes]:
     return out
 
 
-def _ruhvro_decode(data: list[bytes], entity: str, version: str) -> pa.RecordBatch | None:
-    """All data decoded, or None where at least one of them is not exactly one datum."""
+def _ruhvro_decode(framed: pa.BinaryArray, entity: str) -> pa.RecordBatch | None:
+    """All decoded, or None where at least one is not exactly one datum in the frame of the latest version."""
+    schema_id, version = latest(entity)
+    is_framed = pc.equal(pc.binary_slice(framed, 0, FRAME.size), frame_of(schema_id))
+    if framed.null_count or not pc.all(is_framed).as_py():
+        return None
+    data = pc.binary_slice(framed, FRAME.size, LONGEST)
     try:
-        batch = pyruhvro.deserialize_array(data, _ruhvro_text(entity, version))
+        batch = pyruhvro.deserialize_array(data.to_pylist(), _ruhvro_text(entity, version))
         again = pyruhvro.serialize_record_batch(batch, _ruhvro_text(entity, version), 1)
     except ValueError:
         return None
@@ -161,10 +167,11 @@ def _ruhvro_decode(data: list[bytes], entity: str, version: str) -> pa.RecordBat
             edges = pc.min_max(column.cast(pa.int64())).as_py()
             if edges["min"] is not None and (edges["min"] < FIRST_US or edges["max"] > LAST_US):
                 return None
-    return batch if pa.chunked_array(again).to_pylist() == data else None  # it takes trailing bytes without a word
+    is_same = pa.chunked_array(again, pa.binary()).equals(pa.chunked_array([data]))
+    return batch if is_same else None  # it takes trailing bytes without a word
 
 
-def decode_batch(payloads: Sequence[bytes | None], entity: str) -> DecodedBatch:
+def decode_batch(payloads: Sequence[bytes | None] | pa.BinaryArray, entity: str) -> DecodedBatch:
     """The records in framed data; a bad one costs a look at its neighbours, never the batch.
 
     pyruhvro refuses a whole array for one bad datum and does not say which, and is silent on trailing bytes: so the
@@ -174,8 +181,7 @@ def decode_batch(payloads: Sequence[bytes | None], entity: str) -> DecodedBatch:
         payloads: framed data; null counts as not framed.
         entity: `reading` or `event`.
     """
-    schema_id, version = latest(entity)
-    header = frame_of(schema_id)
+    values = payloads if isinstance(payloads, pa.BinaryArray) else pa.array(payloads, pa.binary())
     schema = arrow_schema(entity)
     reasons: list[str | None] = [None] * len(payloads)
     details: list[str | None] = [None] * len(payloads)
@@ -187,7 +193,7 @@ def decode_batch(payloads: Sequence[bytes | None], entity: str) -> DecodedBatch:
         rows = []
         for index in range(start, stop):
             try:
-                rows.append(decode(payloads[index] or b"", entity))
+                rows.append(decode(values[index].as_py() or b"", entity))
             except InvalidMessage as error:
                 rows.append(nothing)
                 reasons[index], details[index] = error.reason, error.detail
@@ -197,19 +203,17 @@ def decode_batch(payloads: Sequence[bytes | None], entity: str) -> DecodedBatch:
         if stop - start <= 8:
             one_by_one(start, stop)
             return
-        framed = payloads[start:stop]
-        if all(payload is not None and payload.startswith(header) for payload in framed):
-            batch = _ruhvro_decode([payload[FRAME.size :] for payload in framed if payload], entity, version)
-            if batch is not None:
-                pieces.append(pa.Table.from_batches([batch]).cast(nullable))
-                return
+        batch = _ruhvro_decode(values.slice(start, stop - start), entity)
+        if batch is not None:
+            pieces.append(pa.Table.from_batches([batch]).cast(nullable))
+            return
         middle = (start + stop) // 2
         take(start, middle)
         take(middle, stop)
 
     if any(field.type == pa.binary() for field in schema):
         one_by_one(0, len(payloads))  # pyruhvro knows no bytes
-    elif payloads:
+    elif len(values):
         take(0, len(payloads))
     records = pa.concat_tables(pieces) if pieces else nullable.empty_table()
     return DecodedBatch(records, pa.array(reasons, pa.string()), pa.array(details, pa.string()))

@@ -57,11 +57,51 @@ CONSUMPTION_DELTAS = _columns(
     meter_id=STRING, register=STRING, previous_at=TIMESTAMP, observed_at=TIMESTAMP, previous_wh=LONG, wh=LONG,
     delta_wh=LONG, reason=STRING, segment_id=STRING, equipment_id=STRING, run_id=STRING,
 )  # fmt: skip
+INTERVAL_READINGS = _columns(
+    meter_id=STRING, register=STRING, interval_start=TIMESTAMP, interval_end=TIMESTAMP, energy_wh=LONG,
+    covered_s=LONG, quality=STRING, run_id=STRING,
+)  # fmt: skip
+"""`covered_s` is the part of the interval whose energy is known; `quality` says whether a boundary was interpolated."""
+CONFLICTS = _columns(
+    meter_id=STRING, register=STRING, observed_at=TIMESTAMP, accepted_wh=LONG, refused_wh=LONG, run_id=STRING,
+    partition=LONG, offset=LONG,
+)  # fmt: skip
+"""Two values of one register at one time: the first that came was accepted; the place in Kafka is the refused one's."""
 VOLTAGE_WINDOWS = _columns(
     meter_id=STRING, phase=STRING, window_start=TIMESTAMP, window_end=TIMESTAMP, sample_count=LONG, mean_mv=LONG,
     min_mv=LONG, max_mv=LONG, stddev_mv=DOUBLE, deviation_pct=DOUBLE, band=STRING, run_id=STRING,
 )  # fmt: skip
+VOLTAGE_EVENTS = _columns(
+    meter_id=STRING, phase=STRING, kind=STRING, previous_at=TIMESTAMP, observed_at=TIMESTAMP, event_count=LONG,
+    counter=LONG, run_id=STRING,
+)  # fmt: skip
+"""Sags and swells by the rise of a meter's counters: `event_count` of them between two readings."""
+VOLTAGE_ROLLUPS = _columns(
+    level=STRING, group_id=STRING, phase=STRING, window_start=TIMESTAMP, window_end=TIMESTAMP, meter_count=LONG,
+    sample_count=LONG, mean_mv=LONG, min_mv=LONG, min_meter_id=STRING, max_mv=LONG, max_meter_id=STRING,
+    deviation_pct=DOUBLE, low_count=LONG, high_count=LONG, run_id=STRING,
+)  # fmt: skip
+"""`mean_mv` and `deviation_pct` are means over meters; `low_count` and `high_count` are meters outside their band."""
+SUSPICIOUS_METERS = _columns(
+    meter_id=STRING, phase=STRING, transformer_id=STRING, window_start=TIMESTAMP, is_suspicious=pa.bool_(),
+    correlation=DOUBLE, offset_pct=DOUBLE, window_count=LONG, run_id=STRING,
+)  # fmt: skip
+"""Changes: since `window_start` the phase is out of step with its transformer's others, or in step again."""
 ALARMS = pa.schema(_nullable("alarm"))
+ALARM_ACKNOWLEDGEMENTS = pa.schema([*_nullable("acknowledgement"), *KAFKA_PLACE])
+"""As they were given; of several for one alarm the first counts."""
+ALARM_COUNTS = _columns(
+    window_start=TIMESTAMP, window_end=TIMESTAMP, alarm_type=STRING, transformer_id=STRING, feeder_id=STRING,
+    raised_count=LONG, repeated_count=LONG, cleared_count=LONG, run_id=STRING,
+)  # fmt: skip
+"""Changes of alarms by the quarter hour of their arrival; rows of one key add up."""
+OUTAGES = _columns(
+    outage_id=STRING, transformer_id=STRING, feeder_id=STRING, state=STRING, began_at=TIMESTAMP, restored_at=TIMESTAMP,
+    kind=STRING, meter_count=LONG, restored_count=LONG, meter_minutes=DOUBLE, meters=pa.list_(STRING), revision=LONG,
+    run_id=STRING, updated_at=TIMESTAMP,
+)  # fmt: skip
+"""One row per change, the highest revision of an outage_id is its state; `meter_minutes` is the sum over the members
+whose interruption was a sustained one, as SAIDI counts it."""
 QUARANTINED = pa.schema([*READINGS, pa.field("reason", STRING), pa.field("stage", STRING)])
 LATE_READINGS = pa.schema([*READINGS, pa.field("reason", STRING), pa.field("stage", STRING)])
 QUARANTINED_EVENTS = pa.schema([*EVENTS, pa.field("reason", STRING), pa.field("stage", STRING)])
@@ -81,8 +121,16 @@ TABLES = {
     "dead_letters": DEAD_LETTERS,
     "registry": REGISTRY,
     "consumption_deltas": CONSUMPTION_DELTAS,
+    "interval_readings": INTERVAL_READINGS,
+    "conflicts": CONFLICTS,
     "voltage_windows": VOLTAGE_WINDOWS,
+    "voltage_events": VOLTAGE_EVENTS,
+    "voltage_rollups": VOLTAGE_ROLLUPS,
+    "suspicious_meters": SUSPICIOUS_METERS,
     "alarms": ALARMS,
+    "alarm_acknowledgements": ALARM_ACKNOWLEDGEMENTS,
+    "alarm_counts": ALARM_COUNTS,
+    "outages": OUTAGES,
     "quarantined_readings": QUARANTINED,
     "quarantined_events": QUARANTINED_EVENTS,
     "late_readings": LATE_READINGS,

@@ -17,6 +17,7 @@ SCHEMA_IDS = {
     3: ("dead-letter", "1.0"),
     4: ("alarm", "1.0"),
     5: ("critical-event", "1.0"),
+    6: ("acknowledgement", "1.0"),
 }
 """Schema id on the wire → (entity, version); a schema registry, where one runs, is loaded with the same."""
 
@@ -44,7 +45,8 @@ EVENTS = Topic("meter-events-v1", "event")
 DEAD_LETTERS = Topic("dead-letters-v1", "dead-letter", partitions=1, retention_ms=30 * 24 * HOUR_MS, dead_letters=None)
 ALARMS = Topic("alarms-v1", "alarm", dead_letters=None)
 CRITICAL_EVENTS = Topic("critical-events-v1", "critical-event", dead_letters=None)
-TOPICS = (READINGS, EVENTS, DEAD_LETTERS, ALARMS, CRITICAL_EVENTS)
+COMMANDS = Topic("alarm-commands-v1", "acknowledgement")
+TOPICS = (READINGS, EVENTS, DEAD_LETTERS, ALARMS, CRITICAL_EVENTS, COMMANDS)
 INGESTED = (READINGS, EVENTS, DEAD_LETTERS)
 """The topics that the bridge writes: their end offsets are its books."""
 

@@ -1,5 +1,6 @@
 """Command line of the stack, in containers or as native processes: `python -m stack up|down|status|logs`."""
 
+import getpass
 import json
 import os
 import shutil
@@ -15,13 +16,16 @@ from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
-from confluent_kafka import KafkaException
+from confluent_kafka import KafkaException, Producer
 from rich.console import Console
 from rich.table import Table
 
+from schemas.codec import encode
 from schemas.errors import ConfigError, RetryLater, exits
 from schemas.settings import load
+from schemas.topics import COMMANDS, METER_ID
 from stack.containers import ContainerStack, engine
+from stack.jobs import JobMetrics, jobs, told
 from stack.native import ALL, NAMES, SUPERVISOR, NativeStack, PartState, StackSettings, create_topics
 
 app = typer.Typer(help="The stack on this machine.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -117,16 +121,23 @@ def status(
     mode: Mode = "auto",
     cluster: Cluster = False,
 ) -> None:
-    """Show what runs; exit 0 when everything does, 1 otherwise."""
+    """Show what runs, and how the jobs get on; exit 0 when everything runs, 1 otherwise."""
 
     def work() -> None:
         stack = _stack(mode, cluster)
         states = stack.states()
+        text = told(stack.settings.metrics_port) if stack.is_running("streaming") else None
+        found = jobs(text) if text else []
         if as_json:
-            typer.echo(json.dumps([asdict(state) for state in states]))
+            both = {"processes": [asdict(state) for state in states], "jobs": [asdict(job) for job in found]}
+            typer.echo(json.dumps(both))
         else:
             console.print(_named(stack))
             console.print(_table(states))
+            if found:
+                console.print(_jobs_table(found))
+            elif stack.is_running("streaming"):
+                console.print("The streaming jobs have told nothing yet.")
         if any(state.state != "running" for state in states):
             raise typer.Exit(1)
 
@@ -142,6 +153,62 @@ def _table(states: list[PartState]) -> Table:
         memory = f"{state.memory_bytes / 1e6:.0f} MB" if state.memory_bytes is not None else "-"
         shown = f"[{COLOURS[state.state]}]{state.state}[/]"
         table.add_row(state.name, str(state.pid or "-"), since, str(state.port or "-"), memory, shown)
+    return table
+
+
+@app.command()
+def acknowledge(
+    alarm_id: Annotated[str, typer.Argument(help="Of the alarm, as in the table alarms.")],
+    meter: Annotated[str, typer.Option(help="Its meter_id.")],
+    by: Annotated[str, typer.Option(help="Who has seen it.")] = getpass.getuser(),
+    note: Annotated[str | None, typer.Option(help="What is to be said of it.")] = None,
+) -> None:
+    """Say that somebody has seen an alarm: a command in Kafka, which the table alarm_acknowledgements keeps.
+
+    For example: .venv/bin/stack acknowledge 0f3c --meter m1 --by "control room" --note "crew is on its way"
+    """
+
+    def work() -> None:
+        if not METER_ID.fullmatch(meter):
+            msg = f"--meter {meter}: a meter's id has letters, digits, _ and -"
+            raise ConfigError(msg)
+        bootstrap = load(StackSettings).kafka_bootstrap
+        record = {"alarm_id": alarm_id, "meter_id": meter, "acknowledged_by": by, "note": note}
+        value = encode(COMMANDS.entity, {**record, "acknowledged_at": datetime.now(UTC)})
+        refused: list[str] = []
+        producer = Producer({"bootstrap.servers": bootstrap, "acks": "all", "partitioner": "murmur2_random",
+                             "message.timeout.ms": 10_000, "log_level": 0})  # fmt: skip
+        producer.produce(
+            COMMANDS.name, value, meter, on_delivery=lambda error, _: refused.extend([str(error)] * bool(error))
+        )
+        if producer.flush(15) or refused:
+            msg = f"Kafka at {bootstrap} did not take it: {'; '.join(refused) or 'no answer'}"
+            raise RetryLater(msg)
+        console.print(f"Acknowledged: alarm {alarm_id} of {meter}, by {by}.")
+
+    _guarded(work)
+
+
+def _jobs_table(found: list[JobMetrics]) -> Table:
+    """How the jobs get on; red is more in Kafka than ten batches of the last one's speed take."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("job", no_wrap=True)
+    for column in ("lag", "rec/s", "took s", "ended", "state", "late", "bad", "over to"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for job in found:
+        rate, lag = job.records_per_second or 0.0, job.lag_records or 0
+        is_behind = lag > 10 * max(1.0, rate * (job.batch_seconds or 1.0))
+        table.add_row(
+            job.job,
+            "-" if job.lag_records is None else f"[{'red' if is_behind else 'green'}]{lag:,}[/]",
+            f"{rate:,.0f}",
+            "-" if job.batch_seconds is None else f"{job.batch_seconds:.2f}",
+            "-" if job.batch_ended is None else f"-{max(0.0, time.time() - job.batch_ended):.0f} s",
+            "-" if job.state_rows is None else f"{job.state_rows:,}",
+            f"{job.late:,}",
+            f"{job.quarantined:,}",
+            "-" if job.bound is None else f"{datetime.fromtimestamp(job.bound, UTC):%m-%d %H:%M}",
+        )
     return table
 
 

@@ -29,6 +29,7 @@ from stack.native import (
 START_TIMEOUT_S = 240.0
 ANSWER_S = 20.0
 POLL_S = 0.5
+IMAGE_FAILED = "the image could not be built"
 COMPOSE_STATES = {"running": "running", "restarting": "died", "exited": "stopped", "created": "stopped"}
 
 
@@ -90,16 +91,20 @@ class ContainerStack:
             StartFailed: it cannot be built.
         """
         before = time.monotonic()
-        self._do(["build", "nats"], "the image could not be built")
+        self._do(["build", "nats"], IMAGE_FAILED)
         self._on_progress(f"image ready in {time.monotonic() - before:.1f} s")
 
     def start(self, names: Iterable[str] | None = None) -> list[str]:
         """Starts what does not run yet and waits until all of it is ready.
 
         Raises:
+            ConfigError: there is no such container.
             StartFailed: a container died or did not become ready; its last lines are in the text.
         """
         wanted = [name for name in self.names if names is None or name in set(names)]
+        if unknown := sorted(set(names or ()) - set(wanted)):
+            msg = f"no such process: {', '.join(unknown)}; there are {', '.join(self.names)}"
+            raise ConfigError(msg)
         running = {name for name in wanted if self.is_running(name)}
         before = time.monotonic()
         self._do(["up", "-d", *wanted], "the containers could not be started")
@@ -171,7 +176,8 @@ class ContainerStack:
         return self._do(command, f"{service} failed", show_errors=True)
 
     def attached(self, service: str, arguments: Sequence[str]) -> int:
-        """Runs a service once, on this terminal. Returns its exit code."""
+        """Runs a service once, on this terminal, with the code as it is. Returns its exit code."""
+        self._do(["build", "nats"], IMAGE_FAILED)
         command = [*self._compose, "run", "--rm", *([] if sys.stdout.isatty() else ["-T"]), service, *arguments]
         return subprocess.run(command, check=False, env=self._environment(), cwd=ROOT).returncode
 

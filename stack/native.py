@@ -103,6 +103,7 @@ class StackSettings(Settings):
     kafka_controller_port: int = Field(9093, ge=1, le=65535)
     spark_master_port: int = Field(7077, ge=1, le=65535)
     spark_master_ui_port: int = Field(8080, ge=1, le=65535)
+    metrics_port: int = Field(9464, ge=1, le=65535)
     nats_server: Path | None = None
 
     @property
@@ -115,6 +116,7 @@ class StackSettings(Settings):
         fields = {
             "nats": ("mqtt_port", "nats_port", "nats_monitor_port"),
             "kafka": ("kafka_port", "kafka_controller_port"),
+            "streaming": ("metrics_port",),
             "spark-master": ("spark_master_port", "spark_master_ui_port"),
         }
         return {f"METERSTREAM_{field.upper()}": getattr(self, field) for field in fields.get(name, ())}
@@ -367,7 +369,8 @@ class NativeStack:
         if name == "ingest":
             return [sys.executable, "-m", "ingest", "run"], {}
         if name == "streaming":
-            return [sys.executable, "-m", "streaming_jobs"], self._master()
+            metrics = {"METERSTREAM_METRICS_PORT": str(settings.metrics_port)}
+            return [sys.executable, "-m", "streaming_jobs"], {**self._master(), **metrics}
         # not on all addresses: what they bind to is what they tell each other
         host = settings.listen if settings.listen != EVERYWHERE else socket.gethostname()
         environment = {"SPARK_HOME": str(SPARK_HOME), "SPARK_LOCAL_IP": host}
@@ -381,7 +384,11 @@ class NativeStack:
         command += ["org.apache.spark.deploy.worker.Worker", "--host", host, "--webui-port", "0"]
         command += ["--cores", f"{max(1, (os.cpu_count() or 2) // len(WORKERS))}", "--memory", WORKER_MEMORY]
         command += ["--work-dir", str(self.home / "tmp" / name)]
-        return [*command, settings.spark_master or self._master()["METERSTREAM_SPARK_MASTER"]], environment
+        master = settings.spark_master or self._master().get("METERSTREAM_SPARK_MASTER")
+        if not master:
+            msg = f"{name} needs a master: METERSTREAM_SPARK_MASTER=spark://host:port, or CLUSTER=1 for one of our own"
+            raise ConfigError(msg)
+        return [*command, master], environment
 
     def _master(self) -> dict[str, str]:
         """What makes the jobs use a cluster of our own."""

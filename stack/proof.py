@@ -17,6 +17,7 @@ STAGES = {
     "readings_lake": INGESTED,
     "consumption_deltas": (READINGS,),
     "voltage_deviation": (READINGS,),
+    "derived_alarms": (READINGS,),
     "alarms": (EVENTS,),
 }
 """Topics that each stage must have received in full."""

@@ -1,91 +1,108 @@
-"""Alarms from what meters say: one alarm per meter and type, raised, repeated, cleared.
+"""Alarms from what meters say: one alarm per meter and type, raised, repeated, cleared; and outages, and counts.
 
-Reads: meter-events-v1.
+Reads: meter-events-v1; alarm-commands-v1 (acknowledgements); registry (transformer, feeder).
 Writes: alarms (one row per change; the newest updated_at of an alarm_id is its state), topic alarms-v1 (the same rows),
+outages (power failures of several meters under one transformer), alarm_counts (per quarter hour, type, transformer and
+feeder), alarm_acknowledgements (the first of an alarm counts), dead_letters (commands that cannot be decoded),
 quarantined_events (no table has the code, or a status bit is neither set nor clear), late_events.
-Key: alarm_id = f(meter, type, begin).
+Key: alarm_id = f(meter, type, begin); outage_id = f(transformer, begin).
 Lateness: an event older than the newest change of its alarm is late and changes nothing.
 Duplicates: told by meter, time, sender's stamp and number, table, code and argument within the last offsets of a
 partition.
-Restart: state (the newest alarm of each meter and type) and files are keyed by batch; alarms-v1 may get a batch twice.
+Restart: state (the newest alarm of each meter and type, outages that are not over, counts that were not told) and files
+are keyed by batch; alarms-v1 may get a batch twice.
 A meter without a clock stamps 1970: the arrival is taken for its time.
 """
 
 from pathlib import Path
 
 import polars as pl
-import pyarrow as pa
-from pyspark.sql import DataFrame
-from pyspark.sql import functions as F
 
-from lake import alarm_life, books
-from lake.by_shard import Frames, by_shard, of_kind, state_of, state_schema
-from lake.decoding import decoded, impossible_clock, only_valid
-from lake.seen_before import is_recent, with_seen
-from lake.streaming import Outcome, StreamingJob, StreamSettings, command
+from lake import alarm_counts, alarm_life, books, outages
+from lake.by_partition import CLOCK, Frames, Moment, clock
+from lake.decoding import is_impossible, only_valid
+from lake.seen_before import PLACE, is_recent, with_seen
+from lake.streaming import StreamingJob, command
 from schemas import tables
 from schemas.closed_lists import Bucket
-from schemas.topics import ALARMS, EVENTS
+from schemas.topics import ALARMS, COMMANDS, EVENTS
 
 IDENTITY = ["meter_id", "observed_at", "sent_at", "seq", "dialect", "source_table", "code", "argument"]
-RECENT = pa.schema([tables.EVENTS.field(name) for name in [*IDENTITY, "topic", "partition", "offset"]])
-NEEDED = [*IDENTITY, "dialect_version", "run_id", "arrival_at", "event_at", "topic", "partition", "offset"]
-OUTPUTS = {
-    "open": tables.arrow_of(alarm_life.OPEN),
-    "recent": RECENT,
-    "alarm": tables.ALARMS,
-    "refused": books.REFUSED,
-    "books": books.BOOKS,
-}
-STATE = ("open", "recent")
+EVENT = tables.polars_schema(tables.EVENTS)
+RECENT = pl.Schema({name: EVENT[name] for name in [*IDENTITY, *PLACE]})
+NEEDED = [*IDENTITY, "dialect_version", "run_id", "arrival_at", *PLACE]
 NAME = Path(__file__).stem
 
 
-def transform(records: DataFrame, registry: DataFrame, state: DataFrame, settings: StreamSettings) -> Outcome:
-    """Changes of alarms; see the module."""
-    rows = decoded(records, EVENTS).persist()
-    is_impossible = impossible_clock(settings.max_ahead_s, settings.max_behind_s)
-    event_at = F.when(is_impossible, F.col("arrival_at")).otherwise(F.col("observed_at"))
-    events = only_valid(rows).withColumn("event_at", event_at).select(*NEEDED)
-    horizon = settings.recent_records
+def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
+    """Changes of alarms, or acknowledgements, by the topic; see the module."""
+    settings = moment.settings
+    if "acknowledged_by" in rows.columns:
+        return _acknowledged(rows, state)
+    clock_is_wrong = is_impossible(settings.max_ahead_s, settings.max_behind_s)
+    event_at = pl.when(clock_is_wrong).then("arrival_at").otherwise("observed_at")
+    valid = only_valid(rows)
+    events = valid.select(*NEEDED, event_at=event_at)
+    marked = with_seen(events, state["recent"], IDENTITY, [])
+    result = alarm_life.lives(marked, state["open"])
+    originals = pl.concat([state["recent"], marked.filter(pl.col("seen").is_null()).select(RECENT.names())])
+    return {
+        "alarms": result.alarms,
+        "quarantined_events": books.kept_apart(rows, result.events, Bucket.QUARANTINED, NAME, "quarantined_events"),
+        "late_events": books.kept_apart(rows, result.events, Bucket.LATE, NAME, "late_events"),
+        "open": result.open,
+        "recent": originals.filter(is_recent(settings.recent_records)),
+        "clock": clock(valid, state["clock"], moment),
+        "books": pl.concat([books.count(result.events), books.invalid(rows)]),
+    }
 
-    def engine(events: pl.DataFrame, known: Frames) -> Frames:
-        marked = with_seen(events, known["recent"], IDENTITY, [])
-        result = alarm_life.lives(marked, known["open"])
-        originals = pl.concat([known["recent"], marked.filter(pl.col("seen").is_null()).select(RECENT.names)])
-        return {
-            "open": result.open,
-            "recent": originals.filter(is_recent(horizon)),
-            "alarm": result.alarms,
-            "refused": books.refused(result.events),
-            "books": books.count(result.events),
-        }
 
-    union = by_shard(events, state, engine, OUTPUTS, STATE)
-    refused = of_kind(union, "refused", books.REFUSED)
-    changes = of_kind(union, "alarm", tables.ALARMS)
-    return Outcome(
-        tables={
-            "alarms": changes,
-            "quarantined_events": books.rows_refused(
-                rows, refused, Bucket.QUARANTINED, NAME, tables.QUARANTINED_EVENTS.names
-            ),
-            "late_events": books.rows_refused(rows, refused, Bucket.LATE, NAME, tables.LATE_EVENTS.names),
-        },
-        books=of_kind(union, "books", books.BOOKS).unionByName(books.invalid(rows)),
-        state=state_of(union, STATE),
-        topics={ALARMS: changes},
-        held=(rows, union),
-    )
+def _acknowledged(rows: pl.DataFrame, state: Frames) -> Frames:
+    """A partition of the command topic: its rows, and the state as it was."""
+    valid = only_valid(rows)
+    stored = valid.with_columns(run_id=pl.lit(None, pl.String), bucket=pl.lit(Bucket.STORED.value))
+    return {
+        **state,
+        "alarms": pl.DataFrame(schema=alarm_life.ALARMS),
+        "alarm_acknowledgements": valid.select(tables.ALARM_ACKNOWLEDGEMENTS.names),
+        "dead_letters": books.refused(rows),
+        "books": pl.concat([books.count(stored), books.invalid(rows)]),
+    }
+
+
+def together(handed: Frames, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
+    """Outages per transformer, and counts."""
+    changes = alarm_counts.placed(handed["alarms"], registry)
+    failures = changes.filter(pl.col("alarm_type") == outages.POWER_FAILURE)
+    grouped = outages.advance(failures, state["member"], moment.bounds)
+    counted = alarm_counts.advance(changes, state["count"], moment.bounds, moment.settings.close_all)
+    return {
+        "outages": grouped.rows,
+        "member": grouped.members,
+        "alarm_counts": counted.rows,
+        "count": counted.counts,
+    }
 
 
 JOB = StreamingJob(
     name=NAME,
-    version=1,
-    topics=(EVENTS,),
-    writes={"alarms": "raised_at", "quarantined_events": "arrival_at", "late_events": "arrival_at"},
-    state=state_schema(OUTPUTS, STATE),
+    version=3,
+    topics=(EVENTS, COMMANDS),
+    writes={
+        "alarms": "raised_at",
+        "outages": "began_at",
+        "alarm_counts": "window_start",
+        "alarm_acknowledgements": "acknowledged_at",
+        "dead_letters": "received_at",
+        "quarantined_events": "arrival_at",
+        "late_events": "arrival_at",
+    },
+    sends={"alarms": ALARMS},
+    state={"open": alarm_life.OPEN, "recent": RECENT, "clock": CLOCK},
     transform=transform,
+    hands=("alarms",),
+    together=together,
+    together_state={"member": outages.MEMBER, "count": alarm_counts.COUNT},
 )
 
 

@@ -1,9 +1,10 @@
 """Energy per register step, as readings come.
 
 Reads: meter-readings-v1; registry (fuse, phases, nominal voltage, interval).
-Writes: consumption_deltas (one row per reading and register), quarantined_readings (impossible clock, conflict,
-implausible), late_readings (out of order), latest_readings (the newest accepted registers of each meter).
-Key: meter_id, register, observed_at.
+Writes: consumption_deltas (one row per reading and register), interval_readings (energy per quarter hour, when a later
+reading has come), conflicts (both values), quarantined_readings (impossible clock, conflict, implausible),
+late_readings (out of order), latest_readings (the newest accepted registers of each meter: a late one changes nothing).
+Key: meter_id, register, observed_at; meter_id, register, interval_start.
 Lateness: the stream says out_of_order and gives no energy; a cumulative register heals itself, and the night places the
 reading.
 Duplicates: told by (meter_id, observed_at) within the last offsets of a partition; later ones are out of order.
@@ -13,97 +14,82 @@ Restart: state and files are keyed by batch.
 from pathlib import Path
 
 import polars as pl
-import pyarrow as pa
-from pyspark.sql import DataFrame
-from pyspark.sql import functions as F
 
-from lake import books, delta_engine
-from lake.by_shard import Frames, by_shard, of_kind, state_of, state_schema
-from lake.decoding import decoded, impossible_clock, only_valid
-from lake.seen_before import is_recent, with_seen
-from lake.streaming import Outcome, StreamingJob, StreamSettings, command
+from lake import books, delta_engine, intervals
+from lake.by_partition import Frames, Moment
+from lake.decoding import is_impossible, only_valid
+from lake.seen_before import PLACE, is_recent, with_seen
+from lake.streaming import StreamingJob, command
 from schemas import tables
 from schemas.closed_lists import Bucket
 from schemas.topics import READINGS
 
 KNOWN = ["phases", "nominal_mv", "fuse_a", "interval_s"]
 VALUES = [*[f"{register}_wh" for register in tables.REGISTERS], "equipment_id"]
-RECENT = pa.schema(
-    [tables.READINGS.field(name) for name in ["meter_id", "observed_at", "topic", "partition", "offset", *VALUES]]
-)
-PLACED = ["meter_id", "observed_at", "run_id", "dialect", "topic", "partition", "offset"]
-NEEDED = [*PLACED, *VALUES, "is_impossible", *KNOWN]
-OUTPUTS = {
-    "baseline": tables.arrow_of(delta_engine.BASELINE),
-    "recent": RECENT,
-    "step": tables.CONSUMPTION_DELTAS,
-    "refused": books.REFUSED,
-    "books": books.BOOKS,
-}
-STATE = ("baseline", "recent")
+IDENTITY = ["meter_id", "observed_at"]
+NEEDED = [*IDENTITY, "run_id", "dialect", *PLACE, *VALUES]
+READING = tables.polars_schema(tables.READINGS)
+RECENT = pl.Schema({name: READING[name] for name in [*IDENTITY, *PLACE, *VALUES]})
 NAME = Path(__file__).stem
 
 
-def transform(records: DataFrame, registry: DataFrame, state: DataFrame, settings: StreamSettings) -> Outcome:
+def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
     """Steps of every register; see the module."""
-    rows = decoded(records, READINGS).persist()
+    settings = moment.settings
+    impossible = is_impossible(settings.max_ahead_s, settings.max_behind_s)
     readings = (
         only_valid(rows)
-        .withColumn("is_impossible", impossible_clock(settings.max_ahead_s, settings.max_behind_s))
-        .join(F.broadcast(registry.select("meter_id", *KNOWN)), "meter_id", "left")
-        .select(*NEEDED)
+        .select(*NEEDED, is_impossible=impossible)
+        .join(registry.select("meter_id", *KNOWN), on="meter_id", how="left")
     )
-    horizon = settings.recent_records
-
-    def engine(readings: pl.DataFrame, known: Frames) -> Frames:
-        wrong = books.impossible(readings)
-        right = readings.filter(~pl.col("is_impossible"))
-        right = with_seen(delta_engine.with_limits(right), known["recent"], ["meter_id", "observed_at"], VALUES)
-        result = delta_engine.steps(right, known["baseline"])
-        originals = pl.concat([known["recent"], right.filter(pl.col("seen").is_null()).select(RECENT.names)])
-        judged = pl.concat([delta_engine.with_bucket(right, result.steps), wrong], how="diagonal")
-        return {
-            "baseline": result.baseline,
-            "recent": originals.filter(is_recent(horizon)),
-            "step": result.steps,
-            "refused": books.refused(judged),
-            "books": books.count(judged),
-        }
-
-    union = by_shard(readings, state, engine, OUTPUTS, STATE)
-    refused = of_kind(union, "refused", books.REFUSED)
-    return Outcome(
-        tables={
-            "consumption_deltas": of_kind(union, "step", tables.CONSUMPTION_DELTAS),
-            "quarantined_readings": books.rows_refused(
-                rows, refused, Bucket.QUARANTINED, NAME, tables.QUARANTINED.names
-            ),
-            "late_readings": books.rows_refused(rows, refused, Bucket.LATE, NAME, tables.LATE_READINGS.names),
-        },
-        books=of_kind(union, "books", books.BOOKS).unionByName(books.invalid(rows)),
-        state=state_of(union, STATE),
-        current={"latest_readings": latest(of_kind(union, "baseline", OUTPUTS["baseline"]))},
-        held=(rows, union),
-    )
+    wrong = books.impossible(readings)
+    right = delta_engine.with_limits(readings.filter(~pl.col("is_impossible")))
+    right = with_seen(right, state["recent"], IDENTITY, VALUES)
+    result = delta_engine.steps(right, state["baseline"])
+    moved = intervals.advance(result.steps, state["open"], result.baseline)
+    originals = pl.concat([state["recent"], right.filter(pl.col("seen").is_null()).select(RECENT.names())])
+    judged = pl.concat([delta_engine.with_bucket(right, result.steps), wrong], how="diagonal")
+    return {
+        "consumption_deltas": result.steps,
+        "interval_readings": moved.rows,
+        "conflicts": delta_engine.conflicts(result.steps, originals, state["baseline"]),
+        "quarantined_readings": books.kept_apart(rows, judged, Bucket.QUARANTINED, NAME, "quarantined_readings"),
+        "late_readings": books.kept_apart(rows, judged, Bucket.LATE, NAME, "late_readings"),
+        "latest_readings": latest(result.baseline),
+        "baseline": result.baseline,
+        "recent": originals.filter(is_recent(settings.recent_records)),
+        "open": moved.open,
+        "books": pl.concat([books.count(judged), books.invalid(rows)]),
+    }
 
 
-def latest(baselines: DataFrame) -> DataFrame:
+def latest(baselines: pl.DataFrame) -> pl.DataFrame:
     """The newest accepted registers of each meter, wide."""
-    registers = [
-        F.max(F.when(F.col("register") == register, F.col("previous_wh"))).alias(f"{register}_wh")
+    registers = {
+        f"{register}_wh": pl.col("previous_wh").filter(pl.col("register") == register).max()
         for register in tables.REGISTERS
-    ]
-    newest = [F.max_by(name, "previous_at").alias(name) for name in ("equipment_id", "run_id")]
-    wide = baselines.groupBy("meter_id").agg(F.max("previous_at").alias("observed_at"), *registers, *newest)
-    return wide.select(*tables.LATEST_READINGS.names)
+    }
+    newest = [pl.col(name).sort_by("previous_at").last() for name in ("equipment_id", "run_id")]
+    return (
+        baselines.sort("meter_id")
+        .group_by("meter_id", maintain_order=True)
+        .agg(*newest, observed_at=pl.col("previous_at").max(), **registers)
+    )
 
 
 JOB = StreamingJob(
     name=NAME,
-    version=1,
+    version=2,
     topics=(READINGS,),
-    writes={"consumption_deltas": "observed_at", "quarantined_readings": "arrival_at", "late_readings": "observed_at"},
-    state=state_schema(OUTPUTS, STATE),
+    writes={
+        "consumption_deltas": "observed_at",
+        "interval_readings": "interval_start",
+        "conflicts": "observed_at",
+        "quarantined_readings": "arrival_at",
+        "late_readings": "observed_at",
+    },
+    current=("latest_readings",),
+    state={"baseline": delta_engine.BASELINE, "recent": RECENT, "open": intervals.OPEN},
     transform=transform,
 )
 

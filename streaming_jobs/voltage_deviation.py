@@ -1,118 +1,100 @@
-"""Ten-minute voltage windows per meter and phase, with deviation from nominal and band.
+"""Ten-minute voltage windows per meter and phase, with deviation from nominal and band; what follows from them.
 
-Reads: meter-readings-v1; registry (nominal voltage, jurisdiction).
-Writes: voltage_windows, each once, when it is over; quarantined_readings; late_readings.
-Key: meter_id, phase, window_start.
+Reads: meter-readings-v1; registry (nominal voltage, jurisdiction, transformer, feeder).
+Writes: voltage_windows, each once, when it is over; voltage_rollups, the same per transformer and feeder;
+suspicious_meters, when a meter's phase falls out of step with its transformer's others or comes back;
+voltage_events, sags and swells by the meters' own counters; quarantined_readings; late_readings.
+Key: meter_id, phase, window_start; level, group_id, phase, window_start; meter_id, phase, kind, observed_at.
 Lateness: a window is over when the newest arrival of its run is past its end by the allowed lateness, or at a flush; a
-reading for a window that is over goes to late_readings.
+reading for a window that is over goes to late_readings. The windows of a run are over for all its meters at once, so a
+roll-up is whole; what comes after a flush makes a second one. A counter that is older than the newest one seen counts
+nothing: its rise is in the newer one's.
 Duplicates: told by (meter_id, observed_at), in open windows and within the last offsets of a partition.
-Restart: state (the samples of open windows) and files are keyed by batch.
+Restart: state (the samples of open windows, the newest counters, how meters move) and files are keyed by batch.
 """
 
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import polars as pl
-import pyarrow as pa
-from pyspark.sql import DataFrame
-from pyspark.sql import functions as F
 
-from lake import books, voltage
-from lake.by_shard import Frames, by_shard, of_kind, state_of, state_schema
-from lake.decoding import decoded, impossible_clock, only_valid
-from lake.delta_engine import STAMP
-from lake.streaming import Outcome, StreamingJob, StreamSettings, command
+from lake import books, voltage, voltage_groups
+from lake.by_partition import CLOCK, Frames, Moment, clock
+from lake.decoding import is_impossible, only_valid
+from lake.seen_before import PLACE
+from lake.streaming import StreamingJob, command
 from schemas import tables
-from schemas.closed_lists import Bucket
+from schemas.closed_lists import Bucket, GridLevel
 from schemas.topics import READINGS
 
-KNOWN = ["nominal_mv", "jurisdiction"]
-SAMPLE = pa.schema(
-    [
-        *[
-            tables.READINGS.field(name)
-            for name in ["meter_id", "observed_at", "run_id", "topic", "partition", "offset", *voltage.VOLTAGES]
-        ],
-        *[tables.REGISTRY.field(name) for name in KNOWN],
-    ]
-)
-CLOSED = pa.schema([*[tables.VOLTAGE_WINDOWS.field(name) for name in ["meter_id", "run_id", "window_start"]]])
-CLOCK = pa.schema([tables.READINGS.field("run_id"), pa.field("newest_at", tables.TIMESTAMP)])
-OUTPUTS = {
-    "sample": SAMPLE,
-    "closed": CLOSED,
-    "clock": CLOCK,
-    "window": tables.VOLTAGE_WINDOWS,
-    "refused": books.REFUSED,
-    "books": books.BOOKS,
-}
-STATE = ("sample", "closed", "clock")
+NEEDED = ["meter_id", "observed_at", "run_id", *PLACE, *voltage.VOLTAGES]
+COUNTED = ["equipment_id", *voltage.COUNTERS]
+READING = tables.polars_schema(tables.READINGS)
+SAMPLE = pl.Schema({name: READING[name] for name in NEEDED})
+CLOSED = pl.Schema({name: voltage.WINDOWS[name] for name in ["meter_id", "run_id", "window_start"]})
 NAME = Path(__file__).stem
 
 
-def transform(records: DataFrame, registry: DataFrame, state: DataFrame, settings: StreamSettings) -> Outcome:
+def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
     """Windows that are over; see the module."""
-    rows = decoded(records, READINGS).persist()
-    readings = (
-        only_valid(rows)
-        .withColumn("is_impossible", impossible_clock(settings.max_ahead_s, settings.max_behind_s))
-        .join(F.broadcast(registry.select("meter_id", *KNOWN)), "meter_id", "left")
-        .select(*SAMPLE.names, "is_impossible")
+    settings = moment.settings
+    valid = only_valid(rows)
+    impossible = is_impossible(settings.max_ahead_s, settings.max_behind_s)
+    readings = valid.select(*NEEDED, *COUNTED, is_impossible=impossible)
+    wrong = books.impossible(readings)
+    right = readings.filter(~pl.col("is_impossible"))
+    moved = voltage.advance(
+        right,
+        state["sample"],
+        state["closed"],
+        moment.bounds,
+        registry.select("meter_id", "nominal_mv", "jurisdiction"),
+        settings.recent_records,
+        settings.close_all,
     )
-    clocks = of_kind(state, "clock", CLOCK)
-    arrivals = only_valid(rows).select("run_id", F.col("arrival_at").alias("newest_at"))
-    before, after = _newest(clocks), _newest(clocks.unionByName(arrivals))
-    lateness = timedelta(seconds=settings.allowed_lateness_s)
-    bounds = pl.DataFrame(
-        [{"run_id": run, "bound_before": before.get(run), "bound_after": after[run]} for run in after],
-        schema={"run_id": pl.String, "bound_before": STAMP, "bound_after": STAMP},
-    ).with_columns(pl.col("bound_before", "bound_after") - lateness)
-    newest = pl.DataFrame(list(after.items()), schema={"run_id": pl.String, "newest_at": STAMP}, orient="row")
-    horizon, close_all = settings.recent_records, settings.close_all
-
-    def engine(readings: pl.DataFrame, known: Frames) -> Frames:
-        wrong = books.impossible(readings)
-        right = readings.filter(~pl.col("is_impossible"))
-        moved = voltage.advance(right, known["sample"], known["closed"], bounds, horizon, close_all)
-        judged = pl.concat([moved.readings, wrong], how="diagonal")
-        return {
-            "sample": moved.samples,
-            "closed": moved.closed,
-            "clock": newest,
-            "window": moved.windows,
-            "refused": books.refused(judged),
-            "books": books.count(judged),
-        }
-
-    union = by_shard(readings, state, engine, OUTPUTS, STATE)
-    refused = of_kind(union, "refused", books.REFUSED)
-    return Outcome(
-        tables={
-            "voltage_windows": of_kind(union, "window", tables.VOLTAGE_WINDOWS),
-            "quarantined_readings": books.rows_refused(
-                rows, refused, Bucket.QUARANTINED, NAME, tables.QUARANTINED.names
-            ),
-            "late_readings": books.rows_refused(rows, refused, Bucket.LATE, NAME, tables.LATE_READINGS.names),
-        },
-        books=of_kind(union, "books", books.BOOKS).unionByName(books.invalid(rows)),
-        state=state_of(union, STATE),
-        held=(rows, union),
-    )
+    events, counters = voltage.counted(moved.readings.filter(pl.col("seen").is_null()), state["counter"])
+    judged = pl.concat([moved.readings, wrong], how="diagonal")
+    return {
+        "voltage_windows": moved.windows,
+        "voltage_events": events,
+        "quarantined_readings": books.kept_apart(rows, judged, Bucket.QUARANTINED, NAME, "quarantined_readings"),
+        "late_readings": books.kept_apart(rows, judged, Bucket.LATE, NAME, "late_readings"),
+        "sample": moved.samples,
+        "closed": moved.closed,
+        "counter": counters,
+        "clock": clock(valid, state["clock"], moment),
+        "books": pl.concat([books.count(judged), books.invalid(rows)]),
+    }
 
 
-def _newest(clocks: DataFrame) -> dict[str | None, datetime]:
-    """The newest arrival of each run."""
-    newest = clocks.groupBy("run_id").agg(F.max("newest_at").alias("newest_at")).toArrow()
-    return {row["run_id"]: row["newest_at"] for row in newest.to_pylist()}
+def together(handed: Frames, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
+    """Roll-ups of the windows that are over, and who is out of step."""
+    groups = pl.concat(
+        [
+            registry.select("meter_id", level=pl.lit(level.value), group_id=f"{level.value}_id").drop_nulls("group_id")
+            for level in GridLevel
+        ]
+    ).with_columns(group=pl.format("{}/{}", "level", "group_id"))
+    moved = voltage_groups.advance(handed["voltage_windows"].join(groups, on="meter_id"), state["movement"])
+    return {"voltage_rollups": moved.rollups, "suspicious_meters": moved.suspicious, "movement": moved.movement}
 
 
 JOB = StreamingJob(
     name=NAME,
-    version=1,
+    version=3,
     topics=(READINGS,),
-    writes={"voltage_windows": "window_start", "quarantined_readings": "arrival_at", "late_readings": "observed_at"},
-    state=state_schema(OUTPUTS, STATE),
+    writes={
+        "voltage_windows": "window_start",
+        "voltage_rollups": "window_start",
+        "suspicious_meters": "window_start",
+        "voltage_events": "observed_at",
+        "quarantined_readings": "arrival_at",
+        "late_readings": "observed_at",
+    },
+    state={"sample": SAMPLE, "closed": CLOSED, "counter": voltage.COUNTER, "clock": CLOCK},
     transform=transform,
+    hands=("voltage_windows",),
+    together=together,
+    together_state={"movement": voltage_groups.MOVEMENT},
 )
 
 

@@ -34,7 +34,10 @@ SPEED = 2_000  # half a day in 22 s
 
 STORED = {
     "consumption_deltas": "meter_id, register, observed_at, previous_at, previous_wh, wh, delta_wh, reason, segment_id",
+    "interval_readings": "meter_id, register, interval_start, energy_wh, covered_s, quality",
+    "conflicts": "meter_id, register, observed_at, accepted_wh, refused_wh",
     "voltage_windows": "meter_id, phase, window_start, sample_count, mean_mv, min_mv, max_mv, stddev_mv, band",
+    "voltage_rollups": "level, group_id, phase, window_start, meter_count, sample_count, mean_mv, min_mv, max_mv",
     "alarms": "alarm_id, meter_id, alarm_type, state, raised_at, cleared_at, repeat_count",
     "dead_letters": "payload, reason, meter_id, mqtt_topic",
     "readings": "meter_id, observed_at, seq, import_t1_wh, voltage_l1_mv",
@@ -167,6 +170,7 @@ class WholeChain:
         quarantined = [(stage, reason) for _, _, stage, reason in clean.rows["quarantined_readings"]]
         assert sorted(quarantined) == [
             ("consumption_deltas", "impossible_clock"),
+            ("derived_alarms", "impossible_clock"),
             ("voltage_deviation", "impossible_clock"),
         ]
         assert clean.books["readings_lake"].invalid == 3

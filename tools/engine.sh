@@ -2,7 +2,7 @@
 # A Docker engine on Debian where no image can be pulled: `tools/engine.sh start|stop|status`, as root.
 #
 # start: installs engine, compose and debootstrap from Debian, starts dockerd (never beside another one), and makes the
-#        base image debian:bookworm-slim by debootstrap where there is none.
+#        base image debian:bookworm-slim by debootstrap where there is none and none can be pulled.
 # stop:  ends the dockerd that start began, and puts back what it changed: ip_forward and the FORWARD policy.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -32,6 +32,10 @@ install_engine() {
 
 make_base() {
   "$DOCKER" image inspect "$BASE" >/dev/null 2>&1 && return 0
+  timeout 180 "$DOCKER" pull -q "$BASE" >/dev/null 2>&1 && return 0
+  command -v debootstrap >/dev/null || die "$BASE can neither be pulled nor made: install debootstrap"
+  [ "$(id -u)" = 0 ] || die "making $BASE by debootstrap needs root"
+  mkdir -p "$STATE"
   say "Making $BASE by debootstrap"
   local root
   root=$(mktemp -d)
@@ -44,10 +48,10 @@ make_base() {
 }
 
 start() {
+  answers || install_engine  # which may start one, where the system has a service manager
   if answers; then
-    say "An engine answers already."
+    say "An engine answers already; stop leaves it alone."
   else
-    install_engine
     [ "$(id -u)" = 0 ] || die "dockerd needs root"
     ! pgrep -x dockerd >/dev/null || die "a dockerd runs (pid $(pgrep -x dockerd | head -1)) and does not answer"
     mkdir -p "$STATE"
@@ -63,7 +67,6 @@ start() {
     answers || { stop; die "dockerd does not answer after 60 s: see $STATE/dockerd.log"; }
     say "dockerd $("$DOCKER" version --format '{{.Server.Version}}') runs, pid $(cat "$STATE/pid")."
   fi
-  mkdir -p "$STATE"
   make_base
 }
 

@@ -9,6 +9,6 @@ from tests.chain import WholeChain
 class TestContainers(WholeChain):
     kind = ContainerStack
 
-    @pytest.fixture(params=["nats", "kafka", "ingest", "streaming", "spark-master", "spark-worker-1"])
+    @pytest.fixture(params=["nats", "kafka", "ingest", "streaming", "spark-master", "spark-worker-1", "spark-worker-2"])
     def killed(self, request: pytest.FixtureRequest) -> str:
         return str(request.param)

@@ -12,19 +12,20 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import SparkSession
 
-from lake.decoding import spark_schema
+from lake.by_partition import Moment
+from lake.decoding import KAFKA, decoded, spark_schema
 from lake.nightly import BatchJob
-from lake.streaming import StreamingJob, StreamSettings
+from lake.streaming import StreamingJob, StreamSettings, bounds
 from schemas.codec import arrow_schema, decode, encode
-from schemas.tables import TABLES
+from schemas.tables import TABLES, polars_schema
 from schemas.topics import CRITICAL_EVENTS, EVENTS, READINGS, Topic
 from streaming_jobs import critical_events
 
 FOLDER = Path(__file__).parent.parent / "scenarios"
-KAFKA = "key binary, value binary, topic string, partition int, offset long, timestamp timestamp"
 KAFKA_AT = datetime(2024, 1, 1, tzinfo=UTC)
 
 
@@ -53,10 +54,9 @@ def typed(text: str | None, kind: pa.DataType) -> Any:
     return text
 
 
-def table(session: SparkSession, name: str, path: Path) -> DataFrame:
-    schema = TABLES[name]
-    rows = [tuple(typed(row.get(field.name), field.type) for field in schema) for row in read(path)]
-    return session.createDataFrame(rows, spark_schema(schema))
+def table(name: str, path: Path) -> pa.Table:
+    rows = [{field.name: typed(row.get(field.name), field.type) for field in TABLES[name]} for row in read(path)]
+    return pa.Table.from_pylist(rows, TABLES[name])
 
 
 def kafka_rows(topic: Topic, path: Path, batch: str, start: int) -> list[tuple[Any, ...]]:
@@ -79,38 +79,65 @@ def settings_of(folder: Path) -> dict[str, str]:
     return {row["name"]: row["value"] for row in read(folder / "when" / "settings.csv")}
 
 
-def stream(session: SparkSession, job: StreamingJob, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Rows per table after all batches of a scenario, state handed on as the runner does."""
+def stream(job: StreamingJob, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows per table after all batches of a scenario, state handed on as the runner does.
+
+    A batch without a row comes last, since a window that is over is closed by the next batch.
+    """
     options = settings_of(folder)
     flush = options.pop("flush", "") == "true"
     settings = StreamSettings(kafka_bootstrap="none:0", **options)  # type: ignore[arg-type]
-    registry = table(session, "registry", folder / "when" / "registry.csv")
+    registry = frame_of(table("registry", folder / "when" / "registry.csv"))
     when = {topic: folder / "when" / f"{topic.entity}s.csv" for topic in job.topics}
     batches = sorted({row.get("batch", "1") for path in when.values() for row in read(path)})
-    state = session.createDataFrame([], job.state)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in [*job.writes, "accounting"]}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in [*job.writes, *job.current, "accounting"]}
+    states: dict[str, dict[str, pl.DataFrame]] = {}
     offsets = dict.fromkeys(job.topics, 0)
-    for batch in [*batches, *(["flush"] if flush else [])]:
-        rows = []
-        for topic in job.topics:
-            fresh = kafka_rows(topic, when[topic], batch, offsets[topic])
-            offsets[topic] += len(fresh)
-            rows += fresh
+    nothing = {kind: pl.DataFrame(schema=schema) for kind, schema in job.state.items()}
+    kept = {kind: pl.DataFrame(schema=schema) for kind, schema in job.together_state.items()}
+    for batch in [*batches, "", *(["flush"] if flush else [])]:
+        clocks = [state["clock"] for state in states.values() if "clock" in state]
         asked = settings.model_copy(update={"close_all": batch == "flush"})
-        outcome = job.transform(session.createDataFrame(rows, KAFKA), registry, state, asked)
-        for frame in outcome.held:
-            frame.persist()
-        for name, frame in outcome.tables.items():
-            found[name] += frame.toArrow().to_pylist()
-        found["accounting"] += outcome.books.toArrow().to_pylist()
-        for name, frame in outcome.current.items():
-            found[name] = frame.toArrow().to_pylist()
-        kept = outcome.state.toArrow()
-        state = session.createDataFrame(kept, job.state)
-        for frame in outcome.held:
-            frame.unpersist()
+        moment = Moment(asked, bounds(clocks, settings.allowed_lateness_s))
+        tables: dict[str, list[pl.DataFrame]] = {name: [] for name in job.writes}
+        for topic in job.topics:
+            rows = kafka_rows(topic, when[topic], batch, offsets[topic])
+            offsets[topic] += len(rows)
+            known = states.get(topic.name) or nothing
+            frames = job.transform(decoded(kafka_table(rows), topic), registry, known, moment)
+            states[topic.name] = {kind: frames[kind].cast(kind_of) for kind, kind_of in job.state.items()}
+            for name in job.writes:
+                if name in frames:
+                    tables[name].append(contract(frames[name], name))
+            found["accounting"] += frames["books"].to_dicts()
+            for name in job.current:
+                found[name] = contract(frames[name], name).to_dicts()
+        if job.together:
+            handed = {name: pl.concat(tables[name]) for name in job.hands}
+            frames = job.together(handed, registry, kept, moment)
+            kept = {kind: frames[kind] for kind in job.together_state}
+            for name in set(job.writes) & set(frames):
+                tables[name].append(contract(frames[name], name))
+        for name, parts in tables.items():
+            found[name] += [row for part in parts for row in part.to_dicts()]
     found["accounting"] = books(found["accounting"])
     return found
+
+
+def kafka_table(rows: list[tuple[Any, ...]]) -> pa.Table:
+    """Records as Spark's Kafka source gives them."""
+    return pa.Table.from_pylist([dict(zip(KAFKA.names, row, strict=True)) for row in rows], KAFKA)
+
+
+def frame_of(rows: pa.Table) -> pl.DataFrame:
+    frame = pl.from_arrow(rows)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def contract(frame: pl.DataFrame, name: str) -> pl.DataFrame:
+    """A table's columns, as they are written."""
+    return frame.select(TABLES[name].names).cast(polars_schema(TABLES[name]))  # type: ignore[arg-type]
 
 
 def at_once(session: SparkSession, folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -122,16 +149,16 @@ def at_once(session: SparkSession, folder: Path) -> dict[str, list[dict[str, Any
         row for topic in (EVENTS, READINGS) for batch in batches
         for row in kafka_rows(topic, folder / "when" / f"{topic.entity}s.csv", batch, 0)
     ]  # fmt: skip
-    registry = table(session, "registry", folder / "when" / "registry.csv")
+    registry = session.createDataFrame(table("registry", folder / "when" / "registry.csv"))
     far_out_pct = critical_events.CriticalSettings.model_fields["far_out_pct"].default
-    records = critical_events.transform(session.createDataFrame(rows, KAFKA), registry, far_out_pct)
+    records = critical_events.transform(session.createDataFrame(rows, spark_schema(KAFKA)), registry, far_out_pct)
     told = critical_events.framed(records).collect()
     return {critical_events.NAME: [decode(bytes(row.value), CRITICAL_EVENTS.entity) for row in told]}
 
 
 def night(session: SparkSession, job: BatchJob, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Rows of the report for the date in the settings; a row's place in Kafka is its line, its arrival its own time."""
-    registry = table(session, "registry", folder / "when" / "registry.csv")
+    registry = session.createDataFrame(table("registry", folder / "when" / "registry.csv"))
     lake = {}
     for name in job.reads:
         schema, rows = TABLES[name], []

@@ -47,6 +47,9 @@ def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     alarm = {"alarm_id": "1", "meter_id": "a", "alarm_type": "tamper", "severity": "error", "source": "meter_event"}
     alarm |= {"state": "active", "raised_at": noon, "updated_at": noon, "repeat_count": 0}
     keep("alarms", DAY, [alarm])
+    quarters = [{"interval_start": noon + datetime.timedelta(minutes=15 * n)} for n in range(4)]
+    known = {"meter_id": "a", "register": "import_t1", "energy_wh": 25, "covered_s": 900, "quality": "measured"}
+    keep("interval_readings", DAY, [quarter | known for quarter in quarters])
     letter = {"payload": b"x", "reason": "bad_topic", "detail": "", "received_at": noon}
     keep("dead_letters", DAY, [letter])
     return tmp_path

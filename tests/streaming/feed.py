@@ -12,16 +12,12 @@ import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
+from lake.decoding import KAFKA, spark_schema
 from lake.streaming import Runner, StreamingJob, StreamSettings
 from schemas.codec import encode
 from schemas.tables import REGISTRY, glob_of, home, table_path
 from schemas.topics import READINGS, Topic
 
-KAFKA = "key binary, value binary, topic string, partition int, offset long, timestamp timestamp"
-COLUMNS = pa.schema(
-    [("key", pa.binary()), ("value", pa.binary()), ("topic", pa.string()), ("partition", pa.int32()),
-     ("offset", pa.int64()), ("timestamp", pa.timestamp("us", "UTC"))]
-)  # fmt: skip
 KAFKA_AT = datetime(2024, 3, 31, 1, tzinfo=UTC)
 SETTINGS = StreamSettings(kafka_bootstrap="none:0", allowed_lateness_s=60)
 Process = Callable[[DataFrame, int], None]
@@ -92,15 +88,16 @@ class Feed:
             rows = []
             for key, value in batch:
                 row = (key.encode(), value, topic.name, 0, self.offset, KAFKA_AT)
-                rows.append(dict(zip(COLUMNS.names, row, strict=True)))
+                rows.append(dict(zip(KAFKA.names, row, strict=True)))
                 self.offset += 1
             path = self.folder / f"{self.files:04d}.parquet"
-            pq.write_table(pa.Table.from_pylist(rows, COLUMNS), path)
+            pq.write_table(pa.Table.from_pylist(rows, KAFKA), path)
             os.utime(path, (self.files, self.files))  # the source takes the oldest first
             self.files += 1
 
     def start(self, session: SparkSession, runner: Runner, process: Process) -> StreamingQuery:
-        records = session.readStream.schema(KAFKA).option("maxFilesPerTrigger", 1).parquet(self.folder.as_uri())
+        source = session.readStream.schema(spark_schema(KAFKA)).option("maxFilesPerTrigger", 1)
+        records = source.parquet(self.folder.as_uri())
         writer = records.writeStream.option("checkpointLocation", runner.checkpoint.as_uri())
         return writer.foreachBatch(process).start()
 
@@ -108,7 +105,7 @@ class Feed:
 def run(session: SparkSession, feed: Feed, job: StreamingJob, process: Process | None = None) -> Runner:
     """A process that takes what there is and stops; `process` stands in for the runner's."""
     runner = Runner(job, SETTINGS)
-    runner.finish_flush(session)
+    runner.finish_flush()
     take(session, feed, runner, process)
     return runner
 
@@ -143,4 +140,4 @@ def lake(runner: Runner) -> dict[str, Any]:
 
 
 def _current() -> list[Path]:
-    return sorted((home() / "lake").glob("*/current.parquet"))
+    return sorted((home() / "lake").glob("*/current-*.parquet"))

@@ -9,7 +9,7 @@ from streaming_jobs import consumption_deltas, voltage_deviation
 from tests.streaming.feed import SETTINGS, Feed, batches, lake, pair, rows, run
 
 JOB = voltage_deviation.JOB
-CLOSED = [("m1", "00:50", 2), ("m2", "00:50", 2)]
+OVER = [("m1", "00:50", 2), ("m2", "00:50", 2)]
 OPEN = [("m1", "01:00", 1), ("m2", "01:00", 1)]
 
 
@@ -19,11 +19,11 @@ def windows() -> list[tuple[str, str, int]]:
 
 
 def fed(spark: SparkSession) -> tuple[Feed, Runner]:
-    """A run of one batch that left a window open."""
+    """A run of one batch: what is over is closed by the next, or by a flush."""
     feed = Feed()
     feed.add(batches()[0])
     runner = run(spark, feed, JOB)
-    assert windows() == CLOSED
+    assert windows() == []
     assert not runner.is_flushed
     return feed, runner
 
@@ -32,12 +32,12 @@ def test_asked_again_or_done_again_after_it_died_it_closes_each_window_once_in_t
     spark: SparkSession, home: Path
 ) -> None:
     feed, runner = fed(spark)
-    runner.flush(spark)
-    assert windows() == sorted([*CLOSED, *OPEN])
+    runner.flush()
+    assert windows() == sorted([*OVER, *OPEN])
     assert runner.is_flushed
     once = lake(runner)
-    runner.flush(spark)
-    Runner(JOB, SETTINGS).flush(spark)
+    runner.flush()
+    Runner(JOB, SETTINGS).flush()
     assert lake(runner) == once
     states = home / "state" / JOB.name / runner.query_id
     (states / "0.flushed").rename(states / "0.flushing")  # it died when all but the new state was in place
@@ -51,7 +51,7 @@ def test_a_flush_that_died_after_its_marker_is_done_by_the_next_process(spark: S
     feed, runner = fed(spark)
     (home / "state" / JOB.name / runner.query_id / "0.flush").mkdir()
     run(spark, feed, JOB)
-    assert windows() == sorted([*CLOSED, *OPEN])
+    assert windows() == sorted([*OVER, *OPEN])
     assert runner.is_flushed
 
 
@@ -59,13 +59,13 @@ def test_after_a_flush_the_query_goes_on_and_a_restart_closes_nothing_that_nobod
     spark: SparkSession, home: Path
 ) -> None:
     feed, runner = fed(spark)
-    runner.flush(spark)
+    runner.flush()
     feed.add([*pair(12, 112, 232), *pair(20, 120, 230)])
     run(spark, feed, JOB)
     run(spark, feed, JOB)
-    assert windows() == sorted([*CLOSED, *OPEN])
-    Runner(JOB, SETTINGS).flush(spark)
-    assert windows() == sorted([*CLOSED, *OPEN, ("m1", "01:10", 1), ("m2", "01:10", 1)])
+    assert windows() == sorted([*OVER, *OPEN])
+    Runner(JOB, SETTINGS).flush()
+    assert windows() == sorted([*OVER, *OPEN, ("m1", "01:10", 1), ("m2", "01:10", 1)])
     assert sum(line[5] for line in rows("accounting")) == 2  # what came again after its window was closed
 
 
@@ -74,14 +74,14 @@ def test_a_job_with_nothing_open_is_flushed_without_a_row(spark: SparkSession, h
     feed.add(batches()[0])
     runner = run(spark, feed, consumption_deltas.JOB)
     before = {table: rows(table) for table in runner.job.writes}
-    runner.flush(spark)
+    runner.flush()
     assert {table: rows(table) for table in before} == before
     assert sum(line[3] for line in rows("accounting")) == len(batches()[0])
 
 
 def test_a_query_that_never_ran_has_nothing_to_flush(spark: SparkSession, home: Path) -> None:
     runner = Runner(JOB, SETTINGS)
-    runner.finish_flush(spark)
-    runner.flush(spark)
+    runner.finish_flush()
+    runner.flush()
     assert runner.is_flushed
     assert not (home / "lake").exists()

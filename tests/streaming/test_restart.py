@@ -1,17 +1,18 @@
 """However a query dies, it ends with the same rows in the same files as one that was never disturbed."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pyspark.errors import StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
 
-from lake.streaming import Outcome, Runner, StreamingJob, StreamSettings
+from lake import publishing, streaming
+from lake.checkpoint import require_whole
+from lake.streaming import Runner, StreamingJob
 from schemas.codec import encode
+from schemas.errors import StateLost
 from schemas.topics import DEAD_LETTERS
 from streaming_jobs import consumption_deltas, readings_lake, voltage_deviation
 from tests.streaming.feed import SETTINGS, Feed, at, batches, lake, rows, run, take
@@ -46,35 +47,31 @@ def undisturbed(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -
 
 
 class Mortal:
-    """A runner that dies once, in the given batch, in front of Spark's commit or while a table is written."""
+    """A runner that dies once, in the given batch: in front of Spark's commit, or where it adds to a table."""
 
-    def __init__(self, job: StreamingJob, batch_id: int, place: str) -> None:
-        self.job, self.batch_id, self.place, self.now, self.is_alive = job, batch_id, place, -1, True
-        self.runner = Runner(replace(job, transform=self.transform), SETTINGS)
+    def __init__(self, job: StreamingJob, batch_id: int, place: str, patch: pytest.MonkeyPatch) -> None:
+        self.batch_id, self.place, self.now, self.is_alive = batch_id, place, -1, True
+        self.runner = Runner(job, SETTINGS)
+        for name in ("rename_in", "swap_in", "publish_small"):
+            patch.setattr(streaming, name, self.dying(getattr(publishing, name)))
 
     def process(self, records: DataFrame, batch_id: int) -> None:
         self.now = batch_id
         self.runner.process(records, batch_id)
-        if self.is_alive and batch_id == self.batch_id:
+        self.at(COMMIT)
+
+    def dying(self, write: Callable[..., None]) -> Callable[..., None]:
+        def called(*arguments: Any) -> None:
+            for table in arguments:
+                self.at(table)
+            write(*arguments)
+
+        return called
+
+    def at(self, place: object) -> None:
+        if self.is_alive and place == self.place and self.now == self.batch_id:
             self.is_alive = False
             raise ConnectionError(DIED)
-
-    def transform(self, records: DataFrame, registry: DataFrame, state: DataFrame, settings: StreamSettings) -> Outcome:
-        outcome = self.job.transform(records, registry, state, settings)
-        if self.now != self.batch_id or not self.is_alive or self.place == COMMIT:
-            return outcome
-        if self.place == "accounting":
-            return replace(outcome, books=wrecked(outcome.books))
-        if self.place in outcome.current:
-            return replace(outcome, current={self.place: wrecked(outcome.current[self.place])})
-        return replace(outcome, tables={**outcome.tables, self.place: wrecked(outcome.tables[self.place])})
-
-
-def wrecked(frame: DataFrame) -> DataFrame:
-    """A frame with the same columns that fails when it is evaluated."""
-    failing = F.raise_error(F.lit(DIED))
-    columns = [failing.cast(field.dataType).alias(field.name) for field in frame.schema]
-    return frame.sparkSession.range(1).select(*columns)
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
@@ -87,14 +84,14 @@ def test_every_record_is_in_the_books_once(undisturbed: Undisturbed, job: Stream
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
 def test_deaths_between_tables_and_before_commits_leave_no_row_twice_and_none_out(
-    spark: SparkSession, home: Path, undisturbed: Undisturbed, job: StreamingJob
+    spark: SparkSession, home: Path, undisturbed: Undisturbed, job: StreamingJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     feed = Feed()
     feed.add(batches()[0])
     for batch_id, place in DEATHS[job.name]:
         if feed.files <= batch_id:
             feed.add(*batches()[feed.files :])
-        mortal = Mortal(job, batch_id, place)
+        mortal = Mortal(job, batch_id, place, monkeypatch)
         with pytest.raises(StreamingQueryException, match=DIED):
             take(spark, feed, mortal.runner, mortal.process)
         assert not list((home / "staging").glob("*/*"))
@@ -102,11 +99,11 @@ def test_deaths_between_tables_and_before_commits_leave_no_row_twice_and_none_ou
 
 
 def test_a_process_that_lives_on_writes_a_failed_batch_again_in_the_same_files(
-    spark: SparkSession, home: Path, undisturbed: Undisturbed
+    spark: SparkSession, home: Path, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     feed = Feed()
     feed.add(*batches())
-    mortal = Mortal(voltage_deviation.JOB, 1, COMMIT)
+    mortal = Mortal(voltage_deviation.JOB, 1, COMMIT, monkeypatch)
     with pytest.raises(StreamingQueryException, match=DIED):
         take(spark, feed, mortal.runner, mortal.process)
     take(spark, feed, mortal.runner, mortal.process)
@@ -124,6 +121,61 @@ def test_a_lost_state_stops_the_query_and_names_the_repair(spark: SparkSession, 
     with pytest.raises(StreamingQueryException, match="Repair: stop the jobs, remove"):
         run(spark, feed, job)
     assert rows("readings") == before
+
+
+@pytest.mark.parametrize("damaged", ["offsets", "commits"])
+@pytest.mark.parametrize("left", ["", "v1\n{", "v1\n"], ids=["empty", "cut", "only a head"])
+def test_a_damaged_file_of_the_newest_batch_is_told_and_its_repair_changes_no_row(
+    spark: SparkSession, home: Path, undisturbed: Undisturbed, damaged: str, left: str
+) -> None:
+    job = readings_lake.JOB
+    feed = Feed()
+    feed.add(*batches())
+    runner = run(spark, feed, job)
+    if damaged == "offsets":
+        for name in ("2", ".2.crc"):  # a batch that was planned and not done
+            (runner.checkpoint / "commits" / name).unlink()
+    file = runner.checkpoint / damaged / "2"
+    file.write_text(left)
+    with pytest.raises(
+        StateLost, match=f"{damaged}/2 cannot be read. Repair: stop the jobs, remove that file and .2.crc"
+    ):
+        require_whole(job.name, job.version, runner.checkpoint)
+    file.unlink()
+    file.with_name(".2.crc").unlink()
+    require_whole(job.name, job.version, runner.checkpoint)
+    assert lake(run(spark, feed, job)) == undisturbed(job)
+
+
+def test_lost_metadata_is_told_and_its_repair_changes_no_row(
+    spark: SparkSession, home: Path, undisturbed: Undisturbed
+) -> None:
+    job = readings_lake.JOB
+    feed = Feed()
+    feed.add(*batches()[:2])
+    runner = run(spark, feed, job)
+    metadata, query_id = runner.checkpoint / "metadata", runner.query_id
+    metadata.write_text("")
+    with pytest.raises(StateLost, match=f'remove .metadata.crc beside it, write {{"id":"{query_id}"}} into it'):
+        require_whole(job.name, job.version, runner.checkpoint)
+    metadata.with_name(".metadata.crc").unlink()
+    metadata.write_text(f'{{"id":"{query_id}"}}')
+    feed.add(batches()[2])
+    assert lake(run(spark, feed, job)) == undisturbed(job)
+
+
+def test_a_committed_batch_whose_offsets_are_gone_and_a_state_of_another_version_are_told(
+    spark: SparkSession, home: Path
+) -> None:
+    job = readings_lake.JOB
+    feed = Feed()
+    feed.add(batches()[0])
+    runner = run(spark, feed, job)
+    with pytest.raises(StateLost, match=f"version {job.version + 1} cannot read it.*{job.name}-{runner.query_id}-"):
+        require_whole(job.name, job.version + 1, runner.checkpoint.with_name(f"{job.name}-v{job.version + 1}"))
+    (runner.checkpoint / "offsets" / "0").unlink()
+    with pytest.raises(StateLost, match="batch 0 was committed, and what it read cannot be read"):
+        require_whole(job.name, job.version, runner.checkpoint)
 
 
 def test_dead_letters_in_number_reach_their_table_with_their_bytes(spark: SparkSession, home: Path) -> None:

@@ -22,6 +22,7 @@ SCHEMAS = Path(codec.__file__).parent
 EXAMPLES = SCHEMAS / "examples"
 CODES = SCHEMAS / "events" / "codes.csv"
 RELEASED = {
+    "acknowledgement/1.0.avsc": "297a9844d9a8d1528c4ceb887272d3d8de1c5fde6a00ec88e291d69ebe1ec3d0",
     "alarm/1.0.avsc": "43181c13ba1f034c9c6c82470bc795ba36fa9567312d558ba4d03ff4b638448c",
     "critical-event/1.0.avsc": "881de2069f3018733f2f523f5aab9585b9d1706c736d8992801861d5fb1ecb43",
     "dead-letter/1.0.avsc": "3706d938b5d13016b2c88847ba98a575a838e5140ff62866ee5bdd69b5e77063",

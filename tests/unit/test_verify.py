@@ -145,8 +145,8 @@ class Chain:
 
     def windows(self, readings: pl.DataFrame, batches: int) -> None:
         columns = ["meter_id", "observed_at", "run_id", "topic", "partition", "offset", *voltage.VOLTAGES]
-        columns += ["nominal_mv", "jurisdiction"]
-        samples = readings.join(self.known, on="meter_id", how="left").select(columns).clear()
+        samples = readings.select(columns).clear()
+        judged_by = self.known.select("meter_id", "nominal_mv", "jurisdiction")
         closed = pl.DataFrame(schema={"meter_id": pl.String, "run_id": pl.String, "window_start": delta_engine.STAMP})
         newest: datetime | None = None
         late = timedelta(minutes=30)
@@ -157,7 +157,9 @@ class Chain:
                 schema={"run_id": pl.String, "bound_before": delta_engine.STAMP, "bound_after": delta_engine.STAMP},
             ).with_columns(pl.col("bound_before", "bound_after") - late)
             newest = max(arrived, default=None)
-            moved = voltage.advance(right.select(columns), samples, closed, bounds, 10_000, number == batches - 1)
+            moved = voltage.advance(
+                right.select(columns), samples, closed, bounds, judged_by, 10_000, number == batches - 1
+            )
             samples, closed = moved.samples, moved.closed
             self.add("voltage_windows", moved.windows)
             place = ["topic", "partition", "offset"]
@@ -540,6 +542,166 @@ def test_a_fault_that_did_not_happen_is_unexplained_whatever_its_kind(lake: Call
     assert faults.filter(pl.col("is_explained")).get_column("kind").to_list() == []
 
 
+def scored(verdict: Verdict) -> dict[tuple[str, str], dict[str, Any]]:
+    """Rows of the table of precision and recall, by table and reason."""
+    return {(row["place"], row["reason"]): row for row in verdict.scores.table.iter_rows(named=True)}
+
+
+def low(verdict: Verdict) -> set[tuple[str, str]]:
+    return set(verdict.scores.low.select("place", "reason").iter_rows())
+
+
+def test_each_reason_and_alarm_type_is_scored_against_the_truth(lake: Callable[[str], None]) -> None:
+    """As many as the faults of `DIRT` ask for, on two registers a meter, and the power failures of the tape."""
+    lake("many batches")
+    verdict = verify("r1")
+    found = scored(verdict)
+    assert {of: row["expected"] for of, row in found.items()} == {
+        ("alarms", "power_failure"): 60, ("alarms", "tamper_detect"): 7, ("alarms", "under_voltage"): 2,
+        ("consumption_deltas", "conflict"): 8, ("consumption_deltas", "duplicate"): 4,
+        ("consumption_deltas", "gap"): 25, ("consumption_deltas", "implausible"): 3,
+        ("consumption_deltas", "meter_exchange"): 2, ("consumption_deltas", "out_of_order"): 2,
+        ("consumption_deltas", "reset"): 2, ("consumption_deltas", "rollover"): 1,
+        ("quarantined_readings", "conflict"): 8, ("quarantined_readings", "implausible"): 2,
+        ("quarantined_readings", "impossible_clock"): 6,
+        **{("dead_letters", poison.value): 1 for poison in Poison},
+    }  # fmt: skip
+    assert all((row["precision"], row["recall"]) == (1, 1) for row in found.values())
+    undecidable = {row["cause"]: row["records"] for row in verdict.scores.undecidable.iter_rows(named=True)}
+    assert undecidable == {"clock_jump": 5, "frozen": 3, "reorder": 1}
+    assert sum(row["undecidable"] for of, row in found.items() if of[1] != "implausible") == 8 + 2
+
+
+@pytest.mark.parametrize("name", ["one batch", "storm", "clean", "twice"])
+def test_no_figure_is_low_where_all_is_right(lake: Callable[[str], None], name: str) -> None:
+    lake(name)
+    verdict = verify("r1")
+    assert low(verdict) == set()
+    assert len(verdict.scores.table) > 1
+
+
+SCORED = [
+    ("consumption_deltas", "reason", "conflict"), ("consumption_deltas", "reason", "duplicate"),
+    ("consumption_deltas", "reason", "gap"), ("consumption_deltas", "reason", "implausible"),
+    ("consumption_deltas", "reason", "meter_exchange"), ("consumption_deltas", "reason", "out_of_order"),
+    ("consumption_deltas", "reason", "reset"), ("consumption_deltas", "reason", "rollover"),
+    ("quarantined_readings", "reason", "conflict"), ("quarantined_readings", "reason", "implausible"),
+    ("quarantined_readings", "reason", "impossible_clock"), ("dead_letters", "reason", "trailing_bytes"),
+    ("alarms", "alarm_type", "power_failure"), ("alarms", "alarm_type", "tamper_detect"),
+    ("alarms", "alarm_type", "under_voltage"),
+]  # fmt: skip
+
+
+def decided() -> pl.Expr:
+    """Rows of meters whose clock does not jump, but for the hour back, of which the conflicts are decided."""
+    jumped = pl.read_parquet(run_folder("r1") / "faults.parquet").filter(
+        (pl.col("kind") == FaultKind.CLOCK_JUMP.value) & (pl.col("amount") != -3_600)
+    )
+    return ~pl.col("meter_id").is_in(jumped.get_column("meter_id").unique().implode())
+
+
+@pytest.mark.parametrize(("name", "column", "reason"), SCORED)
+def test_a_row_that_is_missing_lowers_the_recall_of_its_reason(
+    lake: Callable[[str], None], name: str, column: str, reason: str
+) -> None:
+    lake("many batches")
+    change(name, (pl.col(column) == reason) & (decided() if name != "dead_letters" else pl.lit(True)))
+    verdict = verify("r1")
+    row = scored(verdict)[name, reason]
+    assert (row["expected"] - row["right"], row["precision"]) == (1, 1 if row["right"] else None)
+    assert (row["recall"] < 0.99) == ((name, reason) in low(verdict))
+    assert not verdict.is_balanced
+
+
+@pytest.mark.parametrize(("name", "column", "reason"), SCORED)
+def test_a_row_that_should_not_be_lowers_the_precision_of_its_reason(
+    lake: Callable[[str], None], name: str, column: str, reason: str
+) -> None:
+    lake("many batches")
+    another = {
+        "alarms": "power_failure" if reason == "tamper_detect" else "tamper_detect",
+        "dead_letters": "undecodable",
+    }
+    another["consumption_deltas"] = "ok"
+    another["quarantined_readings"] = "impossible_clock" if reason == "conflict" else "conflict"
+    which = (pl.col(column) == another[name]) & (decided() if name != "dead_letters" else pl.lit(True))
+    change(name, which, **{column: pl.lit(reason)})
+    verdict = verify("r1")
+    row = scored(verdict)[name, reason]
+    assert (row["found"] - row["right"], row["recall"]) == (1, 1)
+    assert (row["precision"] < 0.99) == ((name, reason) in low(verdict))
+    assert not verdict.is_balanced
+
+
+def test_what_the_broker_brought_again_is_no_wrong_duplicate(lake: Callable[[str], None]) -> None:
+    lake("clean")
+    readings, steps = pl.read_parquet(table("readings")), pl.read_parquet(table("consumption_deltas"))
+    again = readings.filter((pl.col("meter_id") == "m0000004") & (pl.col("seq") == 20))
+    copied = again.with_columns(offset=pl.col("offset") + 900)
+    none = {name: pl.lit(None, steps.schema[name]) for name in ("previous_at", "previous_wh", "delta_wh", "segment_id")}
+    twice = steps.join(again, on=["meter_id", "observed_at"], how="semi").with_columns(
+        reason=pl.lit("duplicate"), **none
+    )
+    pl.concat([steps, twice]).write_parquet(table("consumption_deltas"))
+    wrong = scored(verify("r1"))["consumption_deltas", "duplicate"]
+    assert (wrong["expected"], wrong["found"], wrong["precision"], wrong["undecidable"]) == (0, 2, 0, 0)
+    pl.concat([readings, copied]).write_parquet(table("readings"))
+    verdict = verify("r1")
+    right = scored(verdict)["consumption_deltas", "duplicate"]
+    assert (right["expected"], right["found"], right["precision"], right["undecidable"]) == (0, 0, None, 2)
+    assert verdict.scores.undecidable.select("cause", "records").rows() == [("redelivered", 1)]
+    assert low(verdict) == set()
+
+
+def test_whether_a_late_record_was_in_order_is_told_by_the_step_after_it_and_both_must_agree(
+    lake: Callable[[str], None],
+) -> None:
+    lake("one batch")
+    assert ("late", 1) in verify("r1").scores.undecidable.select("cause", "records").rows()
+    late = pl.read_parquet(run_folder("r1") / "faults.parquet").filter(pl.col("kind") == "late").row(0, named=True)
+    which = (pl.col("meter_id") == late["meter_id"]) & (pl.col("observed_at") == late["observed_at"])
+    change("consumption_deltas", which, reason=pl.lit("out_of_order"))
+    assert ("consumption_deltas", "out_of_order") in low(verify("r1"))
+
+
+def test_without_a_fuse_no_spike_is_due_and_what_is_said_of_it_is_undecidable(lake: Callable[[str], None]) -> None:
+    lake("many batches")
+    known = pl.read_parquet(table("registry"))
+    known.with_columns(fuse_a=pl.lit(None, pl.Int64)).write_parquet(table("registry"))
+    verdict = verify("r1")
+    row = scored(verdict)["consumption_deltas", "implausible"]
+    assert (row["expected"], row["found"], row["precision"], row["recall"]) == (0, 0, None, None)
+    assert row["undecidable"] >= 3
+    assert {"spike", "unit_slip"} <= set(verdict.scores.undecidable.get_column("cause"))
+
+
+def test_an_event_that_is_called_late_and_was_not_lowers_the_recall_of_its_alarm(lake: Callable[[str], None]) -> None:
+    lake("clean")
+    events = pl.read_parquet(table("events"))
+    tamper = events.filter(pl.col("code") == "AE47").head(1)
+    apart = pl.read_parquet(table("late_events"))
+    called = tamper.with_columns(reason=pl.lit("out_of_order"), stage=pl.lit("alarms")).select(apart.columns)
+    pl.concat([apart, called]).write_parquet(table("late_events"))
+    change("alarms", (pl.col("alarm_type") == "tamper_detect") & (pl.col("meter_id") == tamper["meter_id"][0]))
+    row = scored(verify("r1"))["alarms", "tamper_detect"]
+    assert (row["expected"], row["found"], row["right"], row["precision"]) == (6, 5, 5, 1)
+
+
+def test_an_engine_that_tells_wrongly_has_low_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes two intervals for one, never rolls over, and thinks nothing is too much for the fuse."""
+    with monkeypatch.context() as wrong:
+        wrong.setattr(delta_engine, "GAP_FACTOR", 2.5)
+        wrong.setattr(delta_engine, "MIN_REGISTER_DIGITS", 12)
+        wrong.setattr(delta_engine.Limits, "step_wh", lambda *_: None)
+        wrong.setattr(
+            delta_engine, "with_limits",
+            lambda rows, real=delta_engine.with_limits: real(rows).with_columns(max_w=pl.lit(None, pl.Int64)),
+        )  # fmt: skip
+        chain(tmp_path, 10, DIRT, monkeypatch)
+    reasons = {reason for place, reason in low(verify("r1")) if place == "consumption_deltas"}
+    assert {"gap", "rollover", "implausible"} <= reasons
+
+
 def test_every_kind_of_fault_has_rules_of_its_own() -> None:
     assert set(RULES) == set(FaultKind)
     assert all(rules and FaultOutcome.UNEXPLAINED not in rules for rules in RULES.values())
@@ -585,6 +747,9 @@ def test_the_command_says_by_its_exit_code_and_in_json_what_it_found(lake: Calla
     told = json.loads(bad.stdout)
     assert told["totals"]["lost"] == 1
     assert any(row["meter_id"] == meter and "seq 33" in row["told"] for row in told["findings"])
+    assert {row["reason"]: row["recall"] for row in json.loads(good.stdout)["scores"]} == {
+        "power_failure": 1, "tamper_detect": 1,
+    }  # fmt: skip
     text = CliRunner().invoke(app, ["verify", "--run", "r1"])
     assert text.exit_code == 1
     assert f"{meter}: consumption_deltas" in text.stdout

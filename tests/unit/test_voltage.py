@@ -21,10 +21,10 @@ SAMPLES = pl.Schema(
         "partition": pl.Int64(),
         "offset": pl.Int64(),
         **dict.fromkeys(VOLTAGES, pl.Int64()),
-        "nominal_mv": pl.Int64(),
-        "jurisdiction": pl.String(),
     }
 )
+JUDGED_BY = pl.Schema({"nominal_mv": pl.Int64(), "jurisdiction": pl.String()})
+REGISTRY = pl.Schema({"meter_id": pl.String(), **JUDGED_BY}).to_frame()
 CLOSED = pl.Schema({"meter_id": pl.String(), "run_id": pl.String(), "window_start": STAMP})
 BOUNDS = {"run_id": pl.String, "bound_before": STAMP, "bound_after": STAMP}
 
@@ -49,13 +49,18 @@ class Stream:
         self.windows: list[dict[str, Any]] = []
 
     def batch(self, rows: list[dict[str, Any]], bound: float | None = None, close_all: bool = False) -> Advance:
-        """One batch after which the bound of the one run lies at so many minutes."""
-        after = self.bound if bound is None else at(bound)
+        """One batch after which the bound of the one run lies at so many minutes, and what the next one closes."""
+        moved = self.advance(rows, self.bound, close_all)
+        assert len(moved.readings) == len(rows)
+        self.advance([], self.bound if bound is None else at(bound))
+        return moved
+
+    def advance(self, rows: list[dict[str, Any]], after: datetime | None, close_all: bool = False) -> Advance:
         bounds = pl.DataFrame([{"run_id": None, "bound_before": self.bound, "bound_after": after}], schema=BOUNDS)
-        moved = advance(pl.DataFrame(rows, schema=SAMPLES), self.samples, self.closed, bounds, self.horizon, close_all)
+        fresh = pl.DataFrame(rows, schema=SAMPLES)
+        moved = advance(fresh, self.samples, self.closed, bounds, REGISTRY, self.horizon, close_all)
         self.bound, self.samples, self.closed = after, moved.samples, moved.closed
         self.windows += moved.windows.to_dicts()
-        assert len(moved.readings) == len(rows)
         return moved
 
     def starts(self) -> list[float]:
@@ -75,7 +80,7 @@ class Expected(NamedTuple):
 
 def test_the_begin_of_a_window_belongs_to_it_and_its_end_to_the_next() -> None:
     rows = [sample(0, 0, 230_000), sample(1, 10 - 1e-6 / 60, 232_000), sample(2, 10, 240_000)]
-    found = windows(pl.DataFrame(rows, schema=SAMPLES))
+    found = windows(pl.DataFrame(rows, schema=SAMPLES | JUDGED_BY))
     assert found.select("window_start", "window_end", "sample_count", "mean_mv").rows() == [
         (at(0), at(10), 2, 231_000),
         (at(10), at(20), 1, 240_000),
@@ -83,18 +88,18 @@ def test_the_begin_of_a_window_belongs_to_it_and_its_end_to_the_next() -> None:
 
 
 def test_one_sample_has_no_spread() -> None:
-    (row,) = windows(pl.DataFrame([sample(0, 0, 231_000)], schema=SAMPLES)).to_dicts()
+    (row,) = windows(pl.DataFrame([sample(0, 0, 231_000)], schema=SAMPLES | JUDGED_BY)).to_dicts()
     assert (row["stddev_mv"], row["min_mv"], row["max_mv"], row["mean_mv"]) == (0.0, 231_000, 231_000, 231_000)
 
 
 def test_the_spread_is_that_of_the_population() -> None:
     rows = [sample(0, 0, 229_000), sample(1, 1, 231_000)]
-    assert windows(pl.DataFrame(rows, schema=SAMPLES))["stddev_mv"].to_list() == [1_000.0]
+    assert windows(pl.DataFrame(rows, schema=SAMPLES | JUDGED_BY))["stddev_mv"].to_list() == [1_000.0]
 
 
 def test_each_phase_stands_on_its_own_and_an_absent_one_gives_no_window() -> None:
     rows = [sample(0, 0, 230_000, voltage_l3_mv=207_000), sample(1, 1, None)]
-    found = windows(pl.DataFrame(rows, schema=SAMPLES))
+    found = windows(pl.DataFrame(rows, schema=SAMPLES | JUDGED_BY))
     assert found.select("phase", "sample_count", "mean_mv", "deviation_pct").rows() == [
         ("L1", 1, 230_000, 0.0),
         ("L3", 1, 207_000, -10.0),
@@ -125,7 +130,7 @@ def test_a_limit_itself_is_within_the_band(
     jurisdiction: str | None, nominal_mv: int | None, mv: int, band: str
 ) -> None:
     row = sample(0, 0, mv, jurisdiction=jurisdiction, nominal_mv=nominal_mv)
-    assert windows(pl.DataFrame([row], schema=SAMPLES))["band"].to_list() == [band]
+    assert windows(pl.DataFrame([row], schema=SAMPLES | JUDGED_BY))["band"].to_list() == [band]
 
 
 def test_a_window_closes_when_the_bound_reaches_its_end_and_not_before() -> None:
@@ -199,7 +204,8 @@ def test_a_flush_closes_each_window_once_and_what_comes_after_is_late() -> None:
 def test_the_bound_of_one_run_is_not_that_of_another() -> None:
     rows = [sample(0, 1, run_id="old"), sample(1, 1, meter_id="m2")]
     bounds = pl.DataFrame([("old", None, at(60)), (None, None, at(5))], schema=BOUNDS, orient="row")
-    moved = advance(pl.DataFrame(rows, schema=SAMPLES), SAMPLES.to_frame(), CLOSED.to_frame(), bounds, horizon=10)
+    known = pl.DataFrame(rows, schema=SAMPLES)
+    moved = advance(SAMPLES.to_frame(), known, CLOSED.to_frame(), bounds, REGISTRY, horizon=10)
     assert moved.windows["meter_id"].to_list() == ["m1"]
 
 
@@ -221,4 +227,4 @@ def test_the_windows_do_not_depend_on_how_batches_are_cut(samples: list[tuple[in
         stream.batch(rows[low:high], bound=-60)
     stream.batch([], close_all=True)
     found = pl.DataFrame(stream.windows, schema=WINDOWS).sort("window_start")
-    assert found.equals(windows(pl.DataFrame(rows, schema=SAMPLES)))
+    assert found.equals(windows(pl.DataFrame(rows, schema=SAMPLES | JUDGED_BY)))

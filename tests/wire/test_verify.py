@@ -15,7 +15,7 @@ import pytest
 
 from replay.run import run_folder
 from replay.tape import read_tape, write_tape
-from schemas.closed_lists import FaultKind
+from schemas.closed_lists import DeltaReason, FaultKind
 from schemas.tables import table_path
 from stack.demo import drain, environment, own_settings, waiting_is_over
 from stack.native import NativeStack
@@ -142,6 +142,9 @@ def test_every_fault_of_every_kind_is_explained(home: Path, way: str) -> None:
     assert told["unexplained"] == []
     assert (code, told["is_balanced"], told["notes"]) == (0, True, told["notes"])
     assert set(told["faults"]) == {kind.value for kind in FaultKind}
+    assert all((row["precision"], row["recall"]) == (1, 1) for row in told["scores"] if row["expected"])
+    scored = {row["reason"] for row in told["scores"] if row["expected"]}
+    assert {reason.value for reason in DeltaReason} - {"first", "ok", "out_of_order"} <= scored  # late: by the batches
     assert told["faults"]["poison"]["outcomes"] == {"dead_letter": 5 if way == "mqtt" else 3}
     totals = told["totals"]
     assert totals["sent"] + totals["redelivered"] == sum(

@@ -1,0 +1,233 @@
+"""A batch, cut by Kafka partition: the one place where Spark hands rows to Polars.
+
+Kafka's key is the meter, so a Kafka partition has all rows of its meters and nothing need be shuffled. A task decodes
+its partition, reads what the batch before left for it, calls the job's transform and writes rows and state to files of
+its own; the driver gets the books only. What a batch has no rows of keeps its state.
+
+A task that is tried again writes the same files again. Files lie under staging until the driver renames them in.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark import TaskContext
+from pyspark.sql import DataFrame
+
+from lake.books import BOOKS
+from lake.decoding import KAFKA, decoded, spark_schema
+from lake.publishing import COMPRESSION
+from lake.reading import RegistryFiles, newest_registry
+from schemas.errors import ContractBroken
+from schemas.tables import TABLES, arrow_of, polars_schema
+from schemas.topics import Topic
+
+if TYPE_CHECKING:
+    from lake.streaming import StreamSettings
+
+Frames = Mapping[str, pl.DataFrame]
+TOGETHER = "together"
+NO_DATE = "__HIVE_DEFAULT_PARTITION__"  # as Spark names it
+COUNTED = pa.schema([pa.field("unit", pa.string()), pa.field("task", pa.int64()), *arrow_of(BOOKS)])
+BOUNDS = pl.Schema(
+    {"run_id": pl.String(), "bound_before": pl.Datetime("us", "UTC"), "bound_after": pl.Datetime("us", "UTC")}
+)
+CLOCK = pl.Schema({"run_id": pl.String(), "newest_at": pl.Datetime("us", "UTC"), "bound_at": pl.Datetime("us", "UTC")})
+"""State of a job that closes windows: a partition's newest arrival of each run, and the bound of the batch."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is the same for all partitions of a batch.
+
+    Attributes:
+        settings: of the streaming jobs.
+        bounds: per run_id `bound_before`, up to which the batch before closed its windows, and `bound_after`, up to
+            which this one does: the newest arrival before this batch less the allowed lateness.
+    """
+
+    settings: "StreamSettings"
+    bounds: pl.DataFrame
+
+
+def clock(rows: pl.DataFrame, known: pl.DataFrame, moment: Moment) -> pl.DataFrame:
+    """The partition's clock after a batch, columns `CLOCK`: arrivals are ours, so one meter's clock moves nobody's.
+
+    Args:
+        rows: with run_id and arrival_at.
+        known: the clock before.
+        moment: whose bounds become the next batch's `bound_before`.
+    """
+    arrivals = rows.select("run_id", newest_at="arrival_at")
+    newest = (
+        pl.concat([known.select("run_id", "newest_at"), arrivals]).group_by("run_id").agg(pl.col("newest_at").max())
+    )
+    bound = moment.bounds.select("run_id", bound_at="bound_after")
+    return newest.join(bound, on="run_id", how="left", nulls_equal=True).select(CLOCK.names())
+
+
+Transform = Callable[[pl.DataFrame, pl.DataFrame, Frames, Moment], Frames]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the partitions of one batch are done.
+
+    Attributes:
+        topics: by name.
+        writes: lake table → the timestamp column that dates its rows.
+        current: lake tables that are replaced, a file per partition.
+        state: kinds of frames that the next batch reads.
+        transform: (rows of a partition, registry, its state, moment) → frames: tables, state, books.
+        registry: files of the registry.
+        moment: what is the same for all.
+        before: state of the batch before, None before the first.
+        after: state of this one.
+        staging: where rows wait.
+    """
+
+    topics: Mapping[str, Topic]
+    writes: Mapping[str, str]
+    current: tuple[str, ...]
+    state: Mapping[str, pl.Schema]
+    transform: Transform
+    registry: RegistryFiles
+    moment: Moment
+    before: Path | None
+    after: Path
+    staging: Path
+
+
+def run(records: DataFrame | None, cut: Cut) -> pl.DataFrame:
+    """Does every partition that has rows or state. Returns the lines of the books.
+
+    Args:
+        records: columns `KAFKA`; None where nothing came.
+        cut: how.
+
+    Raises:
+        ContractBroken: a Kafka partition came in two tasks.
+    """
+    counted = pl.DataFrame(schema=polars_schema(COUNTED))
+    if records is not None:
+
+        def work(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            context = TaskContext.get()
+            task = context.partitionId() if context else 0
+            yield from _task(batches, cut, task)
+
+        lines = records.select(*KAFKA.names).mapInArrow(work, spark_schema(COUNTED)).collect()
+        counted = pl.DataFrame(lines, schema=counted.schema, orient="row")
+    tasks = counted.group_by("unit").agg(pl.col("task").n_unique())
+    if len(tasks) and tasks.get_column("task").max() != 1:
+        msg = "a Kafka partition came in two tasks: leave minPartitions and maxRecordsPerPartition alone"
+        raise ContractBroken(msg)
+    silent = sorted(_units(cut.before) - set(tasks.get_column("unit")))
+    is_moved = cut.moment.settings.close_all or "clock" in cut.state
+    for unit in silent:
+        if is_moved:
+            _unit(unit, KAFKA.empty_table(), cut)
+        else:
+            _link(cut, unit)
+    return counted.select(BOOKS.names())
+
+
+def _units(folder: Path | None) -> set[str]:
+    return {unit.name for unit in folder.iterdir() if unit.name != TOGETHER} if folder else set()
+
+
+def _task(batches: Iterable[pa.RecordBatch], cut: Cut, task: int) -> Iterator[pa.RecordBatch]:
+    pieces = list(batches)
+    if not pieces:
+        return
+    records = pa.Table.from_batches(pieces)
+    for place in records.group_by(["topic", "partition"]).aggregate([]).to_pylist():
+        is_here = pc.and_(
+            pc.equal(records.column("topic"), place["topic"]),
+            pc.equal(records.column("partition"), place["partition"]),
+        )
+        unit = f"{place['topic']}-{place['partition']}"
+        books = _unit(unit, records.filter(is_here), cut)
+        table = (
+            books.with_columns(unit=pl.lit(unit), task=pl.lit(task, pl.Int64))
+            .select(COUNTED.names)
+            .to_arrow()
+            .cast(COUNTED)
+        )
+        yield from table.combine_chunks().to_batches()
+
+
+def _unit(unit: str, records: pa.Table, cut: Cut) -> pl.DataFrame:
+    """One Kafka partition: decodes, transforms, writes. Returns its lines of the books."""
+    rows = decoded(records, cut.topics[unit.rpartition("-")[0]])
+    known = known_frames(cut.before, unit, cut.state)
+    frames = cut.transform(rows, newest_registry(cut.registry), known, cut.moment)
+    keep(frames, known, unit, cut)
+    if len(rows):
+        for table in cut.current:
+            path = cut.staging / table / f"current-{unit}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _written(frames[table].select(TABLES[table].names).cast(polars_schema(TABLES[table])), path)
+    return frames["books"]
+
+
+def known_frames(before: Path | None, unit: str, state: Mapping[str, pl.Schema]) -> dict[str, pl.DataFrame]:
+    """The state that the batch before left for a partition."""
+    frames = {}
+    for kind, schema in state.items():
+        path = before / unit / f"{kind}.arrow" if before else None
+        has_state = path is not None and path.exists()
+        frames[kind] = pl.read_ipc(path) if has_state and path else pl.DataFrame(schema=schema)
+    return frames
+
+
+def staged(cut: Cut, table: str) -> pl.DataFrame:
+    """The rows of a table that the partitions have written."""
+    parts = sorted((cut.staging / table).glob("date=*/*.parquet"))
+    schema = polars_schema(TABLES[table])
+    return pl.concat([pl.DataFrame(schema=schema), *[pl.read_parquet(part, hive_partitioning=False) for part in parts]])
+
+
+def keep(frames: Frames, known: Frames, unit: str, cut: Cut) -> None:
+    """Writes a partition's rows to staging, a file per table and date, and its state; what did not change is linked."""
+    for kind, schema in cut.state.items():
+        if frames[kind] is known[kind] and cut.before and (cut.before / unit / f"{kind}.arrow").exists():
+            _link(cut, unit, kind)
+            continue
+        path = cut.after / unit / f"{kind}.arrow"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        frames[kind].select(schema.names()).cast(schema).rechunk().write_ipc(part)
+        part.rename(path)
+    for table, dated_by in cut.writes.items():
+        frame = frames.get(table)
+        if frame is None or not len(frame):
+            continue
+        contract = frame.select(TABLES[table].names).cast(polars_schema(TABLES[table]))
+        dated = contract.with_columns(date=pl.col(dated_by).dt.date())
+        for (date,), rows in dated.partition_by("date", as_dict=True, include_key=False).items():
+            path = cut.staging / table / f"date={date or NO_DATE}" / f"{unit}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _written(rows, path)
+
+
+def _written(frame: pl.DataFrame, path: Path) -> None:
+    part = path.with_suffix(".part")
+    frame.write_parquet(part, compression=COMPRESSION)
+    part.rename(path)
+
+
+def _link(cut: Cut, unit: str, *kinds: str) -> None:
+    """Hands a partition's state on as it is."""
+    assert cut.before
+    (cut.after / unit).mkdir(parents=True, exist_ok=True)
+    for kind in kinds or cut.state:
+        source, target = cut.before / unit / f"{kind}.arrow", cut.after / unit / f"{kind}.arrow"
+        if source.exists():
+            target.unlink(missing_ok=True)
+            os.link(source, target)

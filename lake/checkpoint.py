@@ -1,0 +1,92 @@
+"""Can a query go on from its checkpoint? What is wrong, and a repair that loses nothing where there is one.
+
+Spark's own messages for a damaged checkpoint tell of JSON that ends early, or of a concurrent update of the log. A
+batch without a commit is done again with the same rows in the same files, so a damaged file of the newest can go.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from schemas.errors import StateLost
+from schemas.tables import home
+
+LOST_IN_KAFKA = re.compile(r"KAFKA_DATA_LOSS|OffsetOutOfRangeException")
+"""What the errors of Spark and of Kafka say where Kafka no longer has what a query has not read."""
+
+
+def require_whole(name: str, version: int, checkpoint: Path) -> None:
+    """Looks at a checkpoint before Spark does.
+
+    Args:
+        name: of the job.
+        version: of its state's form.
+        checkpoint: folder of the query, there or not.
+
+    Raises:
+        StateLost: it cannot be gone on from; the message says what to do.
+    """
+    if not checkpoint.exists():
+        for other in sorted(checkpoint.parent.glob(f"{name}-v*")):
+            theirs = other.name.rpartition("v")[2]
+            msg = f"{name}: its state is of version {theirs}, and version {version} cannot read it. "
+            raise StateLost(msg + from_the_beginning(name, other))
+        return
+    offsets, commits = _newest(checkpoint / "offsets"), _newest(checkpoint / "commits")
+    if offsets is None and commits is None:
+        return
+    metadata = checkpoint / "metadata"
+    if not _has_json(metadata, 0, 1):
+        ids = [folder.name for folder in (home() / "state" / name).glob("*-*-*-*-*")]
+        msg = f"{name}: {metadata} cannot be read. "
+        if len(ids) != 1:
+            raise StateLost(msg + from_the_beginning(name, checkpoint))
+        msg += f'Repair: stop the jobs, remove .metadata.crc beside it, write {{"id":"{ids[0]}"}} into it, start again.'
+        raise StateLost(msg)
+    batch, done = (int(log.name) if log else -1 for log in (offsets, commits))
+    is_planned, is_committed = _has_json(offsets, 1, 2), _has_json(commits, 1, 1)
+    if batch < done or (batch == done and not is_planned):
+        msg = f"{name}: batch {done} was committed, and what it read cannot be read in {checkpoint / 'offsets'}. "
+        raise StateLost(msg + from_the_beginning(name, checkpoint))
+    damaged = commits if commits and not is_committed else offsets if not is_planned else None
+    if damaged:
+        msg = (
+            f"{name}: {damaged} cannot be read. Repair: stop the jobs, remove that file and .{damaged.name}.crc beside "
+            "it, and start again: its batch is done again, nothing is lost and nothing is there twice."
+        )
+        raise StateLost(msg)
+
+
+def from_the_beginning(name: str, checkpoint: Path) -> str:
+    """The repair that always works, and what it costs."""
+    metadata = checkpoint / "metadata"
+    query_id = json.loads(metadata.read_text())["id"] if _has_json(metadata, 0, 1) else "*"
+    return (
+        f"Repair: stop the jobs, remove {checkpoint}, remove the files {name}-{query_id}-* under {home() / 'lake'}, "
+        "and start again: the job reads all that Kafka still has. Keep a copy of those files where they reach back "
+        "further than Kafka does."
+    )
+
+
+def lost_in_kafka(name: str, told: str) -> str:
+    """What to do where Kafka no longer has what a query has not read."""
+    return (
+        f"{name}: Kafka no longer has records that this job has not read: they grew older than the topic's retention, "
+        "or the topic was made anew. What is in the lake stays. Repair: start once with METERSTREAM_ACCEPT_LOSS=true: "
+        f"the job goes on with the oldest record that there is, its books lack what is gone. {told}"
+    )
+
+
+def _newest(folder: Path) -> Path | None:
+    return max(folder.glob("[0-9]*"), key=lambda file: int(file.name), default=None)
+
+
+def _has_json(file: Path | None, head_lines: int, least_lines: int) -> bool:
+    """Whether so many lines after the head are there, all of them JSON."""
+    try:
+        lines = file.read_text().splitlines()[head_lines:] if file else []
+        for line in lines:
+            json.loads(line)
+    except (OSError, ValueError):
+        return False
+    return len(lines) >= least_lines

@@ -1,0 +1,283 @@
+"""Readings → alarms that no meter raises itself. Pure functions over Polars frames.
+
+Voltage: outside its jurisdiction's band (domain reference, section 4) for a minute or more; it clears when the voltage
+is back inside by a hysteresis. Implausible load: more power than the connection's fuses let through. Reverse energy:
+the export registers rise of a meter that had exported nothing when they were first seen. Silence: no reading for
+several intervals, on the arrival clock of its run. A condition that holds on raises no second alarm (section 5).
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from lake.alarm_life import ALARMS, alarm_id
+from lake.delta_engine import PHASE_VOLTAGE_V, STAMP
+from lake.voltage import BANDS, JURISDICTION, NOMINAL_MV, VOLTAGES
+from schemas.closed_lists import AlarmSource, AlarmState, Bucket, DeltaReason, Severity
+from schemas.tables import PHASES
+
+HYSTERESIS_PCT = 1.0
+SHORTEST = timedelta(minutes=1)
+FUSE_FACTOR = 1.1  # a fuse carries a little more than its rating for hours
+SILENT_INTERVALS = 4
+SILENT_AT_LEAST = timedelta(minutes=15)
+LOADS = ["import_w", *[f"import_{phase.lower()}_w" for phase in PHASES]]
+EXPORTS = ["export_t1_wh", "export_t2_wh"]
+NEEDED = ["meter_id", "observed_at", "arrival_at", "run_id", *VOLTAGES, *LOADS, *EXPORTS]
+KNOWN = ["meter_id", "phases", "nominal_mv", "fuse_a", "jurisdiction", "interval_s"]
+METER_SILENT = "meter_silent"
+METER = pl.Schema(
+    {
+        "meter_id": pl.String(),
+        "run_id": pl.String(),
+        "observed_at": STAMP,
+        "arrival_at": STAMP,
+        "export_wh": pl.Int64(),
+        "is_generator": pl.Boolean(),
+        "silent_at": STAMP,
+    }
+)
+"""State: the newest reading of each meter, whether it exported before, and since when it is silent."""
+LEVEL = pl.Schema(
+    {
+        "meter_id": pl.String(),
+        "alarm_type": pl.String(),
+        "since_at": STAMP,
+        "is_open": pl.Boolean(),
+    }
+)
+"""State: conditions that hold, raised or not yet."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """When an alarm is raised and cleared.
+
+    Attributes:
+        severity: of the alarm.
+        is_out: the condition holds.
+        is_back: it holds no longer; between the two it stays as it was.
+        shortest: how long it holds before the alarm is raised.
+    """
+
+    severity: Severity
+    is_out: pl.Expr
+    is_back: pl.Expr
+    shortest: timedelta = timedelta()
+
+
+class Advance(NamedTuple):
+    """What `advance` returns.
+
+    Attributes:
+        alarms: one row per change, columns of the table alarms.
+        meters: the new state, columns `METER`.
+        levels: the new state, columns `LEVEL`.
+        readings: the readings with `bucket` and `why`.
+    """
+
+    alarms: pl.DataFrame
+    meters: pl.DataFrame
+    levels: pl.DataFrame
+    readings: pl.DataFrame
+
+
+def conditions() -> dict[str, Condition]:
+    """Each alarm type over the columns that `advance` makes."""
+    held = {}
+    for phase, voltage in zip(PHASES, VOLTAGES, strict=True):
+        deviation = ((pl.col(voltage) - pl.col("nominal_mv")) / pl.col("nominal_mv") * 100).round(9)
+        low, high = pl.col("low_pct"), pl.col("high_pct")
+        held[f"voltage_low_{phase.lower()}"] = Condition(
+            Severity.CAUTION, deviation < low, deviation >= low + HYSTERESIS_PCT, SHORTEST
+        )
+        held[f"voltage_high_{phase.lower()}"] = Condition(
+            Severity.CAUTION, deviation > high, deviation <= high - HYSTERESIS_PCT, SHORTEST
+        )
+    load, limit = pl.col("load_w"), pl.col("max_w") * FUSE_FACTOR
+    held["implausible_load"] = Condition(Severity.CAUTION, load > limit, load <= limit)
+    exported = pl.col("export_wh") - pl.col("before_export_wh")
+    held["reverse_energy"] = Condition(Severity.CAUTION, ~pl.col("is_generator") & (exported > 0), exported <= 0)
+    return held
+
+
+def advance(
+    readings: pl.DataFrame,
+    meters: pl.DataFrame,
+    levels: pl.DataFrame,
+    registry: pl.DataFrame,
+    bounds: pl.DataFrame,
+) -> Advance:
+    """Moves the alarms of a Kafka partition's meters by a batch of readings.
+
+    A reading that is older than the newest of its meter is late and changes nothing but the meter's silence.
+
+    Args:
+        readings: columns `NEEDED`, `seen` (null for an original).
+        meters: the state so far, columns `METER`.
+        levels: the state so far, columns `LEVEL`.
+        registry: columns `KNOWN`; what is null there applies no rule but the default voltage.
+        bounds: per run_id `bound_after`, which says how far the arrivals of the run have come for certain.
+    """
+    before = meters.select(
+        "meter_id", newest_at="observed_at", before_export_wh="export_wh", was_generator="is_generator"
+    )
+    marked = readings.join(before, on="meter_id", how="left", maintain_order="left").with_columns(
+        is_late=(pl.col("observed_at") <= pl.col("newest_at")).fill_null(False)
+    )
+    why = (
+        pl.when(pl.col("seen").is_not_null())
+        .then(pl.col("seen"))
+        .when("is_late")
+        .then(pl.lit(DeltaReason.OUT_OF_ORDER.value))
+    )
+    bucket = (
+        pl.when(pl.col("seen").is_not_null())
+        .then(pl.lit(Bucket.DUPLICATE.value))
+        .when("is_late")
+        .then(pl.lit(Bucket.LATE.value))
+        .otherwise(pl.lit(Bucket.STORED.value))
+    )
+    judged = readings.with_columns(marked.select(why=why, bucket=bucket))
+    rows = _measured(marked.filter(pl.col("seen").is_null() & ~pl.col("is_late")), registry)
+    moved, changes = _moved(rows, levels)
+    newest = _newest(rows, readings, meters)
+    told, silent = _silence(newest, registry, bounds)
+    alarms = pl.DataFrame([*changes, *told], schema=ALARMS, orient="row")
+    return Advance(alarms, silent.select(METER.names()).cast(METER), moved, judged)
+
+
+def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
+    """The readings in order, with what the conditions speak of: limits, load, registers before."""
+    phases = pl.col("phases").str.split(",").list.len()
+    volts = pl.coalesce(pl.col("nominal_mv") / 1000, pl.lit(PHASE_VOLTAGE_V))
+    limits = registry.with_columns(
+        max_w=pl.col("fuse_a") * phases * volts,
+        nominal_mv=pl.col("nominal_mv").fill_null(NOMINAL_MV),
+        rules=pl.when(pl.col("jurisdiction").is_in(BANDS.get_column("jurisdiction").to_list()))
+        .then("jurisdiction")
+        .otherwise(pl.lit(JURISDICTION)),
+    )
+    default = BANDS.row(by_predicate=pl.col("jurisdiction") == JURISDICTION, named=True)
+    is_next = pl.col("meter_id") == pl.col("meter_id").shift(1)
+    phase_loads = pl.sum_horizontal(LOADS[1:], ignore_nulls=True)
+    has_load = pl.any_horizontal(pl.col(LOADS[1:]).is_not_null())
+    return (
+        rows.sort("meter_id", "observed_at")
+        .with_columns(
+            export_wh=pl.when(pl.any_horizontal(pl.col(EXPORTS).is_not_null())).then(pl.sum_horizontal(EXPORTS)),
+            load_w=pl.coalesce("import_w", pl.when(has_load).then(phase_loads)),
+        )
+        .with_columns(
+            before_export_wh=pl.when(is_next).then(pl.col("export_wh").shift(1)).otherwise("before_export_wh"),
+            is_generator=pl.coalesce(
+                "was_generator", (pl.col("export_wh") > 0).drop_nulls().first().over("meter_id")
+            ),
+        )
+        .join(
+            limits.select("meter_id", "max_w", "nominal_mv", "rules", "interval_s"),
+            on="meter_id", how="left", maintain_order="left",
+        )
+        .join(BANDS, left_on="rules", right_on="jurisdiction", how="left", maintain_order="left")
+        .with_columns(
+            pl.col("nominal_mv").fill_null(NOMINAL_MV),
+            pl.col("low_pct").fill_null(default["low_pct"]),
+            pl.col("high_pct").fill_null(default["high_pct"]),
+        )
+    )  # fmt: skip
+
+
+def _moved(rows: pl.DataFrame, levels: pl.DataFrame) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
+    """The conditions after the readings, and the changes of alarms: only of meters of which one holds or held."""
+    state = {(row["meter_id"], row["alarm_type"]): row for row in levels.iter_rows(named=True)}
+    changes: list[dict[str, Any]] = []
+    for alarm_type, condition in conditions().items():
+        told = rows.select(
+            "meter_id", "observed_at", "arrival_at", "run_id",
+            is_out=condition.is_out.fill_null(False), is_back=condition.is_back.fill_null(False),
+        )  # fmt: skip
+        holding = levels.filter(pl.col("alarm_type") == alarm_type).get_column("meter_id")
+        concerned = pl.concat([holding, told.filter("is_out").get_column("meter_id")]).unique()
+        for row in told.filter(pl.col("meter_id").is_in(concerned.implode())).iter_rows(named=True):
+            key = (row["meter_id"], alarm_type)
+            level = state.get(key)
+            if row["is_back"]:
+                if level and level["is_open"]:
+                    changes.append(_change(row, level, condition, cleared_at=row["observed_at"]))
+                state.pop(key, None)
+            elif row["is_out"]:
+                level = level or {
+                    "meter_id": key[0], "alarm_type": alarm_type, "since_at": row["observed_at"], "is_open": False
+                }  # fmt: skip
+                is_due = row["observed_at"] - level["since_at"] >= condition.shortest
+                if is_due and not level["is_open"]:
+                    level = {**level, "is_open": True}
+                    changes.append(_change(row, level, condition))
+                state[key] = level
+    return pl.DataFrame(list(state.values()), schema=LEVEL, orient="row"), changes
+
+
+def _change(row: dict[str, Any], level: dict[str, Any], condition: Condition, cleared_at: Any = None) -> dict[str, Any]:
+    return {
+        "alarm_id": alarm_id(level["meter_id"], level["alarm_type"], level["since_at"]),
+        "meter_id": level["meter_id"],
+        "alarm_type": level["alarm_type"],
+        "severity": condition.severity.value,
+        "state": (AlarmState.CLEARED if cleared_at else AlarmState.ACTIVE).value,
+        "raised_at": level["since_at"],
+        "cleared_at": cleared_at,
+        "repeat_count": 0,
+        "source": AlarmSource.DERIVED.value,
+        "run_id": row["run_id"],
+        "updated_at": row["arrival_at"],
+    }
+
+
+def _newest(rows: pl.DataFrame, readings: pl.DataFrame, meters: pl.DataFrame) -> pl.DataFrame:
+    """The meters after the readings, columns `METER` and `heard_at`, the first arrival of this batch."""
+    last = rows.unique("meter_id", keep="last", maintain_order=True).select(
+        "meter_id", "run_id", "observed_at", "export_wh", "is_generator"
+    )
+    originals = readings.filter(pl.col("seen").is_null())
+    heard = originals.group_by("meter_id").agg(heard_at=pl.col("arrival_at").min(), newest=pl.col("arrival_at").max())
+    kept = ["run_id", "observed_at", "export_wh", "is_generator"]
+    return (
+        meters.join(last, on="meter_id", how="full", coalesce=True, suffix="_now", maintain_order="left_right")
+        .join(heard, on="meter_id", how="left", maintain_order="left")
+        .with_columns(
+            *[pl.coalesce(f"{name}_now", name).alias(name) for name in kept],
+            arrival_at=pl.max_horizontal("arrival_at", "newest"),
+        )
+    )
+
+
+def _silence(
+    newest: pl.DataFrame, registry: pl.DataFrame, bounds: pl.DataFrame
+) -> tuple[list[dict[str, Any]], pl.DataFrame]:
+    """Alarms of meters that fell silent or are heard again, and the meters with `silent_at`."""
+    condition = Condition(Severity.ERROR, pl.lit(True), pl.lit(True))
+    again = newest.filter(pl.col("silent_at").is_not_null() & pl.col("heard_at").is_not_null())
+    limit = pl.max_horizontal(pl.duration(seconds=pl.col("interval_s") * SILENT_INTERVALS), pl.lit(SILENT_AT_LEAST))
+    known = (
+        newest.with_columns(silent_at=pl.when(pl.col("heard_at").is_null()).then("silent_at"))
+        .join(registry.select("meter_id", "interval_s"), on="meter_id", how="left", maintain_order="left")
+        .join(bounds.select("run_id", "bound_after"), on="run_id", how="left", nulls_equal=True, maintain_order="left")
+        .with_columns(due_at=pl.when(pl.col("interval_s").is_not_null()).then(pl.col("arrival_at") + limit))
+    )
+    is_new = pl.col("silent_at").is_null() & (pl.col("due_at") <= pl.col("bound_after")).fill_null(False)
+    fallen = known.filter(is_new)
+
+    def level(row: dict[str, Any], since: str) -> dict[str, Any]:
+        return {"meter_id": row["meter_id"], "alarm_type": METER_SILENT, "since_at": row[since]}
+
+    changes = [
+        _change({**row, "arrival_at": row["heard_at"]}, level(row, "silent_at"), condition, cleared_at=row["heard_at"])
+        for row in again.iter_rows(named=True)
+    ]
+    changes += [
+        _change({**row, "arrival_at": row["due_at"]}, level(row, "due_at"), condition)
+        for row in fallen.iter_rows(named=True)
+    ]
+    return changes, known.with_columns(silent_at=pl.when(is_new).then("due_at").otherwise("silent_at"))

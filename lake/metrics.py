@@ -1,0 +1,149 @@
+"""What the streaming jobs tell of themselves, for Prometheus and `make status`.
+
+Lag and rates are Spark's, by its query listener; the rest is told by `lake/streaming.py`, which keeps the books, the
+state and the clock that Spark does not know of.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from functools import partial
+from math import nan
+from pathlib import Path
+from threading import Lock
+
+import pyarrow as pa
+from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from pyspark.sql.streaming.listener import (
+    QueryIdleEvent,
+    QueryProgressEvent,
+    QueryStartedEvent,
+    QueryTerminatedEvent,
+    StreamingQueryListener,
+)
+
+from schemas.closed_lists import Bucket
+from schemas.errors import ConfigError
+
+FRESH_S = 1.0  # one question to Kafka serves all jobs of a scrape
+ANSWER_S = 5.0
+REGISTRY = CollectorRegistry()
+LAG = Gauge("meterstream_lag_records", "Records in Kafka that the job has not taken.", ["job"], registry=REGISTRY)
+RATE = Gauge("meterstream_records_per_second", "Records that the last batch took a second.", ["job"], registry=REGISTRY)
+BATCH = Gauge("meterstream_batch", "Number of the last batch.", ["job"], registry=REGISTRY)
+BATCH_SECONDS = Gauge("meterstream_batch_seconds", "How long the last batch took.", ["job"], registry=REGISTRY)
+ENDED = Gauge("meterstream_batch_ended_timestamp_seconds", "When the last batch ended.", ["job"], registry=REGISTRY)
+SEEN = Gauge("meterstream_seen_timestamp_seconds", "When the query was last alive.", ["job"], registry=REGISTRY)
+STATE = Gauge("meterstream_state_rows", "Rows that the job keeps from batch to batch.", ["job"], registry=REGISTRY)
+BOUND = Gauge(
+    "meterstream_bound_timestamp_seconds", "Up to when the newest run's windows are over.", ["job"], registry=REGISTRY
+)
+RECORDS = Counter("meterstream_records", "Records by where the books put them.", ["job", "bucket"], registry=REGISTRY)
+
+
+def stands(job: str, number: int, state_rows: int) -> None:
+    """Tells of the last batch of an earlier process."""
+    BATCH.labels(job).set(number)
+    STATE.labels(job).set(state_rows)
+
+
+def batch(
+    job: str, number: int, seconds: float, buckets: Mapping[str, int], state_rows: int, bound: datetime | None
+) -> None:
+    """Tells of a batch that is written.
+
+    Args:
+        job: name of the job.
+        number: of the batch.
+        seconds: how long it took.
+        buckets: records by bucket of the books.
+        state_rows: what the next batch will read.
+        bound: up to when windows are over; None in a job that has none, or no arrival yet.
+    """
+    stands(job, number, state_rows)
+    BATCH_SECONDS.labels(job).set(seconds)
+    ENDED.labels(job).set(time.time())
+    if bound:
+        BOUND.labels(job).set(bound.timestamp())
+    for bucket in Bucket:
+        RECORDS.labels(job, bucket.value).inc(buckets.get(bucket.value, 0))
+
+
+def rows_of(state: Path) -> int:
+    """Rows in the state files of a batch, by their footers."""
+    count = 0
+    for file in state.glob("*/*.arrow"):
+        with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as frame:
+            count += sum(frame.get_batch(number).num_rows for number in range(frame.num_record_batches))
+    return count
+
+
+class Listener(StreamingQueryListener):
+    """Hears from Spark how far each query has come."""
+
+    def __init__(self, bootstrap: str) -> None:
+        self._admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
+        self._newest: dict[TopicPartition, int] = {}
+        self._asked = 0.0
+        self._lock = Lock()
+
+    def onQueryStarted(self, event: QueryStartedEvent) -> None:  # noqa: N802
+        """Nothing is known yet."""
+
+    def onQueryProgress(self, event: QueryProgressEvent) -> None:  # noqa: N802
+        """After each batch, and now and then without one."""
+        progress = event.progress
+        if not progress.name:
+            return
+        SEEN.labels(progress.name).set(time.time())
+        if progress.numInputRows:
+            RATE.labels(progress.name).set(progress.processedRowsPerSecond)
+        for source in progress.sources:
+            self.taken(progress.name, source.endOffset or "{}")
+
+    def onQueryIdle(self, event: QueryIdleEvent) -> None:  # noqa: N802
+        """There was nothing to take."""
+
+    def onQueryTerminated(self, event: QueryTerminatedEvent) -> None:  # noqa: N802
+        """The driver says why."""
+
+    def taken(self, job: str, offsets: str) -> None:
+        """How far a query has come, by the Kafka source's JSON: topic → partition → the offset that comes next."""
+        places = {
+            TopicPartition(topic, int(partition)): int(offset)
+            for topic, ends in json.loads(offsets).items()
+            for partition, offset in ends.items()
+        }
+        LAG.labels(job).set_function(partial(self._behind, places))
+
+    def _behind(self, taken: Mapping[TopicPartition, int]) -> float:
+        """Records that Kafka has and a query has not taken; not a number where Kafka does not answer."""
+        with self._lock:
+            if time.monotonic() - self._asked > FRESH_S or not set(taken) <= set(self._newest):
+                wanted = set(taken) | set(self._newest)
+                asked = self._admin.list_offsets(
+                    {place: OffsetSpec.latest() for place in wanted},  # type: ignore[no-untyped-call]
+                    request_timeout=ANSWER_S,
+                )
+                try:
+                    self._newest = {place: answer.result().offset for place, answer in asked.items()}
+                except KafkaException:
+                    return nan
+                self._asked = time.monotonic()
+        return float(sum(max(0, self._newest[place] - offset) for place, offset in taken.items()))
+
+
+def serve(port: int, listen: str) -> None:
+    """Answers `GET /metrics` until the process ends.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    try:
+        start_http_server(port, listen, REGISTRY)
+    except OSError as error:
+        msg = f"METERSTREAM_METRICS_PORT={port}: {error.strerror}"
+        raise ConfigError(msg) from error

@@ -1,0 +1,90 @@
+"""Alarms that no meter raises itself: voltage out of its band, implausible load, reverse energy, silence.
+
+Reads: meter-readings-v1; registry (nominal voltage, jurisdiction, fuse, phases, interval, transformer, feeder).
+Writes: alarms (one row per change; the newest updated_at of an alarm_id is its state), topic alarms-v1 (the same rows),
+alarm_counts (per quarter hour, type, transformer and feeder), quarantined_readings (impossible clock), late_readings.
+Key: alarm_id = f(meter, type, begin).
+Lateness: a reading that is older than the newest of its meter is late; it only ends a silence.
+Duplicates: told by (meter_id, observed_at) within the last offsets of a partition; later ones are late.
+Restart: state (the newest reading of each meter, conditions that hold, counts that were not told) and files are keyed
+by batch; alarms-v1 may get a batch twice.
+A meter is silent when its run's arrivals, less the allowed lateness, are past four of its intervals (15 minutes at
+least) without one of its own. When everything is silent no time passes, so the end of a run silences nobody.
+"""
+
+from pathlib import Path
+
+import polars as pl
+
+from lake import alarm_counts, books, derived_alarms
+from lake.by_partition import CLOCK, Frames, Moment, clock
+from lake.decoding import is_impossible, only_valid
+from lake.seen_before import PLACE, is_recent, with_seen
+from lake.streaming import StreamingJob, command
+from schemas import tables
+from schemas.closed_lists import Bucket
+from schemas.topics import ALARMS, READINGS
+
+IDENTITY = ["meter_id", "observed_at"]
+READING = tables.polars_schema(tables.READINGS)
+RECENT = pl.Schema({name: READING[name] for name in [*IDENTITY, *PLACE]})
+NAME = Path(__file__).stem
+
+
+def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
+    """Changes of alarms; see the module."""
+    settings = moment.settings
+    valid = only_valid(rows)
+    impossible = is_impossible(settings.max_ahead_s, settings.max_behind_s)
+    readings = valid.select(*derived_alarms.NEEDED, *PLACE, is_impossible=impossible)
+    wrong = books.impossible(readings)
+    right = with_seen(readings.filter(~pl.col("is_impossible")), state["recent"], IDENTITY, [])
+    known = registry.select(derived_alarms.KNOWN)
+    moved = derived_alarms.advance(right, state["meter"], state["level"], known, moment.bounds)
+    judged = pl.concat([moved.readings, wrong], how="diagonal")
+    originals = pl.concat([state["recent"], right.filter(pl.col("seen").is_null()).select(RECENT.names())])
+    return {
+        "alarms": moved.alarms,
+        "quarantined_readings": books.kept_apart(rows, judged, Bucket.QUARANTINED, NAME, "quarantined_readings"),
+        "late_readings": books.kept_apart(rows, judged, Bucket.LATE, NAME, "late_readings"),
+        "meter": moved.meters,
+        "level": moved.levels,
+        "recent": originals.filter(is_recent(settings.recent_records)),
+        "clock": clock(valid, state["clock"], moment),
+        "books": pl.concat([books.count(judged), books.invalid(rows)]),
+    }
+
+
+def together(handed: Frames, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
+    """Counts per transformer and feeder."""
+    changes = alarm_counts.placed(handed["alarms"], registry)
+    counted = alarm_counts.advance(changes, state["count"], moment.bounds, moment.settings.close_all)
+    return {"alarm_counts": counted.rows, "count": counted.counts}
+
+
+JOB = StreamingJob(
+    name=NAME,
+    version=1,
+    topics=(READINGS,),
+    writes={
+        "alarms": "raised_at",
+        "alarm_counts": "window_start",
+        "quarantined_readings": "arrival_at",
+        "late_readings": "observed_at",
+    },
+    sends={"alarms": ALARMS},
+    state={"meter": derived_alarms.METER, "level": derived_alarms.LEVEL, "recent": RECENT, "clock": CLOCK},
+    transform=transform,
+    hands=("alarms",),
+    together=together,
+    together_state={"count": alarm_counts.COUNT},
+)
+
+
+def main() -> None:
+    """Command line."""
+    command([JOB])
+
+
+if __name__ == "__main__":
+    main()

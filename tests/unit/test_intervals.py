@@ -1,0 +1,132 @@
+"""Quarter hours of energy: the columns against the definition, one microsecond's share at a time in whole numbers."""
+
+from collections import defaultdict
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+
+import polars as pl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lake.delta_engine import BASELINE, STEPS
+from lake.intervals import OPEN, advance
+
+START = datetime(2024, 3, 31, tzinfo=UTC)
+QUARTER_S = 900
+SPREAD = ("ok", "gap", "rollover", "reset")
+
+
+def at(seconds):
+    return START + timedelta(seconds=seconds)
+
+
+def frame(rows):
+    """(meter, from, to, Wh, reason) in seconds → steps."""
+    return pl.DataFrame(
+        [
+            {
+                "meter_id": meter, "register": "import_t1", "delta_wh": wh, "reason": reason, "run_id": "r",
+                "previous_at": None if since is None else at(since), "observed_at": at(until),
+            }
+            for meter, since, until, wh, reason in rows
+        ],
+        schema_overrides=STEPS,
+    ).select(
+        *[pl.col(name) if name in ("meter_id", "register", "delta_wh", "reason", "run_id", "previous_at", "observed_at")
+          else pl.lit(None, kind).alias(name) for name, kind in STEPS.items()]
+    )  # fmt: skip
+
+
+def baseline(newest):
+    rows = [
+        {"meter_id": meter, "register": "import_t1", "previous_at": at(seconds)} for meter, seconds in newest.items()
+    ]
+    return pl.DataFrame(rows, schema=BASELINE)
+
+
+def defined(rows):
+    """The definition: what each quarter hour gets, step by step."""
+    energy, covered, rank, newest = defaultdict(int), defaultdict(int), defaultdict(int), {}
+    for meter, since, until, wh, reason in rows:
+        newest[meter] = max(newest.get(meter, 0), until)
+        if since is None or reason not in SPREAD or until - since > 7200:
+            continue
+        edges = [since, *range((since // QUARTER_S + 1) * QUARTER_S, until, QUARTER_S), until]
+        for left, right in pairwise(edges):
+            key = (meter, left // QUARTER_S)
+            energy[key] += wh * (right - since) // (until - since) - wh * (left - since) // (until - since)
+            covered[key] += right - left
+            is_cut = len(edges) > 2
+            now = 2 if reason == "reset" or (is_cut and reason == "gap") else int(is_cut)
+            rank[key] = max(rank[key], now)
+    names = ["measured", "interpolated", "estimated"]
+    return {
+        key: (energy[key], covered[key], names[rank[key]] if covered[key] == QUARTER_S else "incomplete")
+        for key in energy
+        if (key[1] + 1) * QUARTER_S <= newest[key[0]]
+    }
+
+
+def found(rows):
+    return {
+        (row["meter_id"], int((row["interval_start"] - START).total_seconds()) // QUARTER_S): (
+            row["energy_wh"], row["covered_s"], row["quality"],
+        )
+        for row in rows.to_dicts()
+    }  # fmt: skip
+
+
+@st.composite
+def series(draw):
+    """Steps of two meters, each forward in time, and how they are cut into batches."""
+    rows = []
+    for meter in ("m1", "m2"):
+        clock = None
+        spans = draw(st.lists(st.sampled_from([1, 60, 300, 899, 900, 901, 1800, 4000, 7200, 7201]), max_size=15))
+        for span in spans:
+            reason = "first" if clock is None else draw(st.sampled_from([*SPREAD, "ok", "meter_exchange"]))
+            until = draw(st.integers(0, 900)) if clock is None else clock + span
+            rows.append((meter, clock, until, draw(st.integers(0, 5000)) if reason != "first" else 0, reason))
+            clock = until
+    cuts = draw(st.lists(st.integers(0, max(len(rows), 1)), max_size=3))
+    return rows, sorted({0, len(rows), *(cut for cut in cuts if cut <= len(rows))})
+
+
+@settings(max_examples=150, deadline=None)
+@given(series())
+def test_any_cut_into_batches_gives_the_definition(case):
+    rows, cuts = case
+    open_intervals, newest, over = pl.DataFrame(schema=OPEN), {}, []
+    for left, right in pairwise(cuts):
+        batch = rows[left:right]
+        newest |= {meter: until for meter, _, until, _, _ in batch}
+        moved = advance(frame(batch), open_intervals, baseline(newest))
+        over.append(moved.rows)
+        open_intervals = moved.open
+    together = pl.concat(over) if over else pl.DataFrame()
+    assert found(together) == defined(rows)
+    assert len(together) == len(found(together)), "a quarter hour is over once"
+
+
+def test_the_energy_of_whole_quarter_hours_is_the_registers_rise():
+    rows = [
+        ("m1", None, 0, 0, "first"),
+        ("m1", 0, 700, 10, "ok"),
+        ("m1", 700, 2000, 29, "ok"),
+        ("m1", 2000, 2700, 1, "ok"),
+    ]
+    moved = advance(frame(rows), pl.DataFrame(schema=OPEN), baseline({"m1": 2700}))
+    assert moved.rows.get_column("energy_wh").sum() == 40
+    assert moved.rows.get_column("quality").to_list() == ["interpolated", "interpolated", "interpolated"]
+    assert len(moved.open) == 0
+
+
+def test_a_step_that_is_longer_than_two_hours_is_not_spread():
+    rows = [
+        ("m1", None, 0, 0, "first"),
+        ("m1", 0, 600, 10, "ok"),
+        ("m1", 600, 9000, 5000, "gap"),
+        ("m1", 9000, 9900, 7, "ok"),
+    ]
+    moved = advance(frame(rows), pl.DataFrame(schema=OPEN), baseline({"m1": 9900}))
+    assert found(moved.rows) == {("m1", 0): (10, 600, "incomplete"), ("m1", 10): (7, 900, "measured")}

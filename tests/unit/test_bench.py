@@ -1,8 +1,24 @@
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from bench.peers import core
+from bench.streams import per_meter
+from bench.truth import PARTITIONS, REASONS, SHAPES, Shape, differences, expected, generate, payloads
+from lake.by_partition import Moment
+from lake.decoding import KAFKA, decoded
+from lake.streaming import StreamingJob, StreamSettings, bounds
+from schemas.codec import decode_batch
+from schemas.tables import REGISTRY, TABLES, polars_schema
+from schemas.topics import READINGS
+from streaming_jobs import consumption_deltas, voltage_deviation
 from tests.wire import small_tape
 
 ROOT = Path(__file__).parents[2]
@@ -34,3 +50,130 @@ def test_an_unknown_part_is_wrong_use() -> None:
     done = bench("--only", "encode,decode")
     assert done.returncode == 2
     assert "decode" in done.stderr
+
+
+def readings(shape: Shape, records: int = 4_000) -> pl.DataFrame:
+    return generate(records, shape, seed=1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_the_readings_of_a_stream_have_their_share_of_duplicates_and_swaps_and_the_same_seed_gives_the_same(
+    shape: Shape,
+) -> None:
+    rows = readings(shape)
+    assert rows.equals(readings(shape))
+    assert len(rows) == 4_000 + 80
+    originals = rows.unique(["meter_id", "observed_at"], maintain_order=True)
+    assert len(originals) == 4_000
+    assert originals.group_by("meter_id").len().get_column("len").unique().to_list() == [shape.readings]
+    back = originals.select(pl.col("observed_at").diff().over("meter_id").dt.total_microseconds() < 0)
+    assert back.to_series().sum() == 40
+    decoded = decode_batch(payloads(rows), "reading")
+    assert decoded.reasons.null_count == len(rows)
+    sent = pl.from_arrow(decoded.records)
+    assert isinstance(sent, pl.DataFrame)
+    same = ["meter_id", "observed_at", "import_t1_wh", "voltage_l3_mv"]
+    assert sent.select(same).equals(rows.select(same))
+
+
+def test_the_oracle_judges_each_record_as_it_comes_or_sorts_within_a_batch(tmp_path: Path) -> None:
+    at = [datetime(2026, 1, 5, 0, minute, tzinfo=UTC) for minute in (0, 2, 1, 2, 11)]
+    rows = pl.DataFrame(
+        {
+            "meter_id": ["m1"] * 5,
+            "observed_at": pl.Series(at, dtype=pl.Datetime("us", "UTC")),
+            "import_t1_wh": [10, 25, 14, 25, 40],
+            **{f"voltage_l{phase}_mv": [230_000, 231_000, 232_000, 231_000, 230_000 + phase] for phase in (1, 2, 3)},
+            "partition": [0] * 5,
+            "offset": range(5),
+        }
+    )
+    file = tmp_path / "rows.parquet"
+    rows.write_parquet(file)
+    told = ["meter_id", "delta_wh", *REASONS]
+    assert expected("deltas", file).select(told).rows() == [("m1", 30, 1, 2, 1, 1)]
+    healed = pl.DataFrame({"partition": [0], "batch": [0], "end_offset": [5]})
+    assert expected("deltas", file, healed).select(told).rows() == [("m1", 30, 1, 3, 1, 0)]
+    cut = pl.DataFrame({"partition": [0, 0], "batch": [0, 1], "end_offset": [2, 5]})
+    assert expected("deltas", file, cut).select(told).rows() == [("m1", 30, 1, 2, 1, 1)]
+    windows = expected("windows", file).filter(phase="L2").sort("window_us")
+    told = ["sample_count", "min_mv", "max_mv", "mean_mv"]
+    assert windows.select(told).rows() == [(3, 230_000, 232_000, 231_000.0), (1, 230_002, 230_002, 230_002.0)]
+
+
+def test_what_differs_from_the_oracle_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    readings(SHAPES[1]).write_parquet(file)
+    deltas, windows = expected("deltas", file), expected("windows", file)
+    assert differences("deltas", deltas, deltas).is_empty()
+    assert differences("windows", windows.with_columns(pl.col("mean_mv").round(0)), windows).is_empty()
+    first = pl.int_range(pl.len()) == 0
+    for work, right, column, off in (
+        ("deltas", deltas, "delta_wh", 1),
+        ("deltas", deltas, "duplicate", 1),
+        ("windows", windows, "sample_count", 1),
+        ("windows", windows, "mean_mv", 0.6),
+    ):
+        wrong = right.with_columns(pl.when(first).then(pl.col(column) + off).otherwise(pl.col(column)).alias(column))
+        assert len(differences(work, wrong, right)) == 1
+    assert len(differences("deltas", deltas[1:], deltas)) == 1
+    assert len(differences("windows", pl.concat([windows, windows[:1]]), windows)) >= 1
+
+
+ENDS = range(30, 870, 30)  # of the batches, offsets of each partition
+
+
+def written_by(job: StreamingJob, table: str, rows: pl.DataFrame) -> pl.DataFrame:
+    """What a job writes into a table: some batches, each Kafka partition by itself, then a flush."""
+    settings = StreamSettings(kafka_bootstrap="nowhere:0")
+    registry = pl.DataFrame(schema=polars_schema(REGISTRY))
+    empty = {kind: pl.DataFrame(schema=schema) for kind, schema in job.state.items()}
+    states = dict.fromkeys(range(PARTITIONS), empty)
+    tables = []
+    for begin, end in [*pairwise([0, *ENDS]), (ENDS[-1], ENDS[-1])]:
+        clocks = [state["clock"] for state in states.values() if "clock" in state]
+        is_flush = begin == end
+        moment = Moment(settings.model_copy(update={"close_all": is_flush}), bounds(clocks, 1_800))
+        for partition, state in states.items():
+            part = rows.filter(pl.col("partition") == partition, pl.col("offset").is_between(begin, end - 1))
+            records = pa.table(
+                [
+                    part.get_column("meter_id").cast(pl.Binary).to_arrow(),
+                    pa.array(payloads(part), pa.binary()),
+                    pa.repeat(READINGS.name, len(part)),
+                    pa.repeat(partition, len(part)),
+                    part.get_column("offset").to_arrow(),
+                    part.get_column("sent_at").to_arrow(),
+                ],
+                names=KAFKA.names,
+            ).cast(KAFKA)
+            frames = job.transform(decoded(records, READINGS), registry, state, moment)
+            assert frames["books"].get_column("records").sum() == len(part)
+            states[partition] = {kind: frames[kind] for kind in job.state}
+            tables.append(frames[table].cast(polars_schema(TABLES[table])))
+    return pl.concat(tables)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("job", [core.JOBS["deltas"], consumption_deltas.JOB], ids=lambda job: job.name)
+def test_the_deltas_of_our_contestants_are_the_oracles(job: StreamingJob, shape: Shape, tmp_path: Path) -> None:
+    rows = readings(shape, 3_200)  # as many meters in each partition
+    rows.write_parquet(tmp_path / "rows.parquet")
+    cuts = pl.DataFrame(
+        [(partition, batch, end) for batch, end in enumerate(ENDS) for partition in range(PARTITIONS)],
+        schema=["partition", "batch", "end_offset"],
+        orient="row",
+    )
+    wanted = expected("deltas", tmp_path / "rows.parquet", cuts)
+    assert wanted.get_column("out_of_order").sum() > 0
+    steps = written_by(job, "consumption_deltas", rows).filter(register="import_t1")
+    assert differences("deltas", per_meter(steps), wanted).is_empty()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("job", [core.JOBS["windows"], voltage_deviation.JOB], ids=lambda job: job.name)
+def test_the_windows_of_our_contestants_are_the_oracles(job: StreamingJob, shape: Shape, tmp_path: Path) -> None:
+    rows = readings(shape, 3_200)  # as many meters in each partition
+    rows.write_parquet(tmp_path / "rows.parquet")
+    found = written_by(job, "voltage_windows", rows).with_columns(window_us=pl.col("window_start").dt.epoch("us"))
+    assert differences("windows", found, expected("windows", tmp_path / "rows.parquet")).is_empty()

@@ -3,7 +3,7 @@ SHELL := /bin/sh
 MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
 
-.PHONY: help setup up down status logs demo nightly replay bench bench-latency test test-integration lint clean
+.PHONY: help setup up down status logs demo nightly replay bench bench-latency bench-streams bench-soak test test-integration lint clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -31,7 +31,7 @@ logs: setup  ## Follow the logs of the stack
 demo: setup  ## The whole chain, once, checked: METERS=1000 SPEED=720, or LOG=file FORMAT=dsmr|p1mon|sparkfun
 	@$(PYTHON) -m stack.demo $(if $(LOG),--log "$(LOG)" $(if $(FORMAT),--format "$(FORMAT)")) \
 	  $(if $(METERS),--meters "$(METERS)") $(if $(SPEED),--speed "$(SPEED)") \
-	  $(if $(MODE),--mode "$(MODE)") $(if $(CLUSTER),--cluster)
+	  $(if $(MODE),--mode "$(MODE)") $(if $(filter-out 0 false,$(CLUSTER)),--cluster)
 
 nightly: setup  ## The night's reports of a day: DATE=2026-01-31
 	@$(if $(DATE),,echo "Which day? make nightly DATE=2026-01-31" >&2; exit 2)
@@ -46,6 +46,12 @@ bench: setup  ## What the replay's sending costs, beside Kafka's own bench and o
 bench-latency: setup  ## How soon a critical event is told, beside micro-batches: ARGS=--help
 	@mkdir -p data/tmp
 	@$(PYTHON) -m bench.latency $(ARGS)
+
+bench-streams: setup  ## Streaming jobs beside Kafka Streams, Flink and others, results checked: ARGS=--help
+	@$(PYTHON) -m bench.streams $(ARGS)
+
+bench-soak: setup  ## Two hours of readings at half of what the jobs can take: does anything grow? ARGS=--help
+	@$(PYTHON) -m bench.soak $(ARGS)
 
 test: setup  ## All tests; METER_LOGS= names a folder of real logs
 	@mkdir -p data/tmp

@@ -1,0 +1,191 @@
+"""Hours of readings at half of what the jobs can take: does memory or batch time grow, does the lag? `make bench-soak`.
+
+Kafka and the streaming driver as `make up` starts them, in a folder of their own. First readings are sent flat out, and
+the time until no job lags any more gives the sustained rate; then half of that for hours. What the driver tells of
+itself, and the memory of its processes, are looked at every so often; slopes are of a straight line through them, the
+first tenth left out. Timing decides no exit code.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import polars as pl
+import psutil
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from replay.__main__ import simulated
+from schemas.errors import RetryLater, exits
+from stack.demo import DAY, GRID_TAPE, SEED, environment, own_settings
+from stack.jobs import JobMetrics, jobs, told
+from stack.native import NativeStack
+
+ROOT = Path(__file__).resolve().parent.parent
+STEP_S = 300  # of the tape
+FLAT_OUT_STEPS = 24  # readings of each meter by which the rate is found
+SETTLED_S = 900.0
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+progress = Console(stderr=True, highlight=False)
+
+
+def _replay(variables: dict[str, str], meters: int, prefix: str, *how: str) -> subprocess.Popen[bytes]:
+    """Starts a replay into Kafka."""
+    command = [sys.executable, "-m", "replay", "run", "--tape", str(GRID_TAPE), "--to", "kafka", "--seed", f"{SEED}"]
+    command += ["--meters", f"{meters}", "--meter-prefix", prefix, *how]
+    return subprocess.Popen(command, env=variables, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def _told(stack: NativeStack) -> list[JobMetrics]:
+    return jobs(told(stack.settings.metrics_port) or "")
+
+
+def _lag(found: list[JobMetrics]) -> int | None:
+    """The longest lag; None while a job has not told."""
+    lags = [job.lag_records for job in found]
+    return None if not lags or None in lags else max(lag for lag in lags if lag is not None)
+
+
+def sustained(stack: NativeStack, variables: dict[str, str], meters: int) -> float:
+    """Readings a second that all jobs together take, by a load that is sent at once.
+
+    Raises:
+        RetryLater: the replay failed, or the jobs do not come to the end.
+    """
+    if _replay(variables, meters, "w", "--duration", "10m", "--speed", "max").wait():  # the jobs are awake then
+        msg = "the replay failed: see above"
+        raise RetryLater(msg)
+    _wait_for_no_lag(stack)
+    if _replay(variables, meters, "f", "--duration", f"{FLAT_OUT_STEPS * STEP_S}s", "--speed", "max").wait():
+        msg = "the replay failed: see above"
+        raise RetryLater(msg)
+    before, began = {job.job: job.records for job in _told(stack)}, time.monotonic()
+    _wait_for_no_lag(stack)
+    took = [job.records - before.get(job.job, 0) for job in _told(stack) if job.job != "alarms"]
+    return min(took) / (time.monotonic() - began)
+
+
+def _wait_for_no_lag(stack: NativeStack) -> None:
+    until = time.monotonic() + SETTLED_S
+    while _lag(_told(stack)) != 0:
+        time.sleep(0.5)
+        if time.monotonic() > until:
+            msg = f"the jobs still lag after {SETTLED_S:.0f} s: see {stack.home / 'logs'}"
+            raise RetryLater(msg)
+
+
+def memory_mb(pid: int | None) -> dict[str, float]:
+    """Resident memory of the driver's tree, by what a process is."""
+    sums = {"java": 0.0, "python": 0.0}
+    if pid is None:
+        return sums
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                sums["java" if each.name() == "java" else "python"] += each.memory_info().rss / 1e6
+    return sums
+
+
+def slope_an_hour(at_s: pl.Series, values: pl.Series) -> float:
+    """Rise an hour of the line through the samples, the first tenth left out; not a number where there are too few."""
+    known = pl.DataFrame({"at_s": at_s, "value": values}).drop_nulls().cast(pl.Float64)
+    known = known.tail(len(known) - len(known) // 10)
+    if len(known) < 3:
+        return float("nan")
+    return float(np.polyfit(known["at_s"].to_numpy() / 3600, known["value"].to_numpy(), 1)[0])
+
+
+def sample(stack: NativeStack, at_s: float) -> list[dict[str, float | str | None]]:
+    """What there is to see now: rows of (at_s, of, what, value)."""
+    seen: dict[tuple[str, str], float | None] = {}
+    for job in _told(stack):
+        seen[job.job, "lag, records"] = job.lag_records
+        seen[job.job, "batch, s"] = job.batch_seconds
+        seen[job.job, "state, rows"] = job.state_rows
+        seen[job.job, "records"] = job.records
+    for kind, megabytes in memory_mb(stack.pid("streaming")).items():
+        seen["driver", f"{kind}, MB"] = megabytes
+    lake = list((stack.home / "lake").rglob("*.parquet"))
+    seen["lake", "files"] = len(lake)
+    return [{"at_s": at_s, "of": of, "what": what, "value": value} for (of, what), value in seen.items()]
+
+
+def show(samples: pl.DataFrame, rate: float, sent: float) -> None:
+    """One line per figure: where it began, where it ended, the most, and how it rose."""
+    title = f"{samples['at_s'].max() / 3600:.2f} h at {sent:,.0f} readings/s, sustained {rate:,.0f}/s"  # type: ignore[operator]
+    table = Table(box=box.SIMPLE, title=title)
+    for column in ("of", "figure", "first tenth", "last tenth", "most", "rise an hour"):
+        table.add_column(column, justify="left" if column in ("of", "figure") else "right")
+    for (of, what), rows in samples.group_by("of", "what", maintain_order=True):
+        values, tenth = rows["value"].drop_nulls(), max(1, len(rows) // 10)
+        if values.is_empty():
+            continue
+        figures = [values.head(tenth).mean(), values.tail(tenth).mean(), values.max()]
+        rise = slope_an_hour(rows["at_s"], rows["value"])
+        table.add_row(str(of), str(what), *[f"{figure:,.2f}" for figure in figures], f"{rise:+,.2f}")
+    console.print(table)
+
+
+def main(
+    hours: Annotated[float, typer.Option(help="How long.", min=0.01)] = 2.0,
+    meters: Annotated[int, typer.Option(help="How many.", min=10)] = 5_000,
+    share: Annotated[float, typer.Option(help="Of the sustained rate.", min=0.01, max=1)] = 0.5,
+    every_s: Annotated[float, typer.Option(help="Seconds between looks.", min=1)] = 30.0,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave data and samples, under data/tmp.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+) -> None:
+    """Soak test of the streaming jobs: make bench-soak; make bench-soak ARGS="--hours 0.2 --meters 1000"."""
+    with exits():
+        if not GRID_TAPE.exists():
+            simulated(GRID_TAPE, DAY, STEP_S, SEED)
+        (ROOT / "data" / "tmp").mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="soak-", dir=ROOT / "data" / "tmp"))
+        stack = NativeStack(own_settings(folder), on_progress=lambda line: progress.print(f"  {line}"))
+        os.environ |= {**environment(stack.settings), "SPARK_SUBMIT_OPTS": ""}
+        variables, rows = {**os.environ}, []
+        replay: subprocess.Popen[bytes] | None = None
+        try:
+            stack.start(["kafka", "streaming"])
+            rate = sustained(stack, variables, meters)
+            sent = rate * share
+            speed, seconds = sent * STEP_S / meters, hours * 3600
+            progress.print(f"sustained {rate:,.0f} readings/s; {hours:g} h at {sent:,.0f}/s, speed {speed:,.1f}")
+            length = f"{int(seconds * speed) + STEP_S}s"
+            replay = _replay(variables, meters, "s", "--speed", f"{speed:.3f}", "--duration", length, "--loop")
+            began = time.monotonic()
+            while (at_s := time.monotonic() - began) < seconds:
+                time.sleep(min(every_s, max(0.0, seconds - at_s)))
+                rows += sample(stack, time.monotonic() - began)
+                lag = _lag(_told(stack))
+                progress.print(f"{at_s / 60:5.1f} min, lag {'?' if lag is None else f'{lag:,}'}")
+                if replay.poll():
+                    msg = "the replay failed: see above"
+                    raise RetryLater(msg)
+        finally:
+            if replay is not None and replay.poll() is None:
+                replay.terminate()
+                replay.wait(60)
+            stack.stop()
+            if keep and rows:
+                pl.DataFrame(rows).write_csv(folder / "samples.csv")
+                progress.print(f"kept in {folder}")
+            elif not keep:
+                shutil.rmtree(folder, ignore_errors=True)
+        samples = pl.DataFrame(rows, schema_overrides={"value": pl.Float64})
+        show(samples, rate, sent)
+        if as_json:
+            sys.stdout.write(json.dumps({"sustained_per_s": rate, "sent_per_s": sent, "samples": rows}) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -33,7 +33,7 @@ from stack.native import NativeStack
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP_S = 300  # of the tape
-FLAT_OUT_STEPS = 24  # readings of each meter by which the rate is found
+FLAT_OUT_STEPS = 72  # readings of each meter by which the rate is found
 SETTLED_S = 900.0
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 progress = Console(stderr=True, highlight=False)
@@ -138,7 +138,7 @@ def show(samples: pl.DataFrame, rate: float, sent: float) -> None:
 
 def main(
     hours: Annotated[float, typer.Option(help="How long.", min=0.01)] = 2.0,
-    meters: Annotated[int, typer.Option(help="How many.", min=10)] = 5_000,
+    meters: Annotated[int, typer.Option(help="How many.", min=10)] = 20_000,
     share: Annotated[float, typer.Option(help="Of the sustained rate.", min=0.01, max=1)] = 0.5,
     every_s: Annotated[float, typer.Option(help="Seconds between looks.", min=1)] = 30.0,
     keep: Annotated[bool, typer.Option("--keep", help="Leave data and samples, under data/tmp.")] = False,

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import polars as pl
 
 import schemas
-from lake.delta_engine import BUCKETS, STAMP
+from lake.delta_engine import STAMP, bucket_of
 from schemas import tables
-from schemas.closed_lists import AlarmSource, AlarmState, Bucket, DeltaReason, Edge, EventAction, QuarantineReason
+from schemas.closed_lists import AlarmSource, AlarmState, DeltaReason, Edge, EventAction, QuarantineReason
 
 OPEN = pl.Schema(
     {
@@ -134,13 +134,7 @@ def lives(events: pl.DataFrame, open_alarms: pl.DataFrame) -> Result:
             .then(pl.lit(DeltaReason.OUT_OF_ORDER.value))
             .otherwise(pl.col("why"))
         )
-        .with_columns(
-            bucket=pl.col("why").replace_strict(
-                BUCKETS,
-                default=Bucket.STORED.value,
-                return_dtype=pl.String,
-            )
-        )
+        .with_columns(bucket=bucket_of(pl.col("why")))
     )
     return Result(
         pl.DataFrame(changes, schema=ALARMS) if changes else pl.DataFrame(schema=ALARMS),

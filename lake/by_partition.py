@@ -170,9 +170,7 @@ def _unit(unit: str, records: pa.Table, cut: Cut) -> pl.DataFrame:
     keep(frames, known, unit, cut)
     if len(rows):
         for table in cut.current:
-            path = cut.staging / table / f"current-{unit}.parquet"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _written(frames[table].select(TABLES[table].names).cast(polars_schema(TABLES[table])), path)
+            _written(contract(frames[table], table), cut.staging / table / f"current-{unit}.parquet")
     return frames["books"]
 
 
@@ -181,8 +179,7 @@ def known_frames(before: Path | None, unit: str, state: Mapping[str, pl.Schema])
     frames = {}
     for kind, schema in state.items():
         path = before / unit / f"{kind}.arrow" if before else None
-        has_state = path is not None and path.exists()
-        frames[kind] = pl.read_ipc(path) if has_state and path else pl.DataFrame(schema=schema)
+        frames[kind] = pl.read_ipc(path) if path and path.exists() else pl.DataFrame(schema=schema)
     return frames
 
 
@@ -208,15 +205,18 @@ def keep(frames: Frames, known: Frames, unit: str, cut: Cut) -> None:
         frame = frames.get(table)
         if frame is None or not len(frame):
             continue
-        contract = frame.select(TABLES[table].names).cast(polars_schema(TABLES[table]))
-        dated = contract.with_columns(date=pl.col(dated_by).dt.date())
+        dated = contract(frame, table).with_columns(date=pl.col(dated_by).dt.date())
         for (date,), rows in dated.partition_by("date", as_dict=True, include_key=False).items():
-            path = cut.staging / table / f"date={date or NO_DATE}" / f"{unit}.parquet"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _written(rows, path)
+            _written(rows, cut.staging / table / f"date={date or NO_DATE}" / f"{unit}.parquet")
+
+
+def contract(frame: pl.DataFrame, table: str) -> pl.DataFrame:
+    """A lake table's columns, as they are written."""
+    return frame.select(TABLES[table].names).cast(polars_schema(TABLES[table]))
 
 
 def _written(frame: pl.DataFrame, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     frame.write_parquet(part, compression=COMPRESSION)
     part.rename(path)

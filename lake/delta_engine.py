@@ -54,6 +54,27 @@ BUCKETS = {
 """Bucket of the books of a record that was not stored, by its reason."""
 
 
+def bucket_of(why: pl.Expr) -> pl.Expr:
+    """Bucket of the books by the reason why a record was not stored; null was stored."""
+    return why.replace_strict(BUCKETS, default=Bucket.STORED.value, return_dtype=pl.String)
+
+
+def judged(records: pl.DataFrame, is_late: pl.Expr) -> pl.DataFrame:
+    """Adds `why` and `bucket`: what came before is told by `seen`; of the others some are late.
+
+    Args:
+        records: with `seen`, null for an original.
+        is_late: true, or false.
+    """
+    why = (
+        pl.when(pl.col("seen").is_not_null())
+        .then(pl.col("seen"))
+        .when(is_late)
+        .then(pl.lit(DeltaReason.OUT_OF_ORDER.value))
+    )
+    return records.with_columns(why=why).with_columns(bucket=bucket_of(pl.col("why")))
+
+
 class Result(NamedTuple):
     """What `steps` returns.
 
@@ -85,15 +106,17 @@ class Limits:
         return None if self.max_w is None else self.max_w * span_s / 3600 + self.quantum_wh
 
 
-def with_limits(readings: pl.DataFrame) -> pl.DataFrame:
-    """Adds `max_w` from the registry's columns, null where they are absent, and `quantum_wh` by the dialect.
-
-    Plausible maximum: fuse A × phases × V (domain reference, section 3).
-    """
+def fuses_w() -> pl.Expr:
+    """The most power by the registry's columns, fuse A × phases × V (domain reference, section 3); null is unknown."""
     phases = pl.col("phases").str.split(",").list.len()
     volts = pl.coalesce(pl.col("nominal_mv") / 1000, pl.lit(PHASE_VOLTAGE_V))
+    return pl.col("fuse_a") * phases * volts
+
+
+def with_limits(readings: pl.DataFrame) -> pl.DataFrame:
+    """Adds `max_w` from the registry's columns, null where they are absent, and `quantum_wh` by the dialect."""
     return readings.with_columns(
-        max_w=(pl.col("fuse_a") * phases * volts).cast(pl.Int64),
+        max_w=fuses_w().cast(pl.Int64),
         quantum_wh=pl.col("dialect").replace_strict(QUANTA_WH, default=1, return_dtype=pl.Int64),
     )
 
@@ -370,6 +393,6 @@ def with_bucket(readings: pl.DataFrame, done: pl.DataFrame) -> pl.DataFrame:
     return (
         readings.join(each, on=place, how="left")
         .with_columns(why=whys)
-        .with_columns(bucket=pl.col("why").replace_strict(BUCKETS, default=Bucket.STORED.value, return_dtype=pl.String))
+        .with_columns(bucket=bucket_of(pl.col("why")))
         .drop("wild", "old", "same")
     )

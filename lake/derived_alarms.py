@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from lake.alarm_life import ALARMS, alarm_id
-from lake.delta_engine import PHASE_VOLTAGE_V, STAMP
-from lake.voltage import BANDS, JURISDICTION, NOMINAL_MV, VOLTAGES
-from schemas.closed_lists import AlarmSource, AlarmState, Bucket, DeltaReason, Severity
+from lake.delta_engine import STAMP, fuses_w, judged
+from lake.voltage import VOLTAGES, with_rules
+from schemas.closed_lists import AlarmSource, AlarmState, Severity
 from schemas.tables import PHASES
 
 HYSTERESIS_PCT = 1.0
@@ -27,7 +27,7 @@ LOADS = ["import_w", *[f"import_{phase.lower()}_w" for phase in PHASES]]
 EXPORTS = ["export_t1_wh", "export_t2_wh"]
 NEEDED = ["meter_id", "observed_at", "arrival_at", "run_id", *VOLTAGES, *LOADS, *EXPORTS]
 KNOWN = ["meter_id", "phases", "nominal_mv", "fuse_a", "jurisdiction", "interval_s"]
-METER_SILENT = "meter_silent"
+METER_SILENT, SILENCE = "meter_silent", Severity.ERROR
 METER = pl.Schema(
     {
         "meter_id": pl.String(),
@@ -127,44 +127,20 @@ def advance(
     marked = readings.join(before, on="meter_id", how="left", maintain_order="left").with_columns(
         is_late=(pl.col("observed_at") <= pl.col("newest_at")).fill_null(False)
     )
-    why = (
-        pl.when(pl.col("seen").is_not_null())
-        .then(pl.col("seen"))
-        .when("is_late")
-        .then(pl.lit(DeltaReason.OUT_OF_ORDER.value))
-    )
-    bucket = (
-        pl.when(pl.col("seen").is_not_null())
-        .then(pl.lit(Bucket.DUPLICATE.value))
-        .when("is_late")
-        .then(pl.lit(Bucket.LATE.value))
-        .otherwise(pl.lit(Bucket.STORED.value))
-    )
-    judged = readings.with_columns(marked.select(why=why, bucket=bucket))
     rows = _measured(marked.filter(pl.col("seen").is_null() & ~pl.col("is_late")), registry)
     moved, changes = _moved(rows, levels)
     newest = _newest(rows, readings, meters)
     told, silent = _silence(newest, registry, bounds)
     alarms = pl.DataFrame([*changes, *told], schema=ALARMS, orient="row")
-    return Advance(alarms, silent.select(METER.names()).cast(METER), moved, judged)
+    return Advance(alarms, silent.select(METER.names()).cast(METER), moved, judged(marked, pl.col("is_late")))
 
 
 def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
     """The readings in order, with what the conditions speak of: limits, load, registers before."""
-    phases = pl.col("phases").str.split(",").list.len()
-    volts = pl.coalesce(pl.col("nominal_mv") / 1000, pl.lit(PHASE_VOLTAGE_V))
-    limits = registry.with_columns(
-        max_w=pl.col("fuse_a") * phases * volts,
-        nominal_mv=pl.col("nominal_mv").fill_null(NOMINAL_MV),
-        rules=pl.when(pl.col("jurisdiction").is_in(BANDS.get_column("jurisdiction").to_list()))
-        .then("jurisdiction")
-        .otherwise(pl.lit(JURISDICTION)),
-    )
-    default = BANDS.row(by_predicate=pl.col("jurisdiction") == JURISDICTION, named=True)
     is_next = pl.col("meter_id") == pl.col("meter_id").shift(1)
     phase_loads = pl.sum_horizontal(LOADS[1:], ignore_nulls=True)
     has_load = pl.any_horizontal(pl.col(LOADS[1:]).is_not_null())
-    return (
+    measured = (
         rows.sort("meter_id", "observed_at")
         .with_columns(
             export_wh=pl.when(pl.any_horizontal(pl.col(EXPORTS).is_not_null())).then(pl.sum_horizontal(EXPORTS)),
@@ -172,21 +148,12 @@ def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
         )
         .with_columns(
             before_export_wh=pl.when(is_next).then(pl.col("export_wh").shift(1)).otherwise("before_export_wh"),
-            is_generator=pl.coalesce(
-                "was_generator", (pl.col("export_wh") > 0).drop_nulls().first().over("meter_id")
-            ),
+            is_generator=pl.coalesce("was_generator", (pl.col("export_wh") > 0).drop_nulls().first().over("meter_id")),
         )
-        .join(
-            limits.select("meter_id", "max_w", "nominal_mv", "rules", "interval_s"),
-            on="meter_id", how="left", maintain_order="left",
-        )
-        .join(BANDS, left_on="rules", right_on="jurisdiction", how="left", maintain_order="left")
-        .with_columns(
-            pl.col("nominal_mv").fill_null(NOMINAL_MV),
-            pl.col("low_pct").fill_null(default["low_pct"]),
-            pl.col("high_pct").fill_null(default["high_pct"]),
-        )
-    )  # fmt: skip
+        .join(registry, on="meter_id", how="left", maintain_order="left")
+        .with_columns(max_w=fuses_w())
+    )
+    return with_rules(measured)
 
 
 def _moved(rows: pl.DataFrame, levels: pl.DataFrame) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
@@ -205,7 +172,7 @@ def _moved(rows: pl.DataFrame, levels: pl.DataFrame) -> tuple[pl.DataFrame, list
             level = state.get(key)
             if row["is_back"]:
                 if level and level["is_open"]:
-                    changes.append(_change(row, level, condition, cleared_at=row["observed_at"]))
+                    changes.append(_change(row, level, condition.severity, cleared_at=row["observed_at"]))
                 state.pop(key, None)
             elif row["is_out"]:
                 level = level or {
@@ -214,17 +181,17 @@ def _moved(rows: pl.DataFrame, levels: pl.DataFrame) -> tuple[pl.DataFrame, list
                 is_due = row["observed_at"] - level["since_at"] >= condition.shortest
                 if is_due and not level["is_open"]:
                     level = {**level, "is_open": True}
-                    changes.append(_change(row, level, condition))
+                    changes.append(_change(row, level, condition.severity))
                 state[key] = level
     return pl.DataFrame(list(state.values()), schema=LEVEL, orient="row"), changes
 
 
-def _change(row: dict[str, Any], level: dict[str, Any], condition: Condition, cleared_at: Any = None) -> dict[str, Any]:
+def _change(row: dict[str, Any], level: dict[str, Any], severity: Severity, cleared_at: Any = None) -> dict[str, Any]:
     return {
         "alarm_id": alarm_id(level["meter_id"], level["alarm_type"], level["since_at"]),
         "meter_id": level["meter_id"],
         "alarm_type": level["alarm_type"],
-        "severity": condition.severity.value,
+        "severity": severity.value,
         "state": (AlarmState.CLEARED if cleared_at else AlarmState.ACTIVE).value,
         "raised_at": level["since_at"],
         "cleared_at": cleared_at,
@@ -257,7 +224,6 @@ def _silence(
     newest: pl.DataFrame, registry: pl.DataFrame, bounds: pl.DataFrame
 ) -> tuple[list[dict[str, Any]], pl.DataFrame]:
     """Alarms of meters that fell silent or are heard again, and the meters with `silent_at`."""
-    condition = Condition(Severity.ERROR, pl.lit(True), pl.lit(True))
     again = newest.filter(pl.col("silent_at").is_not_null() & pl.col("heard_at").is_not_null())
     limit = pl.max_horizontal(pl.duration(seconds=pl.col("interval_s") * SILENT_INTERVALS), pl.lit(SILENT_AT_LEAST))
     known = (
@@ -273,11 +239,11 @@ def _silence(
         return {"meter_id": row["meter_id"], "alarm_type": METER_SILENT, "since_at": row[since]}
 
     changes = [
-        _change({**row, "arrival_at": row["heard_at"]}, level(row, "silent_at"), condition, cleared_at=row["heard_at"])
+        _change({**row, "arrival_at": row["heard_at"]}, level(row, "silent_at"), SILENCE, cleared_at=row["heard_at"])
         for row in again.iter_rows(named=True)
     ]
     changes += [
-        _change({**row, "arrival_at": row["due_at"]}, level(row, "due_at"), condition)
+        _change({**row, "arrival_at": row["due_at"]}, level(row, "due_at"), SILENCE)
         for row in fallen.iter_rows(named=True)
     ]
     return changes, known.with_columns(silent_at=pl.when(is_new).then("due_at").otherwise("silent_at"))

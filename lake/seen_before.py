@@ -48,6 +48,11 @@ def with_seen(records: pl.DataFrame, recent: pl.DataFrame, identity: list[str], 
     return records.with_row_index("row").join(marks, on="row", how="left", maintain_order="left").drop("row")
 
 
+def originals(recent: pl.DataFrame, marked: pl.DataFrame) -> pl.DataFrame:
+    """What is remembered, and those of `with_seen`'s records that came for the first time, in its columns."""
+    return pl.concat([recent, marked.filter(pl.col("seen").is_null()).select(recent.columns)])
+
+
 def is_recent(horizon: int) -> pl.Expr:
     """True within the last `horizon` offsets of a partition."""
     return pl.col("offset") > pl.col("offset").max().over("topic", "partition") - horizon

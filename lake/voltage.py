@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import polars as pl
 
-from lake.delta_engine import BUCKETS, STAMP
+from lake.delta_engine import STAMP, judged
 from lake.seen_before import PLACE, is_recent, with_seen
-from schemas.closed_lists import Band, Bucket, DeltaReason, VoltageEvent
+from schemas.closed_lists import Band, VoltageEvent
 from schemas.tables import PHASES, VOLTAGE_EVENTS, VOLTAGE_WINDOWS, polars_schema
 
 WINDOW = timedelta(minutes=10)  # EN 50160 judges means over ten minutes
@@ -115,24 +115,13 @@ def advance(
         .with_columns(was_over=(end <= closed_to).fill_null(False) | pl.col("is_early").fill_null(False))
     )
     late = placed.filter(pl.col("fresh") & pl.col("was_over")).select(*PLACE, is_late=pl.lit(True))
-    why = (
-        pl.when(pl.col("seen").is_not_null())
-        .then(pl.col("seen"))
-        .when(pl.col("is_late").fill_null(False))
-        .then(pl.lit(DeltaReason.OUT_OF_ORDER.value))
-    )
-    judged = (
-        marked.join(late, on=PLACE, how="left")
-        .with_columns(why=why)
-        .with_columns(bucket=pl.col("why").replace_strict(BUCKETS, default=Bucket.STORED.value, return_dtype=pl.String))
-    )
     is_over = pl.lit(True) if close_all else (end <= pl.col("bound_after")).fill_null(False)
     closing = placed.filter(is_over & ~pl.col("was_over"))
     newly_early = closing.select(window).unique() if close_all else closed.clear()
     still_early = known.filter(~(end <= pl.col("bound_after")).fill_null(False)).select(window)
     return Advance(
         windows(closing.join(registry, on="meter_id", how="left")),
-        judged,
+        judged(marked.join(late, on=PLACE, how="left"), pl.col("is_late").fill_null(False)),
         placed.filter(~(is_over | pl.col("was_over")) | is_recent(horizon)).select(samples.columns),
         pl.concat([still_early, newly_early]),
     )
@@ -211,28 +200,13 @@ def windows(samples: pl.DataFrame) -> pl.DataFrame:
         )
     )
     of = ["meter_id", "window_start", "nominal_mv", "jurisdiction", "run_id"]
-    totals = (
-        pl.concat(
-            [
-                wide.select(*of, phase=pl.lit(phase), **{name: f"{name}_{phase}" for name in STATISTICS})
-                for phase in PHASES
-            ]
-        )
-        .filter(pl.col("sample_count") > 0)
-        .with_columns(
-            nominal_mv=pl.col("nominal_mv").fill_null(NOMINAL_MV),
-            jurisdiction=pl.col("jurisdiction").fill_null(JURISDICTION),
-        )
-        .with_columns(
-            rules=pl.when(pl.col("jurisdiction").is_in(BANDS.get_column("jurisdiction").to_list()))
-            .then("jurisdiction")
-            .otherwise(pl.lit(JURISDICTION))
-        )
-        .join(BANDS, left_on="rules", right_on="jurisdiction", how="left")
-    )
+    totals = pl.concat(
+        [wide.select(*of, phase=pl.lit(phase), **{name: f"{name}_{phase}" for name in STATISTICS}) for phase in PHASES]
+    ).filter(pl.col("sample_count") > 0)
     deviation = (pl.col("exact_mv") - pl.col("nominal_mv")) / pl.col("nominal_mv") * 100
     return (
-        totals.with_columns(
+        with_rules(totals)
+        .with_columns(
             window_end=pl.col("window_start") + WINDOW,
             mean_mv=pl.col("exact_mv").round(0).cast(pl.Int64),
             deviation_pct=deviation,
@@ -242,6 +216,19 @@ def windows(samples: pl.DataFrame) -> pl.DataFrame:
         .cast(WINDOWS)
         .sort("meter_id", "phase", "window_start")
     )
+
+
+def with_rules(rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows with the limits of their jurisdiction, columns `BANDS`; what the registry has not is European low voltage.
+
+    Args:
+        rows: nominal_mv, jurisdiction.
+    """
+    is_known = pl.col("jurisdiction").is_in(BANDS.get_column("jurisdiction").to_list())
+    return rows.with_columns(
+        pl.col("nominal_mv").fill_null(NOMINAL_MV),
+        jurisdiction=pl.when(is_known).then("jurisdiction").otherwise(pl.lit(JURISDICTION)),
+    ).join(BANDS, on="jurisdiction", how="left", maintain_order="left")
 
 
 def _band() -> pl.Expr:

@@ -21,7 +21,7 @@ import polars as pl
 from lake import alarm_counts, alarm_life, books, outages
 from lake.by_partition import CLOCK, Frames, Moment, clock
 from lake.decoding import is_impossible, only_valid
-from lake.seen_before import PLACE, is_recent, with_seen
+from lake.seen_before import PLACE, is_recent, originals, with_seen
 from lake.streaming import StreamingJob, command
 from schemas import tables
 from schemas.closed_lists import Bucket
@@ -45,13 +45,12 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment:
     events = valid.select(*NEEDED, event_at=event_at)
     marked = with_seen(events, state["recent"], IDENTITY, [])
     result = alarm_life.lives(marked, state["open"])
-    originals = pl.concat([state["recent"], marked.filter(pl.col("seen").is_null()).select(RECENT.names())])
     return {
         "alarms": result.alarms,
         "quarantined_events": books.kept_apart(rows, result.events, Bucket.QUARANTINED, NAME, "quarantined_events"),
         "late_events": books.kept_apart(rows, result.events, Bucket.LATE, NAME, "late_events"),
         "open": result.open,
-        "recent": originals.filter(is_recent(settings.recent_records)),
+        "recent": originals(state["recent"], marked).filter(is_recent(settings.recent_records)),
         "clock": clock(valid, state["clock"], moment),
         "books": pl.concat([books.count(result.events), books.invalid(rows)]),
     }

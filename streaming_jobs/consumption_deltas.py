@@ -18,7 +18,7 @@ import polars as pl
 from lake import books, delta_engine, intervals
 from lake.by_partition import Frames, Moment
 from lake.decoding import is_impossible, only_valid
-from lake.seen_before import PLACE, is_recent, with_seen
+from lake.seen_before import PLACE, is_recent, originals, with_seen
 from lake.streaming import StreamingJob, command
 from schemas import tables
 from schemas.closed_lists import Bucket
@@ -47,17 +47,17 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment:
     right = with_seen(right, state["recent"], IDENTITY, VALUES)
     result = delta_engine.steps(right, state["baseline"])
     moved = intervals.advance(result.steps, state["open"], result.baseline)
-    originals = pl.concat([state["recent"], right.filter(pl.col("seen").is_null()).select(RECENT.names())])
+    known = originals(state["recent"], right)
     judged = pl.concat([delta_engine.with_bucket(right, result.steps), wrong], how="diagonal")
     return {
         "consumption_deltas": result.steps,
         "interval_readings": moved.rows,
-        "conflicts": delta_engine.conflicts(result.steps, originals, state["baseline"]),
+        "conflicts": delta_engine.conflicts(result.steps, known, state["baseline"]),
         "quarantined_readings": books.kept_apart(rows, judged, Bucket.QUARANTINED, NAME, "quarantined_readings"),
         "late_readings": books.kept_apart(rows, judged, Bucket.LATE, NAME, "late_readings"),
         "latest_readings": latest(result.baseline),
         "baseline": result.baseline,
-        "recent": originals.filter(is_recent(settings.recent_records)),
+        "recent": known.filter(is_recent(settings.recent_records)),
         "open": moved.open,
         "books": pl.concat([books.count(judged), books.invalid(rows)]),
     }

@@ -19,7 +19,7 @@ import polars as pl
 from lake import alarm_counts, books, derived_alarms
 from lake.by_partition import CLOCK, Frames, Moment, clock
 from lake.decoding import is_impossible, only_valid
-from lake.seen_before import PLACE, is_recent, with_seen
+from lake.seen_before import PLACE, is_recent, originals, with_seen
 from lake.streaming import StreamingJob, command
 from schemas import tables
 from schemas.closed_lists import Bucket
@@ -42,14 +42,13 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment:
     known = registry.select(derived_alarms.KNOWN)
     moved = derived_alarms.advance(right, state["meter"], state["level"], known, moment.bounds)
     judged = pl.concat([moved.readings, wrong], how="diagonal")
-    originals = pl.concat([state["recent"], right.filter(pl.col("seen").is_null()).select(RECENT.names())])
     return {
         "alarms": moved.alarms,
         "quarantined_readings": books.kept_apart(rows, judged, Bucket.QUARANTINED, NAME, "quarantined_readings"),
         "late_readings": books.kept_apart(rows, judged, Bucket.LATE, NAME, "late_readings"),
         "meter": moved.meters,
         "level": moved.levels,
-        "recent": originals.filter(is_recent(settings.recent_records)),
+        "recent": originals(state["recent"], right).filter(is_recent(settings.recent_records)),
         "clock": clock(valid, state["clock"], moment),
         "books": pl.concat([books.count(judged), books.invalid(rows)]),
     }

@@ -17,7 +17,7 @@ import polars as pl
 from lake import books
 from lake.by_partition import Frames, Moment
 from lake.decoding import only_valid
-from lake.seen_before import PLACE, is_recent, with_seen
+from lake.seen_before import PLACE, is_recent, originals, with_seen
 from lake.streaming import StreamingJob, command
 from schemas import tables
 from schemas.closed_lists import Bucket
@@ -49,9 +49,8 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment:
         .then(pl.lit(Bucket.INVALID.value))
         .otherwise(pl.lit(Bucket.STORED.value))
     )
-    originals = pl.concat([state["recent"], marked.filter(pl.col("seen").is_null()).select(RECENT.names())])
     frames = {
-        "recent": originals.filter(is_recent(moment.settings.recent_records)),
+        "recent": originals(state["recent"], marked).filter(is_recent(moment.settings.recent_records)),
         "books": pl.concat([books.count(marked.with_columns(bucket=bucket)), books.invalid(rows)]),
         "dead_letters": books.refused(rows),
     }

@@ -9,6 +9,7 @@ import polars as pl
 from lake.books import BOOKS
 from lake.by_partition import CLOCK, Frames, Moment, clock
 from lake.decoding import only_valid
+from lake.delta_engine import STAMP
 from lake.streaming import StreamingJob
 from lake.voltage import VOLTAGES, WINDOW, window_start
 from schemas.closed_lists import Bucket, DeltaReason
@@ -16,7 +17,6 @@ from schemas.tables import PHASES, TABLES
 from schemas.topics import READINGS
 
 REGISTER = "import_t1"
-STAMP = pl.Datetime("us", "UTC")
 LAST = pl.Schema({"meter_id": pl.String(), "previous_at": STAMP, "previous_wh": pl.Int64()})
 SAMPLE = pl.Schema({"meter_id": pl.String(), "observed_at": STAMP, **dict.fromkeys(VOLTAGES, pl.Int64())})
 

@@ -16,12 +16,12 @@ import polars as pl
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
-from lake.by_partition import Moment
+from lake.by_partition import Moment, contract
 from lake.decoding import KAFKA, decoded, spark_schema
 from lake.nightly import BatchJob
 from lake.streaming import StreamingJob, StreamSettings, bounds
 from schemas.codec import arrow_schema, decode, encode
-from schemas.tables import TABLES, polars_schema
+from schemas.tables import TABLES
 from schemas.topics import CRITICAL_EVENTS, EVENTS, READINGS, Topic
 from streaming_jobs import critical_events
 
@@ -133,11 +133,6 @@ def frame_of(rows: pa.Table) -> pl.DataFrame:
     frame = pl.from_arrow(rows)
     assert isinstance(frame, pl.DataFrame)
     return frame
-
-
-def contract(frame: pl.DataFrame, name: str) -> pl.DataFrame:
-    """A table's columns, as they are written."""
-    return frame.select(TABLES[name].names).cast(polars_schema(TABLES[name]))  # type: ignore[arg-type]
 
 
 def at_once(session: SparkSession, folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -305,7 +305,7 @@ def kafka(plan: Plan) -> Part:
 
         def producer_performance(records: int) -> Took:
             return _timed(plan, [
-                _java(), f"-Djava.io.tmpdir={plan.folder}", "-XX:-UsePerfData", "-cp", str(jars / "*"),
+                java_program(), f"-Djava.io.tmpdir={plan.folder}", "-XX:-UsePerfData", "-cp", str(jars / "*"),
                 "org.apache.kafka.tools.ProducerPerformance", "--topic", READINGS.name, "--num-records", str(records),
                 "--throughput", "-1", "--payload-file", str(plan.folder / "kafka.txt"),
                 "--bootstrap-server", settings.kafka_bootstrap,
@@ -592,7 +592,7 @@ def _ratio(one: Row, other: Row, target: float | None = None, by_cpu: bool = Tru
     return Ratio(name, value, min(by_round), max(by_round), target=target, is_met=is_met)
 
 
-def _java() -> str:
+def java_program() -> str:
     """The Java that set-up brought, else the machine's.
 
     Raises:
@@ -605,6 +605,21 @@ def _java() -> str:
     return java
 
 
+@contextmanager
+def setting_up() -> Iterator[None]:
+    """For what is fetched or installed the first time: one at a time, its progress beside the results.
+
+    Raises:
+        RetryLater: it failed.
+    """
+    try:
+        with setup.only_one_at_a_time(), redirect_stdout(sys.stderr):
+            yield
+            shutil.rmtree(setup.VENV / "tmp", ignore_errors=True)
+    except setup.SetupFailed as failure:
+        raise RetryLater(str(failure)) from failure
+
+
 def _bench_jars() -> Path:
     """Folder of ProducerPerformance's class path, fetched the first time.
 
@@ -612,13 +627,9 @@ def _bench_jars() -> Path:
         RetryLater: Ivy failed.
     """
     module = ROOT / "bench" / "ivy.xml"
-    try:
-        with setup.only_one_at_a_time(), redirect_stdout(sys.stderr):
-            setup.step("Bench jars", setup.digest(module.read_bytes()),
-                       lambda told: setup.fetch_jars(_java(), module, ("bench",), told))  # fmt: skip
-            shutil.rmtree(setup.VENV / "tmp", ignore_errors=True)
-    except setup.SetupFailed as failure:
-        raise RetryLater(str(failure)) from failure
+    with setting_up():
+        setup.step("Bench jars", setup.digest(module.read_bytes()),
+                   lambda told: setup.fetch_jars(java_program(), module, ("bench",), told))  # fmt: skip
     return setup.JARS / "bench"
 
 
@@ -626,7 +637,7 @@ def _machine() -> dict[str, Any]:
     """What was measured on, and with which versions."""
     models = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     kibibytes = re.findall(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
-    java = subprocess.run([_java(), "-XX:-UsePerfData", "-version"], capture_output=True, text=True, check=False)
+    java = subprocess.run([java_program(), "-XX:-UsePerfData", "-version"], capture_output=True, text=True, check=False)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     for name, place in (("kafka", "kafka/kafka-clients-*.jar"), ("kafka-tools", "bench/kafka-tools-*.jar")):
         jar = next(setup.JARS.glob(place), None)

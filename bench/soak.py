@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import polars as pl
@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STEP_S = 300  # of the tape
 FLAT_OUT_STEPS = 72  # readings of each meter by which the rate is found
 SETTLED_S = 900.0
+FAILED = "the replay failed: see above"
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 progress = Console(stderr=True, highlight=False)
 
@@ -44,6 +45,16 @@ def _replay(variables: dict[str, str], meters: int, prefix: str, *how: str) -> s
     command = [sys.executable, "-m", "replay", "run", "--tape", str(GRID_TAPE), "--to", "kafka", "--seed", f"{SEED}"]
     command += ["--meters", f"{meters}", "--meter-prefix", prefix, *how]
     return subprocess.Popen(command, env=variables, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def _replayed(*given: Any) -> None:
+    """A replay to its end.
+
+    Raises:
+        RetryLater: it failed.
+    """
+    if _replay(*given).wait():
+        raise RetryLater(FAILED)
 
 
 def _told(stack: NativeStack) -> list[JobMetrics]:
@@ -62,13 +73,9 @@ def sustained(stack: NativeStack, variables: dict[str, str], meters: int) -> flo
     Raises:
         RetryLater: the replay failed, or the jobs do not come to the end.
     """
-    if _replay(variables, meters, "w", "--duration", "10m", "--speed", "max").wait():  # the jobs are awake then
-        msg = "the replay failed: see above"
-        raise RetryLater(msg)
+    _replayed(variables, meters, "w", "--duration", "10m", "--speed", "max")  # the jobs are awake then
     _wait_for_no_lag(stack)
-    if _replay(variables, meters, "f", "--duration", f"{FLAT_OUT_STEPS * STEP_S}s", "--speed", "max").wait():
-        msg = "the replay failed: see above"
-        raise RetryLater(msg)
+    _replayed(variables, meters, "f", "--duration", f"{FLAT_OUT_STEPS * STEP_S}s", "--speed", "max")
     before, began = {job.job: job.records for job in _told(stack)}, time.monotonic()
     _wait_for_no_lag(stack)
     took = [job.records - before.get(job.job, 0) for job in _told(stack) if job.job != "alarms"]
@@ -169,8 +176,7 @@ def main(
                 lag = _lag(_told(stack))
                 progress.print(f"{at_s / 60:5.1f} min, lag {'?' if lag is None else f'{lag:,}'}")
                 if replay.poll():
-                    msg = "the replay failed: see above"
-                    raise RetryLater(msg)
+                    raise RetryLater(FAILED)
         finally:
             if replay is not None and replay.poll() is None:
                 replay.terminate()

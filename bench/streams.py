@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench.replay import java_program, setting_up
 from bench.timed import resident, tree
 from bench.truth import (
     ENCODED_RECORDS,
@@ -430,19 +431,6 @@ def _letter(kind: Any) -> str:
     return "s" if kind == "string" else "l"
 
 
-def java_program() -> str:
-    """The Java that set-up brought, else the machine's.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    found = str(setup.OWN_JAVA) if setup.OWN_JAVA.exists() else setup.system_java()
-    if found is None:
-        msg = "no Java found: run make setup"
-        raise ConfigError(msg)
-    return found
-
-
 def classes(conf: str) -> Path:
     """Folder of a peer's compiled classes."""
     return ROOT / "data" / "cache" / "peers" / conf
@@ -454,13 +442,9 @@ def compiled(conf: str, program: str) -> Callable[[], None]:
     def prepare() -> None:
         module = PEERS / "ivy.xml"
         key = setup.digest(module.read_bytes())
-        try:
-            with setup.only_one_at_a_time(), redirect_stdout(sys.stderr):
-                for name in ("compiler", conf):
-                    setup.step(f"Bench {name}", key, partial(setup.fetch_jars, java_program(), module, (name,)))
-                shutil.rmtree(setup.VENV / "tmp", ignore_errors=True)
-        except setup.SetupFailed as failure:
-            raise RetryLater(str(failure)) from failure
+        with setting_up():
+            for name in ("compiler", conf):
+                setup.step(f"Bench {name}", key, partial(setup.fetch_jars, java_program(), module, (name,)))
         folder, compiler = classes(conf), next((setup.JARS / "compiler").glob("ecj-*.jar"))
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -485,14 +469,10 @@ def quix(run: Run) -> list[str]:
 def quix_installed() -> None:
     """Gives Quix Streams an environment of its own."""
     uv = setup.VENV / "bin" / "uv"
-    try:
-        with setup.only_one_at_a_time(), redirect_stdout(sys.stderr):
-            if not (QUIX_VENV / "bin" / "python").exists():
-                setup.run([uv, "venv", "--python", sys.executable, QUIX_VENV])
-            setup.run([uv, "pip", "install", "--system-certs", "--python", QUIX_VENV, *QUIX])
-            shutil.rmtree(setup.VENV / "tmp", ignore_errors=True)
-    except setup.SetupFailed as failure:
-        raise RetryLater(str(failure)) from failure
+    with setting_up():
+        if not (QUIX_VENV / "bin" / "python").exists():
+            setup.run([uv, "venv", "--python", sys.executable, QUIX_VENV])
+        setup.run([uv, "pip", "install", "--system-certs", "--python", QUIX_VENV, *QUIX])
 
 
 def quix_results(run: Run) -> pl.DataFrame:

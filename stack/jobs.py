@@ -1,10 +1,11 @@
 """How the streaming jobs get on, by the metrics that their driver exports."""
 
-import http.client
 from dataclasses import dataclass
 from math import isfinite, nan
 
 from prometheus_client.parser import text_string_to_metric_families
+
+from stack.native import got
 
 PREFIX = "meterstream_"
 
@@ -42,15 +43,8 @@ class JobMetrics:
 
 def told(port: int) -> str | None:
     """The driver's metrics as text; None where nobody answers."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2.0)
-    try:
-        connection.request("GET", "/metrics")
-        answer = connection.getresponse()
-        return answer.read().decode() if answer.status == http.HTTPStatus.OK else None
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
+    answer = got(port, "/metrics", timeout_s=2.0)
+    return None if answer is None else answer.decode()
 
 
 def jobs(text: str) -> list[JobMetrics]:

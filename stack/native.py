@@ -662,9 +662,9 @@ def _accepts(port: int) -> bool:
     return True
 
 
-def _got(port: int, path: str) -> bytes | None:
+def got(port: int, path: str, timeout_s: float = 1.0) -> bytes | None:
     """What a process of ours answers over HTTP, if it does."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
@@ -676,11 +676,11 @@ def _got(port: int, path: str) -> bytes | None:
 
 
 def _is_healthy(monitor_port: int) -> bool:
-    return _got(monitor_port, "/healthz") is not None
+    return got(monitor_port, "/healthz") is not None
 
 
 def _alive_workers(master_ui_port: int) -> int | None:
-    told = _got(master_ui_port, "/json/")
+    told = got(master_ui_port, "/json/")
     return None if told is None else int(json.loads(told)["aliveworkers"])
 
 

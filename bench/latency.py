@@ -145,9 +145,9 @@ def main(
     rate: Annotated[int, typer.Option(help="Events a second.", min=1)] = 1_000,
     seconds: Annotated[
         int, typer.Option(help="How long, after the warm-up: a checkpoint's time or more.", min=1)
-    ] = 125,
-    warm_up: Annotated[int, typer.Option(help="Seconds that do not count.", min=0)] = 30,
-    rounds: Annotated[int, typer.Option(help="Of each contender, in turn.", min=1)] = 2,
+    ] = 310,
+    warm_up: Annotated[int, typer.Option(help="Seconds that do not count.", min=0)] = 60,
+    rounds: Annotated[int, typer.Option(help="Of each contender, in turn.", min=1)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
     """Latency of critical events in real-time mode and in micro-batches: make bench-latency ARGS="--rounds 1"."""

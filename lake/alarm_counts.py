@@ -1,7 +1,7 @@
-"""Changes of alarms → counts per quarter hour, alarm type, transformer and feeder. Pure functions on Polars frames.
+"""Changes of alarms, and events that raise none → counts per quarter hour, type, transformer and feeder.
 
-The quarter hour is that of the change's arrival: when it was known, not when it was. Counts add up: a change that comes
-when its quarter hour has been told gives a further row.
+Pure functions on Polars frames. The quarter hour is that of the arrival: when it was known, not when it was. Counts add
+up: what comes when its quarter hour has been told gives a further row.
 """
 
 from datetime import timedelta
@@ -9,23 +9,26 @@ from typing import NamedTuple
 
 import polars as pl
 
-from schemas.closed_lists import AlarmState
-from schemas.tables import ALARM_COUNTS, polars_schema
+from schemas.closed_lists import AlarmState, EventAction
+from schemas.tables import ALARM_COUNTS, EVENT_COUNTS, polars_schema
 
 WINDOW = timedelta(minutes=15)
 ROWS = polars_schema(ALARM_COUNTS)
 COUNTED = ["raised_count", "repeated_count", "cleared_count"]
 OF = ["run_id", "window_start", "alarm_type", "transformer_id", "feeder_id"]
 COUNT = pl.Schema({name: ROWS[name] for name in [*OF, *COUNTED]})
-"""State: counts of quarter hours that are not over."""
+"""State: counts of changes in quarter hours that are not over."""
+EVENT_ROWS = polars_schema(EVENT_COUNTS)
+EVENT_COUNT = pl.Schema({name: kind for name, kind in EVENT_ROWS.items() if name != "window_end"})
+"""State: counts of events in quarter hours that are not over."""
 
 
 class Advance(NamedTuple):
-    """What `advance` returns.
+    """What `advance` and `advance_events` return.
 
     Attributes:
-        rows: counts of the quarter hours that are over, columns `ROWS`.
-        counts: the new state, columns `COUNT`.
+        rows: counts of the quarter hours that are over, columns `ROWS` or `EVENT_ROWS`.
+        counts: the new state, columns `COUNT` or `EVENT_COUNT`.
     """
 
     rows: pl.DataFrame
@@ -33,7 +36,7 @@ class Advance(NamedTuple):
 
 
 def placed(changes: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
-    """Changes of alarms with transformer_id and feeder_id of their meters."""
+    """Changes of alarms, or events, with transformer_id and feeder_id of their meters."""
     places = registry.select("meter_id", "transformer_id", "feeder_id")
     return changes.join(places, on="meter_id", how="left", maintain_order="left")
 
@@ -55,14 +58,42 @@ def advance(changes: pl.DataFrame, counts: pl.DataFrame, bounds: pl.DataFrame, c
         repeated_count=(is_active & ~is_first).cast(pl.Int64),
         cleared_count=(~is_active).cast(pl.Int64),
     ).select(COUNT.names())
+    return _over(pl.concat([counts, each]), bounds, close_all, ROWS)
+
+
+def advance_events(
+    events: pl.DataFrame, counts: pl.DataFrame, bounds: pl.DataFrame, close_all: bool = False
+) -> Advance:
+    """Counts those of a batch's events whose code is counted only, and gives the quarter hours that are over.
+
+    Args:
+        events: of `lake.alarm_life.lives`: run_id, arrival_at, event_type, action, why; transformer_id, feeder_id.
+        counts: the state so far, columns `EVENT_COUNT`.
+        bounds: as for `advance`.
+        close_all: as for `advance`.
+    """
+    each = events.filter((pl.col("action") == EventAction.COUNT.value) & pl.col("why").is_null()).select(
+        "event_type",
+        "transformer_id",
+        "feeder_id",
+        "run_id",
+        window_start=pl.col("arrival_at").dt.truncate("15m"),
+        event_count=pl.lit(1, pl.Int64),
+    )
+    return _over(pl.concat([counts, each.select(EVENT_COUNT.names())]), bounds, close_all, EVENT_ROWS)
+
+
+def _over(each: pl.DataFrame, bounds: pl.DataFrame, close_all: bool, columns: pl.Schema) -> Advance:
+    """Adds up, and parts the quarter hours that are over from the others."""
+    counted = [name for name in each.columns if name.endswith("_count")]
+    of = [name for name in each.columns if name not in counted]
     known = (
-        pl.concat([counts, each])
-        .group_by(OF)
-        .agg(pl.col(COUNTED).sum())
-        .sort(OF)
+        each.group_by(of)
+        .agg(pl.col(counted).sum())
+        .sort(of)
         .join(bounds.select("run_id", "bound_after"), on="run_id", how="left", nulls_equal=True, maintain_order="left")
     )
     end = pl.col("window_start") + WINDOW
     is_over = pl.lit(True) if close_all else (end <= pl.col("bound_after")).fill_null(False)
     rows = known.filter(is_over).with_columns(window_end=end)
-    return Advance(rows.select(ROWS.names()).cast(ROWS), known.filter(~is_over).select(COUNT.names()))
+    return Advance(rows.select(columns.names()).cast(columns), known.filter(~is_over).select(each.columns))

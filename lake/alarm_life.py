@@ -29,6 +29,8 @@ OPEN = pl.Schema(
     }
 )
 """State: the newest alarm of each meter and type, also when it is cleared, so that a late event finds it."""
+ONCE = pl.Schema({"meter_id": pl.String(), "event_type": pl.String(), "counted_at": STAMP})
+"""State: when an event that is told twice was counted last, of each meter and type."""
 ALARMS = tables.polars_schema(tables.ALARMS)
 KEY = ["meter_id", "alarm_type"]
 LEVELS = {"1": Edge.RAISE.value, "0": Edge.CLEAR.value}
@@ -42,16 +44,21 @@ class Result(NamedTuple):
     Attributes:
         alarms: one row per change, columns `ALARMS`; the newest row of an alarm_id is its state.
         open: the new state, columns `OPEN`.
-        events: the events with `bucket` and `why`.
+        once: the new state, columns `ONCE`.
+        events: the events with their meaning, `bucket` and `why`.
     """
 
     alarms: pl.DataFrame
     open: pl.DataFrame
+    once: pl.DataFrame
     events: pl.DataFrame
 
 
 def code_table() -> pl.DataFrame:
-    """The event code tables: (dialect, dialect_version, source_table, code) → type, edge, severity, tier, action."""
+    """The event code tables: (dialect, dialect_version, source_table, code) → type, edge, severity, tier, action.
+
+    `once_within_s`: an event that a meter tells twice, by its log and its network card, counts once in so many seconds.
+    """
     return pl.read_csv(Path(schemas.__file__).parent / "events" / "codes.csv", infer_schema=False)
 
 
@@ -59,7 +66,8 @@ def with_meaning(events: pl.DataFrame) -> pl.DataFrame:
     """Decodes by (dialect, version, code), never by code alone; a table row of version `*` serves every version.
 
     Returns:
-        The events with event_type, alarm_type, edge, severity, tier, action; all null where no table has the code.
+        The events with event_type, alarm_type, edge, severity, tier, action, once_within_s; all null where no table has
+        the code.
     """
     codes = code_table()
     of = ["dialect", "source_table", "code"]
@@ -82,13 +90,14 @@ def alarm_id(meter_id: str, alarm_type: str, raised_at: datetime) -> str:
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def lives(events: pl.DataFrame, open_alarms: pl.DataFrame) -> Result:
+def lives(events: pl.DataFrame, open_alarms: pl.DataFrame, once: pl.DataFrame) -> Result:
     """Moves the alarms by a batch of events.
 
     Args:
         events: columns of the event, arrival_at, partition, offset, `seen` (null for an original), `event_at` (the
             meter's clock, or the arrival where that is impossible).
         open_alarms: the state so far, columns `OPEN`.
+        once: the state so far, columns `ONCE`.
     """
     named = with_meaning(events)
     is_known = pl.col("action").is_not_null()
@@ -100,6 +109,7 @@ def lives(events: pl.DataFrame, open_alarms: pl.DataFrame) -> Result:
         .when((pl.col("edge") == Edge.LEVEL.value) & ~pl.col("argument").is_in(list(LEVELS)).fill_null(False))
         .then(pl.lit(QuarantineReason.UNKNOWN_ARGUMENT.value))
     )
+    named, once = _counted_once(named, once)
     moving = named.filter(pl.col("why").is_null() & (pl.col("action") == EventAction.RAISE.value))
     moving = moving.sort(*KEY, "event_at", "partition", "offset")
     state = {(row["meter_id"], row["alarm_type"]): row for row in open_alarms.to_dicts()}
@@ -139,8 +149,34 @@ def lives(events: pl.DataFrame, open_alarms: pl.DataFrame) -> Result:
     return Result(
         pl.DataFrame(changes, schema=ALARMS) if changes else pl.DataFrame(schema=ALARMS),
         pl.DataFrame(list(state.values()), schema=OPEN) if state else pl.DataFrame(schema=OPEN),
+        once,
         judged,
     )
+
+
+def _counted_once(named: pl.DataFrame, once: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Marks the second telling of what is told twice as a duplicate; and the new state."""
+    asked = named.filter(pl.col("why").is_null() & pl.col("once_within_s").is_not_null())
+    if asked.is_empty():
+        return named, once
+    counted = {(meter_id, event_type): at for meter_id, event_type, at in once.iter_rows()}
+    again: list[tuple[int, int]] = []
+    for event in asked.sort("meter_id", "event_type", "event_at", "partition", "offset").iter_rows(named=True):
+        key = (event["meter_id"], event["event_type"])
+        last = counted.get(key)
+        if last and abs((event["event_at"] - last).total_seconds()) <= int(event["once_within_s"]):
+            again.append((event["partition"], event["offset"]))
+        else:
+            counted[key] = max(last or event["event_at"], event["event_at"])
+    told = pl.DataFrame(again, schema={"partition": pl.Int64, "offset": pl.Int64}, orient="row")
+    marked = named.join(
+        told.with_columns(again=pl.lit(DeltaReason.DUPLICATE.value)),
+        on=["partition", "offset"],
+        how="left",
+        maintain_order="left",
+    )
+    rows = [(*key, at) for key, at in counted.items()]
+    return marked.with_columns(why=pl.coalesce("why", "again")).drop("again"), pl.DataFrame(rows, ONCE, orient="row")
 
 
 def _moved(last: dict[str, Any] | None, event: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A batch, cut by Kafka partition: the one place where Spark hands rows to Polars.
 
-Kafka's key is the meter, so a Kafka partition has all rows of its meters and nothing need be shuffled. A task decodes
-its partition, reads what the batch before left for it, calls the job's transform and writes rows and state to files of
-its own; the driver gets the books only. What a batch has no rows of keeps its state.
+Kafka's key is the meter, so a Kafka partition has all rows of its meters and nothing need be shuffled. A task fetches
+and decodes its partition, reads what the batch before left for it, calls the job's transform and writes rows and state
+to files of its own; the driver gets the books only. What a batch has no rows of keeps its state.
 
 A task that is tried again writes the same files again. Files lie under staging until the driver renames them in.
 """
@@ -21,6 +21,7 @@ from pyspark.sql import DataFrame
 
 from lake.books import BOOKS
 from lake.decoding import KAFKA, decoded, spark_schema
+from lake.kafka_ranges import RANGES, Range, fetched
 from lake.publishing import COMPRESSION
 from lake.reading import RegistryFiles, newest_registry
 from schemas.errors import ContractBroken
@@ -107,7 +108,7 @@ def run(records: DataFrame | None, cut: Cut) -> pl.DataFrame:
     """Does every partition that has rows or state. Returns the lines of the books.
 
     Args:
-        records: columns `KAFKA`; None where nothing came.
+        records: what came, columns `KAFKA`, or where it lies, columns `RANGES`; None where nothing came.
         cut: how.
 
     Raises:
@@ -121,7 +122,7 @@ def run(records: DataFrame | None, cut: Cut) -> pl.DataFrame:
             task = context.partitionId() if context else 0
             yield from _task(batches, cut, task)
 
-        lines = records.select(*KAFKA.names).mapInArrow(work, spark_schema(COUNTED)).collect()
+        lines = records.mapInArrow(work, spark_schema(COUNTED)).collect()
         counted = pl.DataFrame(lines, schema=counted.schema, orient="row")
     tasks = counted.group_by("unit").agg(pl.col("task").n_unique())
     if len(tasks) and tasks.get_column("task").max() != 1:
@@ -145,14 +146,8 @@ def _task(batches: Iterable[pa.RecordBatch], cut: Cut, task: int) -> Iterator[pa
     pieces = list(batches)
     if not pieces:
         return
-    records = pa.Table.from_batches(pieces)
-    for place in records.group_by(["topic", "partition"]).aggregate([]).to_pylist():
-        is_here = pc.and_(
-            pc.equal(records.column("topic"), place["topic"]),
-            pc.equal(records.column("partition"), place["partition"]),
-        )
-        unit = f"{place['topic']}-{place['partition']}"
-        books = _unit(unit, records.filter(is_here), cut)
+    for unit, records in _by_partition(pa.Table.from_batches(pieces), cut.moment.settings):
+        books = _unit(unit, records, cut)
         table = (
             books.with_columns(unit=pl.lit(unit), task=pl.lit(task, pl.Int64))
             .select(COUNTED.names)
@@ -160,6 +155,19 @@ def _task(batches: Iterable[pa.RecordBatch], cut: Cut, task: int) -> Iterator[pa
             .cast(COUNTED)
         )
         yield from table.combine_chunks().to_batches()
+
+
+def _by_partition(given: pa.Table, settings: "StreamSettings") -> Iterator[tuple[str, pa.Table]]:
+    """Name and records of each Kafka partition of a task, one after the other; columns `KAFKA`."""
+    if given.schema.names == RANGES.names:
+        for row in given.to_pylist():
+            place = Range(**row)
+            records = fetched(place, settings.kafka_bootstrap, settings.accept_loss)
+            yield f"{place.topic}-{place.partition}", records
+        return
+    for place in given.group_by(["topic", "partition"]).aggregate([]).to_pylist():
+        is_here = (pc.field("topic") == place["topic"]) & (pc.field("partition") == place["partition"])
+        yield f"{place['topic']}-{place['partition']}", given.filter(is_here)
 
 
 def _unit(unit: str, records: pa.Table, cut: Cut) -> pl.DataFrame:

@@ -4,7 +4,6 @@ Lag and rates are Spark's, by its query listener; the rest is told by `lake/stre
 state and the clock that Spark does not know of.
 """
 
-import json
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -25,6 +24,7 @@ from pyspark.sql.streaming.listener import (
     StreamingQueryListener,
 )
 
+from lake.kafka_ranges import next_offsets
 from schemas.closed_lists import Bucket
 from schemas.errors import ConfigError
 
@@ -99,10 +99,15 @@ class Listener(StreamingQueryListener):
         if not progress.name:
             return
         SEEN.labels(progress.name).set(time.time())
-        if progress.numInputRows:
-            RATE.labels(progress.name).set(progress.processedRowsPerSecond)
         for source in progress.sources:
-            self.taken(progress.name, source.endOffset or "{}")
+            ends = next_offsets(source.endOffset or "{}")
+            self.taken(progress.name, ends)
+            if source.startOffset:  # Spark's own count is of rows that it has read itself
+                starts = next_offsets(source.startOffset)
+                records = sum(end - starts.get(place, 0) for place, end in ends.items())
+                if records > 0:
+                    seconds = progress.durationMs["triggerExecution"] / 1_000
+                    RATE.labels(progress.name).set(records / max(seconds, 0.001))
 
     def onQueryIdle(self, event: QueryIdleEvent) -> None:  # noqa: N802
         """There was nothing to take."""
@@ -110,13 +115,9 @@ class Listener(StreamingQueryListener):
     def onQueryTerminated(self, event: QueryTerminatedEvent) -> None:  # noqa: N802
         """The driver says why."""
 
-    def taken(self, job: str, offsets: str) -> None:
-        """How far a query has come, by the Kafka source's JSON: topic → partition → the offset that comes next."""
-        places = {
-            TopicPartition(topic, int(partition)): int(offset)
-            for topic, ends in json.loads(offsets).items()
-            for partition, offset in ends.items()
-        }
+    def taken(self, job: str, offsets: Mapping[tuple[str, int], int]) -> None:
+        """How far a query has come: topic and partition → the offset that comes next."""
+        places = {TopicPartition(*place): offset for place, offset in offsets.items()}
         LAG.labels(job).set_function(partial(self._behind, places))
 
     def _behind(self, taken: Mapping[TopicPartition, int]) -> float:

@@ -31,7 +31,7 @@ from lake.reading import read_registry, read_table, utc_days
 from lake.session import spark_session, uri
 from lake.streaming import StreamSettings
 from schemas.errors import ConfigError, ContractBroken, exits
-from schemas.tables import TABLES, report_path
+from schemas.tables import TABLES, files_kept, report_path
 
 SHARDS = 32
 """Groups of meters a night is cut into: one must fit into a task's memory, and each costs some milliseconds."""
@@ -201,8 +201,9 @@ def publish(session: SparkSession, job: BatchJob, date: datetime.date) -> int:
     if unknown := sorted(zones - available_timezones()):
         msg = f"registry: no such time zone: {', '.join(unknown)}"
         raise ConfigError(msg)
-    tables = {name: _read(session, name, date, days) for name, days in job.reads.items()}
-    return publish_report(job.transform(tables, registry, date), job.report, date.isoformat())
+    with files_kept(*(set(job.reads) & set(TABLES))):
+        tables = {name: _read(session, name, date, days) for name, days in job.reads.items()}
+        return publish_report(job.transform(tables, registry, date), job.report, date.isoformat())
 
 
 def run(jobs: Iterable[BatchJob], date: datetime.date, as_json: bool = False) -> None:

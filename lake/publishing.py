@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pyspark.sql import DataFrame
 
 from lake.session import uri
-from schemas.tables import home, report_path, table_path
+from schemas.tables import files_kept, home, report_path, table_path
 
 SMALL_ROWS = 200_000
 COMPRESSION: Literal["snappy"] = "snappy"
@@ -47,26 +47,29 @@ class BatchKey:
 
 def remove_parts(key: BatchKey, tables: list[str]) -> None:
     """Removes what an earlier attempt at this batch has published."""
-    for table in tables:
-        for part in table_path(table).glob(f"date=*/{key}-*.parquet"):
-            part.unlink()
+    with files_kept(*tables):
+        for table in tables:
+            for part in table_path(table).glob(f"date=*/{key}-*.parquet"):
+                part.unlink()
 
 
-def rename_in(table: str, key: BatchKey) -> None:
-    """Adds what a batch has staged to a lake table: one file a day, more where they are large.
+def rename_in(table: str, key: BatchKey) -> list[Path]:
+    """Adds what a batch has staged to a lake table: one file a day, more where they are large. Returns their folders.
 
     Args:
         table: name of the lake table; its rows lie under the batch's staging folder in `date=…` folders.
         key: the batch; its earlier parts have been removed by `remove_parts`.
     """
-    staged, number = key.staging / table, 0
-    for day in sorted(staged.glob("date=*")):
-        target = table_path(table) / day.name
-        target.mkdir(parents=True, exist_ok=True)
-        for part in _merged(sorted(day.glob("*.parquet"))):
-            part.rename(target / f"{key}-{number}.parquet")
-            number += 1
+    staged, folders = key.staging / table, list[Path]()
+    with files_kept(table):
+        for day in sorted(staged.glob("date=*")):
+            target = table_path(table) / day.name
+            target.mkdir(parents=True, exist_ok=True)
+            for part in _merged(sorted(day.glob("*.parquet"))):
+                part.rename(target / f"{key}-{len(folders)}.parquet")
+                folders.append(target)
     shutil.rmtree(staged, ignore_errors=True)
+    return folders
 
 
 def _merged(parts: list[Path]) -> list[Path]:
@@ -78,12 +81,12 @@ def _merged(parts: list[Path]) -> list[Path]:
     return [whole]
 
 
-def publish_small(rows: pa.Table, table: str, key: BatchKey, date: str) -> None:
-    """Adds a few rows that the driver holds."""
+def publish_small(rows: pa.Table, table: str, key: BatchKey, date: str) -> list[Path]:
+    """Adds a few rows that the driver holds. Returns the folder of their file."""
     folder = key.staging / table / f"date={date}"
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(rows, folder / "part-0.parquet")
-    rename_in(table, key)
+    return rename_in(table, key)
 
 
 def swap_in(table: str, key: BatchKey) -> None:

@@ -14,11 +14,12 @@ def uri(path: Path) -> str:
     return f"file://{path}"
 
 
-def spark_session(name: str, **options: str) -> SparkSession:
+def spark_session(name: str, java_options: str = "", **options: str) -> SparkSession:
     """The session, made once per process; under spark-submit it takes what was submitted.
 
     Args:
         name: shown by Spark as the application's name.
+        java_options: for the JVMs of driver and executors; those of spark-submit's driver are its own.
         options: Spark options with `_` for `.`, over the defaults here.
     """
     os.environ["PYSPARK_PYTHON"] = sys.executable
@@ -34,7 +35,8 @@ def spark_session(name: str, **options: str) -> SparkSession:
         "spark.sql.streaming.numRecentProgressUpdates": "50",
         "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
         "spark.sql.warehouse.dir": str(home() / "tmp" / "warehouse"),
-        "spark.executor.extraJavaOptions": f"-Djava.io.tmpdir={home().absolute() / 'tmp'} -XX:-UsePerfData",
+        "spark.driver.extraJavaOptions": java_options,
+        "spark.executor.extraJavaOptions": f"-Djava.io.tmpdir={home() / 'tmp'} -XX:-UsePerfData {java_options}",
         "spark.scheduler.mode": "FAIR",
         "spark.ui.enabled": "false",
     }

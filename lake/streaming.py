@@ -41,7 +41,9 @@ from lake.by_partition import (
 )
 from lake.by_partition import run as run_partitions
 from lake.checkpoint import LOST_IN_KAFKA, from_the_beginning, lost_in_kafka, require_whole
-from lake.decoding import KAFKA
+from lake.decoding import spark_schema
+from lake.kafka_ranges import RANGES, checkpointed, planned
+from lake.merging import Merger
 from lake.publishing import BatchKey, publish_small, remove_parts, rename_in, swap_in
 from lake.reading import newest_registry, registry_files
 from lake.session import spark_session, uri
@@ -55,6 +57,8 @@ from schemas.topics import Topic
 log = structlog.get_logger()
 PRODUCER = {"acks": "all", "enable.idempotence": True, "compression.type": "lz4", "partitioner": "murmur2_random"}
 SEND_TIMEOUT_S = 60
+JAVA_OPTIONS = "-XX:TieredStopAtLevel=1"
+"""No record goes through the JVM, so its best compiler takes longer than it saves (docs/bench.md)."""
 
 
 class StreamSettings(Settings):
@@ -65,6 +69,7 @@ class StreamSettings(Settings):
         trigger_s: seconds between batches.
         max_offsets_per_trigger: most records of a batch, catch-up included; bounds memory.
         allowed_lateness_s: how far behind the newest arrival of its run a record may come, s on the arrival clock.
+        merge_files: how many small files a query may leave of a table's day, before they become one.
         recent_records: offsets per Kafka partition within which a redelivered record is recognised; several times what
             the broker leaves unacknowledged.
         max_ahead_s: how far a meter's clock may be ahead of the arrival before it is impossible.
@@ -80,6 +85,7 @@ class StreamSettings(Settings):
     trigger_s: float = 5
     max_offsets_per_trigger: int = 100_000
     allowed_lateness_s: int = 1_800
+    merge_files: int = Field(64, ge=2)
     recent_records: int = 10_000
     max_ahead_s: int = 36 * 3600
     max_behind_s: int = 400 * 24 * 3600
@@ -134,6 +140,7 @@ class Runner:
         self.settings = settings
         self.checkpoint = home() / "state" / "checkpoints" / f"{job.name}-v{job.version}"
         self._first = True
+        self._merger: Merger | None = None
 
     @property
     def query_id(self) -> str:
@@ -158,17 +165,22 @@ class Runner:
             .option("failOnDataLoss", str(not settings.accept_loss).lower())
             .option("maxOffsetsPerTrigger", settings.max_offsets_per_trigger)
             .load()
-            .select(*KAFKA.names)
         )
         return (
             records.writeStream.queryName(self.job.name)
             .option("checkpointLocation", uri(self.checkpoint))
             .trigger(processingTime=f"{settings.trigger_s} seconds")
-            .foreachBatch(self.process)
+            .foreachBatch(self._fetch)
             .start()
         )
 
-    def process(self, records: DataFrame, batch_id: int) -> None:
+    def _fetch(self, records: DataFrame, batch_id: int) -> None:
+        """Spark has planned the batch; its records are not asked of Spark, the tasks fetch them."""
+        ranges = planned(self.checkpoint, batch_id)
+        places = records.sparkSession.createDataFrame(ranges, spark_schema(RANGES)) if ranges else None
+        self.process(places, batch_id)
+
+    def process(self, records: DataFrame | None, batch_id: int) -> None:
         """Writes one batch; the same rows in the same files when it is tried again."""
         key = BatchKey(self.job.name, self.query_id, f"{batch_id:08d}")
         began, after = time.monotonic(), self._states / str(batch_id)
@@ -176,6 +188,8 @@ class Runner:
         seconds = round(time.monotonic() - began, 2)
         metrics.batch(self.job.name, batch_id, seconds, buckets, metrics.rows_of(after), bound)
         log.info("batch", job=self.job.name, batch=batch_id, received=sum(buckets.values()), seconds=seconds)
+        if self._merger:
+            self._merger.merge(before=batch_id - 1)  # whose commit may be damaged, and is then done again
         for old in self._states.iterdir():
             if int(old.name.partition(".")[0]) < batch_id - 1:
                 shutil.rmtree(old)
@@ -185,8 +199,7 @@ class Runner:
         last = self._last_commit()
         if last is None:
             return
-        offsets = (self.checkpoint / "offsets" / str(last)).read_text().splitlines()[2]
-        listener.taken(self.job.name, offsets)
+        listener.taken(self.job.name, checkpointed(self.checkpoint / "offsets" / str(last)))
         state = self._state(last)
         metrics.stands(self.job.name, last, metrics.rows_of(state) if state else 0)
 
@@ -254,6 +267,7 @@ class Runner:
             after=after,
             staging=key.staging,
         )
+        folders: list[Path] = []
         try:
             books = run_partitions(records, cut)
             if job.together:
@@ -263,13 +277,14 @@ class Runner:
             for table, topic in job.sends.items():
                 send(staged(cut, table), topic, settings.kafka_bootstrap)
             for table in job.writes:
-                rename_in(table, key)
-            self._publish_books(books, key)
+                folders += rename_in(table, key)
+            folders += self._publish_books(books, key)
             for table in job.current:
                 swap_in(table, key)
         finally:
             shutil.rmtree(key.staging, ignore_errors=True)
         self._first = False
+        self._merging().added(folders)
         newest = cut.moment.bounds.get_column("bound_after").max()
         counted = books.group_by("bucket").agg(pl.col("records").sum())
         return dict(counted.iter_rows()), newest if isinstance(newest, datetime) else None
@@ -281,13 +296,20 @@ class Runner:
         handed = {table: staged(cut, table) for table in self.job.hands}
         keep(together(handed, newest_registry(cut.registry), known, cut.moment), known, TOGETHER, whole)
 
-    def _publish_books(self, books: pl.DataFrame, key: BatchKey) -> None:
-        """Writes the batch's lines."""
+    def _merging(self) -> Merger:
+        """Who merges the query's files; it looks once for those of earlier processes."""
+        if self._merger is None:
+            tables = [*self.job.writes, "accounting"]
+            self._merger = Merger(f"{self.job.name}-{self.query_id}", tables, self.settings.merge_files)
+        return self._merger
+
+    def _publish_books(self, books: pl.DataFrame, key: BatchKey) -> list[Path]:
+        """Writes the batch's lines. Returns their folder."""
         runs: dict[str | None, dict[str, int]] = {}
         for run_id, bucket, records in books.iter_rows():
             runs.setdefault(run_id, dict.fromkeys(Bucket, 0))[bucket] += records
         if not runs:
-            return
+            return []
         rows = [
             {"run_id": run, "stage": self.job.name, "batch": str(key), "received": sum(buckets.values()), **buckets}
             for run, buckets in sorted(runs.items(), key=lambda item: item[0] or "")
@@ -295,7 +317,7 @@ class Runner:
         batch = self.checkpoint / "offsets" / str(int(key.batch.rstrip("f")))
         started_ms = json.loads(batch.read_text().splitlines()[1])["batchTimestampMs"]  # the same when tried again
         day = datetime.fromtimestamp(started_ms / 1000, UTC).date()
-        publish_small(pa.Table.from_pylist(rows, ACCOUNTING), "accounting", key, day.isoformat())
+        return publish_small(pa.Table.from_pylist(rows, ACCOUNTING), "accounting", key, day.isoformat())
 
 
 def bounds(clocks: Iterable[pl.DataFrame], allowed_lateness_s: float) -> pl.DataFrame:
@@ -388,7 +410,7 @@ def run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
     if settings.flush:
         flush.set()
     signal.signal(signal.SIGUSR1, lambda *_: flush.set())
-    session = spark_session("meterstream-" + "-".join(job.name for job in jobs))
+    session = spark_session("meterstream-" + "-".join(job.name for job in jobs), JAVA_OPTIONS)
     listener = metrics.Listener(settings.kafka_bootstrap)
     session.streams.addListener(listener)
     if settings.metrics_port:

@@ -39,7 +39,7 @@ from schemas.closed_lists import (
     QuarantineReason,
 )
 from schemas.codec import arrow_schema, encode_batch
-from schemas.tables import REGISTERS, TABLES, glob_of, home, polars_schema, table_path
+from schemas.tables import REGISTERS, TABLES, files_kept, glob_of, home, polars_schema, table_path
 from schemas.topics import COMMANDS, KINDS
 
 JUDGING = (DELTAS, VOLTAGE, ALARMS)
@@ -212,7 +212,12 @@ def verify(run_id: str, on_step: Step = lambda _: None) -> Verdict:
         ConfigError: there is no such run, it has no ledger yet, or there is no lake.
     """
     run = Run.read(run_id)
-    lake = open_lake()
+    with files_kept(*TABLES):
+        return _compared(run, on_step)
+
+
+def _compared(run: Run, on_step: Step) -> Verdict:
+    run_id, lake = run.ledger.run_id, open_lake()
     on_step("what arrived")
     run.open_in(lake)
     _arrived(lake)

@@ -4,7 +4,10 @@ A table is Parquet under `lake/<table>/date=YYYY-MM-DD/`, a report under `report
 `glob_of` gives the plain glob by which DuckDB, Polars, pandas and Spark read the committed rows.
 """
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import polars as pl
@@ -95,6 +98,11 @@ ALARM_COUNTS = _columns(
     raised_count=LONG, repeated_count=LONG, cleared_count=LONG, run_id=STRING,
 )  # fmt: skip
 """Changes of alarms by the quarter hour of their arrival; rows of one key add up."""
+EVENT_COUNTS = _columns(
+    window_start=TIMESTAMP, window_end=TIMESTAMP, event_type=STRING, transformer_id=STRING, feeder_id=STRING,
+    event_count=LONG, run_id=STRING,
+)  # fmt: skip
+"""Events whose code is counted and raises nothing, by the quarter hour of their arrival; rows of one key add up."""
 OUTAGES = _columns(
     outage_id=STRING, transformer_id=STRING, feeder_id=STRING, state=STRING, began_at=TIMESTAMP, restored_at=TIMESTAMP,
     kind=STRING, meter_count=LONG, restored_count=LONG, meter_minutes=DOUBLE, meters=pa.list_(STRING), revision=LONG,
@@ -130,6 +138,7 @@ TABLES = {
     "alarms": ALARMS,
     "alarm_acknowledgements": ALARM_ACKNOWLEDGEMENTS,
     "alarm_counts": ALARM_COUNTS,
+    "event_counts": EVENT_COUNTS,
     "outages": OUTAGES,
     "quarantined_readings": QUARANTINED,
     "quarantined_events": QUARANTINED_EVENTS,
@@ -153,3 +162,39 @@ def report_path(report: str) -> Path:
 def glob_of(folder: Path) -> str:
     """The glob that gives a table's or report's committed rows to any reader."""
     return str(folder / "date=*" / "*.parquet")
+
+
+@contextmanager
+def files_kept(*tables: str) -> Iterator[None]:
+    """While it holds, no file of these tables is merged with others: for whoever lists files and reads them later.
+
+    Writers hold it too; who merges holds the opposite, `files_moved`.
+    """
+    with ExitStack() as locks:
+        for table in sorted(tables):
+            fcntl.flock(locks.enter_context(_lock(table)), fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def files_moved(table: str) -> Iterator[bool]:
+    """Whether this process alone may move a table's files, as long as it holds; nobody is waited for."""
+    with _lock(table) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_alone = True
+        except BlockingIOError:
+            is_alone = False
+        yield is_alone
+
+
+@contextmanager
+def _lock(table: str) -> Iterator[int]:
+    """A file that locks are laid on; a process that dies lets go."""
+    folder = home() / "state" / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / table, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

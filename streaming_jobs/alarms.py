@@ -3,12 +3,13 @@
 Reads: meter-events-v1; alarm-commands-v1 (acknowledgements); registry (transformer, feeder).
 Writes: alarms (one row per change; the newest updated_at of an alarm_id is its state), topic alarms-v1 (the same rows),
 outages (power failures of several meters under one transformer), alarm_counts (per quarter hour, type, transformer and
-feeder), alarm_acknowledgements (the first of an alarm counts), dead_letters (commands that cannot be decoded),
-quarantined_events (no table has the code, or a status bit is neither set nor clear), late_events.
+feeder), event_counts (the same of events whose code is counted and raises nothing), alarm_acknowledgements (the first
+of an alarm counts), dead_letters (commands that cannot be decoded), quarantined_events (no table has the code, or a
+status bit is neither set nor clear), late_events.
 Key: alarm_id = f(meter, type, begin); outage_id = f(transformer, begin).
 Lateness: an event older than the newest change of its alarm is late and changes nothing.
 Duplicates: told by meter, time, sender's stamp and number, table, code and argument within the last offsets of a
-partition.
+partition; of what a meter tells twice (once_within_s in the table of codes) the second.
 Restart: state (the newest alarm of each meter and type, outages that are not over, counts that were not told) and files
 are keyed by batch; alarms-v1 may get a batch twice.
 A meter without a clock stamps 1970: the arrival is taken for its time.
@@ -44,12 +45,18 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment:
     valid = only_valid(rows)
     events = valid.select(*NEEDED, event_at=event_at)
     marked = with_seen(events, state["recent"], IDENTITY, [])
-    result = alarm_life.lives(marked, state["open"])
+    result = alarm_life.lives(marked, state["open"], state["once"])
+    counted = alarm_counts.advance_events(
+        alarm_counts.placed(result.events, registry), state["event_count"], moment.bounds, settings.close_all
+    )
     return {
         "alarms": result.alarms,
         "quarantined_events": books.kept_apart(rows, result.events, Bucket.QUARANTINED, NAME, "quarantined_events"),
         "late_events": books.kept_apart(rows, result.events, Bucket.LATE, NAME, "late_events"),
+        "event_counts": counted.rows,
         "open": result.open,
+        "once": result.once,
+        "event_count": counted.counts,
         "recent": originals(state["recent"], marked).filter(is_recent(settings.recent_records)),
         "clock": clock(valid, state["clock"], moment),
         "books": pl.concat([books.count(result.events), books.invalid(rows)]),
@@ -85,19 +92,26 @@ def together(handed: Frames, registry: pl.DataFrame, state: Frames, moment: Mome
 
 JOB = StreamingJob(
     name=NAME,
-    version=3,
+    version=4,
     topics=(EVENTS, COMMANDS),
     writes={
         "alarms": "raised_at",
         "outages": "began_at",
         "alarm_counts": "window_start",
+        "event_counts": "window_start",
         "alarm_acknowledgements": "acknowledged_at",
         "dead_letters": "received_at",
         "quarantined_events": "arrival_at",
         "late_events": "arrival_at",
     },
     sends={"alarms": ALARMS},
-    state={"open": alarm_life.OPEN, "recent": RECENT, "clock": CLOCK},
+    state={
+        "open": alarm_life.OPEN,
+        "once": alarm_life.ONCE,
+        "event_count": alarm_counts.EVENT_COUNT,
+        "recent": RECENT,
+        "clock": CLOCK,
+    },
     transform=transform,
     hands=("alarms",),
     together=together,

@@ -58,13 +58,13 @@ class CriticalSettings(Settings):
 
     Attributes:
         kafka_bootstrap: host:port of a Kafka broker.
-        critical_checkpoint_s: seconds between checkpoints: each stops the stream for half a second, and what was told
+        critical_checkpoint_s: seconds between checkpoints: each stops the stream for a second or so, and what was told
             since the last one is told again after a kill.
         far_out_pct: a voltage that deviates by more from its meter's nominal one is far out.
     """
 
     kafka_bootstrap: str
-    critical_checkpoint_s: int = 120
+    critical_checkpoint_s: int = 300
     far_out_pct: float = 15.0
 
 

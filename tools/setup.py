@@ -232,8 +232,12 @@ def system_java() -> str | None:
 
 
 def uv_install(*what: str) -> None:
-    """Installs packages into the environment, trusting the certificates that the system trusts."""
-    run([VENV / "bin" / "uv", "pip", "install", "--system-certs", "--python", VENV, *what])
+    """Installs packages into the environment, trusting the certificates that the system trusts.
+
+    As bytecode too: where Python may not write it (PYTHONDONTWRITEBYTECODE, an image's read-only folders), each
+    process, Spark's workers too, would compile pandas and PySpark anew.
+    """
+    run([VENV / "bin" / "uv", "pip", "install", "--compile-bytecode", "--system-certs", "--python", VENV, *what])
 
 
 def install_java() -> None:

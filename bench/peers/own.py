@@ -29,7 +29,7 @@ def jobs(what: str, work: str, topic: str) -> None:
     """The streaming job of a work, to the end of its topic and with a flush."""
     from bench.peers import core
     from lake.session import spark_session
-    from lake.streaming import Runner, StreamSettings
+    from lake.streaming import JAVA_OPTIONS, Runner, StreamSettings
     from schemas.settings import load
     from schemas.topics import READINGS
     from streaming_jobs import consumption_deltas, voltage_deviation
@@ -46,7 +46,7 @@ def jobs(what: str, work: str, topic: str) -> None:
             say(self.done)
             return buckets, bound
 
-    session = spark_session(f"bench-{work}")
+    session = spark_session(f"bench-{work}", JAVA_OPTIONS)
     runner = Told(replace(job, topics=(replace(READINGS, name=topic),)), load(StreamSettings))
     query = runner.start(session)
     query.processAllAvailable()

@@ -60,11 +60,11 @@ class Mortal:
         self.runner.process(records, batch_id)
         self.at(COMMIT)
 
-    def dying(self, write: Callable[..., None]) -> Callable[..., None]:
-        def called(*arguments: Any) -> None:
+    def dying(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
             for table in arguments:
                 self.at(table)
-            write(*arguments)
+            return write(*arguments)
 
         return called
 

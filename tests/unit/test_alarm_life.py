@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lake.alarm_life import OPEN, Result, alarm_id, lives, with_meaning
+from lake.alarm_life import ONCE, OPEN, Result, alarm_id, lives, with_meaning
 from lake.delta_engine import STAMP
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -46,12 +46,12 @@ def event(offset: int, seconds: float, code: str, **other: Any) -> dict[str, Any
 
 def move(*batches: list[dict[str, Any]]) -> Result:
     """The changes of all batches, state carried; the events of the last."""
-    open_alarms, changes = OPEN.to_frame(), []
+    open_alarms, once, changes = OPEN.to_frame(), ONCE.to_frame(), []
     for rows in batches:
-        result = lives(pl.DataFrame(rows, schema=EVENTS), open_alarms)
-        open_alarms = result.open
+        result = lives(pl.DataFrame(rows, schema=EVENTS), open_alarms, once)
+        open_alarms, once = result.open, result.once
         changes.append(result.alarms)
-    return Result(pl.concat(changes), open_alarms, result.events)
+    return Result(pl.concat(changes), open_alarms, once, result.events)
 
 
 def changes(result: Result) -> list[tuple[str, str, int]]:

@@ -235,6 +235,8 @@ def wrong_codes(rows: list[dict[str, str]]) -> list[str]:
             found.append(f"{key} has a word that is in no closed list")
         if not all(key) or not row["event_type"] or row["tier"] not in ("1", "2"):
             found.append(f"{key} is not filled in")
+        if row["once_within_s"] and (not row["once_within_s"].isdigit() or row["action"] != "count"):
+            found.append(f"{key}: once_within_s is seconds, of a code that is counted")
         if (row["action"] == "raise") != bool(row["alarm_type"]) or (row["edge"] == "none") != (
             row["alarm_type"] == ""
         ):
@@ -250,7 +252,16 @@ def test_the_code_tables_use_closed_lists_and_each_key_once() -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"severity": "bad"}, {"edge": "rise"}, {"action": "call"}, {"tier": "3"}, {"alarm_type": ""}, {"event_type": ""}],
+    [
+        {"severity": "bad"},
+        {"edge": "rise"},
+        {"action": "call"},
+        {"tier": "3"},
+        {"alarm_type": ""},
+        {"event_type": ""},
+        {"once_within_s": "300"},
+        {"once_within_s": "soon"},
+    ],
     ids=str,
 )
 def test_a_wrong_word_in_a_code_table_is_found(changed: dict[str, str]) -> None:

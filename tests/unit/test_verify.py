@@ -172,13 +172,13 @@ class Chain:
             )
 
     def alarms(self, events: pl.DataFrame, batches: int) -> None:
-        state = pl.DataFrame(schema=alarm_life.OPEN)
+        state, once = pl.DataFrame(schema=alarm_life.OPEN), pl.DataFrame(schema=alarm_life.ONCE)
         recent = events.clear()
         for right, _ in self.cut(events, batches):
             marked = with_seen(right.with_columns(event_at="observed_at"), recent, IDENTITY, [])
             recent = pl.concat([recent, right.select(recent.columns)])
-            result = alarm_life.lives(marked, state)
-            state = result.open
+            result = alarm_life.lives(marked, state, once)
+            state, once = result.open, result.once
             self.add("alarms", result.alarms)
             self.apart("alarms", result.events, "late_events", "quarantined_events")
 

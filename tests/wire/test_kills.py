@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,7 @@ WATCHED = ("voltage_deviation", "consumption_deltas", "readings_lake")
 PHASES = ("planned", "state", "staged", "table", "books", "committed")
 """What a batch has left behind, one after the other: its offsets, state, staged rows, a table's rows, its lines of the
 books, Spark's commit."""
+MERGED = re.compile(r".*-\d{8}_\d{8}-0\.parquet")
 FLUSH_PHASES = ("flush begun", "flush written", "between two flushes")
 
 
@@ -97,7 +99,9 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         stack.start(["kafka"])
         bootstrap = stack.settings.kafka_bootstrap
         create_topics(bootstrap)
-        producer = Producer({"bootstrap.servers": bootstrap, "partitioner": "murmur2_random"})
+        producer = Producer(
+            {"bootstrap.servers": bootstrap, "partitioner": "murmur2_random", "enable.idempotence": True}
+        )  # which also keeps the order where a first try fails
         for topic, key, value in records():
             producer.produce(topic.name, key=key, value=value)
         assert producer.flush(30) == 0
@@ -125,6 +129,7 @@ class Driver:
             "METERSTREAM_MAX_OFFSETS_PER_TRIGGER": str(OF_A_BATCH),
             "METERSTREAM_ALLOWED_LATENESS_S": "600",
             "METERSTREAM_TRIGGER_S": "0.2",
+            "METERSTREAM_MERGE_FILES": "6",
             "METERSTREAM_FLUSH": "true",
             "SPARK_SUBMIT_OPTS": SHORT_LIVED_JVM,
         }
@@ -291,6 +296,8 @@ def test_the_run_has_every_kind_of_row_and_its_books_add_up(clean: Driver) -> No
         "latest_readings",
     ):  # fmt: skip
         assert rows[table], table
+    names = [part.name for part in (clean.home / "lake").glob("*/date=*/*.parquet")]
+    assert all(any(MERGED.match(name) and name.startswith(job) for name in names) for job in WATCHED), names
     late = "SELECT stage, count(*) FROM '{}' GROUP BY ALL ORDER BY ALL"
     told = duckdb.sql(late.format(clean.home / "lake" / "late_readings" / "date=*" / "*.parquet")).fetchall()
     books = "SELECT stage, sum(late)::BIGINT FROM '{}' GROUP BY ALL HAVING sum(late) > 0 ORDER BY ALL"

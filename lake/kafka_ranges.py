@@ -1,0 +1,172 @@
+"""The records of a batch, fetched from Kafka by the tasks that work on them.
+
+Spark plans a batch and writes its offsets to the checkpoint before it begins; what lies between them is the same
+however often the batch is tried. The tasks fetch it themselves, by librdkafka: no record goes through the JVM, which
+needs more CPU time to hand a record to Python than Python does to work on it (docs/bench.md, docs/decisions/0009).
+"""
+
+import gc
+import json
+import time
+from collections import deque
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, Message, TopicPartition
+
+from lake.decoding import KAFKA
+from schemas.errors import RetryLater, StateLost
+
+RANGES = pa.schema(
+    [
+        pa.field("topic", pa.string()),
+        pa.field("partition", pa.int32()),
+        pa.field("start_offset", pa.int64()),
+        pa.field("end_offset", pa.int64()),
+    ]
+)
+AT_ONCE = 500
+"""Records that are taken over together: few enough for the processor's cache (10,000 cost 1.5 times as much)."""
+LOOK_S = 0.5
+SILENT_S = 60.0  # Kafka restarts within that
+CONSUMER = {
+    "group.id": "meterstream",  # asked for by the client; nothing is committed
+    "enable.auto.commit": False,
+    "enable.auto.offset.store": False,
+    "auto.offset.reset": "error",
+    "enable.partition.eof": True,
+    "isolation.level": "read_uncommitted",  # as Spark plans
+    "queued.min.messages": 2_000,  # little, since what is fetched past the end of a range is fetched in vain
+    "fetch.message.max.bytes": 131_072,
+    "fetch.queue.backoff.ms": 1,
+    "fetch.wait.max.ms": 5,  # at its end a topic lets a client wait so long, and the next range waits for that answer
+    "log_level": 2,
+}
+GONE = {KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE}
+
+
+class Range(NamedTuple):
+    """What a batch takes of one Kafka partition: from `start_offset`, up to `end_offset` without it."""
+
+    topic: str
+    partition: int
+    start_offset: int
+    end_offset: int
+
+
+def planned(checkpoint: Path, batch_id: int) -> list[Range]:
+    """What Spark has planned for a batch, by the query's checkpoint; partitions without new records are left out.
+
+    Args:
+        checkpoint: of a query whose only source is Kafka, from the earliest offsets.
+        batch_id: a batch that has begun.
+    """
+    ends = checkpointed(checkpoint / "offsets" / str(batch_id))
+    begin = checkpoint / "offsets" / str(batch_id - 1) if batch_id else checkpoint / "sources" / "0" / "0"
+    starts = checkpointed(begin)
+    ranges = [Range(*place, starts.get(place, 0), end) for place, end in ends.items()]
+    return [each for each in ranges if each.start_offset < each.end_offset]
+
+
+def checkpointed(file: Path) -> dict[tuple[str, int], int]:
+    """Topic and partition → the offset that comes next, by a file of the checkpoint: JSON on its last line."""
+    return next_offsets(file.read_text().splitlines()[-1])
+
+
+def next_offsets(text: str) -> dict[tuple[str, int], int]:
+    """The same of the Kafka source's JSON: topic → partition → offset."""
+    return {
+        (topic, int(partition)): offset
+        for topic, partitions in json.loads(text).items()
+        for partition, offset in partitions.items()
+    }
+
+
+def fetched(place: Range, bootstrap: str, accept_loss: bool) -> pa.Table:
+    """The records of a range, columns `lake.decoding.KAFKA`, in the order of their offsets.
+
+    Args:
+        place: where they lie.
+        bootstrap: host:port of a Kafka broker.
+        accept_loss: where the first of them are gone, take those that are left.
+
+    Raises:
+        StateLost: Kafka no longer has all of them.
+        RetryLater: Kafka does not answer.
+    """
+    consumer, complaints = _consumer(bootstrap)
+    start = place.start_offset
+    try:
+        return _read(consumer, complaints, place, start)
+    except StateLost:
+        if not accept_loss:
+            raise
+        low, high = consumer.get_watermark_offsets(TopicPartition(place.topic, place.partition), timeout=SILENT_S)
+        left = place._replace(end_offset=min(place.end_offset, high))
+        return _read(consumer, complaints, left, max(low, min(start, high)))
+
+
+@cache
+def _consumer(bootstrap: str) -> tuple[Consumer, deque[str]]:
+    """One for each worker, which has one task at a time; a new one would ask for metadata first. And its last words."""
+    complaints: deque[str] = deque(["it says nothing"], maxlen=1)
+    told = {"error_cb": lambda error: complaints.append(error.str())}
+    return Consumer({"bootstrap.servers": bootstrap, **CONSUMER, **told}), complaints
+
+
+def _read(consumer: Consumer, complaints: deque[str], place: Range, start: int) -> pa.Table:
+    pieces = [KAFKA.empty_table()]
+    heard, ends_at = time.monotonic(), None
+    consumer.assign([TopicPartition(place.topic, place.partition, start)])
+    gc.disable()  # nothing here refers to itself, and looking for it takes a quarter of the time
+    try:
+        while start < place.end_offset:
+            messages = consumer.consume(min(AT_ONCE, place.end_offset - start), LOOK_S)
+            errors = [message for message in messages if message.error() is not None]
+            records = [message for message in messages if message.error() is None] if errors else messages
+            if records:
+                table = _table(records, place)
+                start, heard = table.column("offset")[-1].as_py() + 1, time.monotonic()
+                pieces.append(table)
+            for error, offset in ((message.error(), message.offset()) for message in errors):
+                assert error
+                if error.code() in GONE:
+                    msg = f"KAFKA_DATA_LOSS {place.topic}-{place.partition} at offset {start}: {error.str()}"
+                    raise StateLost(msg)
+                if error.code() == KafkaError._PARTITION_EOF and offset not in (None, OFFSET_INVALID):
+                    start = max(start, offset)  # what a transaction has left there is no record
+                    ends_at = offset
+                else:
+                    complaints.append(error.str())
+            if time.monotonic() - heard > SILENT_S:
+                if ends_at is not None:  # by now a new leader has what it had acknowledged
+                    msg = f"KAFKA_DATA_LOSS {place.topic}-{place.partition} ends at offset {ends_at}"
+                    raise StateLost(msg)
+                msg = f"Kafka gives nothing of {place.topic}-{place.partition} from offset {start} on: {complaints[-1]}"
+                raise RetryLater(msg)
+    finally:
+        gc.enable()
+        consumer.unassign()
+    records_read = pa.concat_tables(pieces)
+    return records_read.filter(pc.field("offset") < place.end_offset) if start > place.end_offset else records_read
+
+
+def _table(records: list[Message], place: Range) -> pa.Table:
+    count = len(records)
+    first, last = int(records[0].offset() or 0), int(records[-1].offset() or 0)
+    is_whole = last - first == count - 1
+    offsets = np.arange(first, first + count) if is_whole else [record.offset() for record in records]
+    stamps = pa.array([record.timestamp()[1] for record in records], pa.timestamp("ms", "UTC"))
+    columns = {
+        "key": pa.array([record.key() for record in records], pa.binary()),
+        "value": pa.array([record.value() for record in records], pa.binary()),
+        "topic": pa.repeat(place.topic, count),
+        "partition": pa.repeat(pa.scalar(place.partition, pa.int32()), count),
+        "offset": pa.array(offsets, pa.int64()),
+        "timestamp": stamps.cast(KAFKA.field("timestamp").type),
+    }
+    return pa.table([columns[name] for name in KAFKA.names], schema=KAFKA)

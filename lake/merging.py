@@ -1,0 +1,118 @@
+"""Many small files of a table's day become one, while the stream goes on.
+
+Each batch adds a file to each day and table that it has rows of. Where a query has left many small ones, those of
+batches that can no longer be tried again are written as one file into a copy of the folder (the others are hard links),
+and folder and copy change places in one step. So a reader finds the same rows before and after, and never both: one
+that has listed the old files and opens them later is told that they are gone, and lists again. After a kill either
+folder is whole; what it left under staging is removed.
+"""
+
+import ctypes
+import errno
+import os
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import polars as pl
+import structlog
+
+from lake.publishing import COMPRESSION
+from schemas.tables import TABLES, files_moved, home, polars_schema, table_path
+
+LARGE_BYTES = 32_000_000
+"""A file of that size stays as it is: it holds a million readings or so, and a scan has nothing to gain."""
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
+log = structlog.get_logger()
+
+
+class Merger:
+    """Merges the files of one query.
+
+    Attributes:
+        prefix: what the names of its files begin with: query and query id.
+        files: how many small ones of a day and table are too many.
+    """
+
+    def __init__(self, prefix: str, tables: list[str], files: int) -> None:
+        self.prefix = prefix
+        self.files = files
+        self._staging = home() / "staging" / f"{prefix}-merge"
+        shutil.rmtree(self._staging, ignore_errors=True)
+        self._is_possible = can_exchange()
+        if not self._is_possible:
+            log.warning("small files stay: this system cannot let two folders change places")
+        self._small: Counter[Path] = Counter()
+        for table in tables:
+            self._small.update(part.parent for part in table_path(table).glob(f"date=*/{prefix}-*.parquet"))
+
+    def added(self, folders: list[Path]) -> None:
+        """Tells it of files: the folder of each."""
+        self._small.update(folders)
+
+    def merge(self, before: int) -> None:
+        """Merges where there are too many.
+
+        Args:
+            before: files of this batch and of later ones stay: they may be written again.
+        """
+        for folder in [folder for folder, number in self._small.items() if number >= self.files]:
+            with files_moved(folder.parent.name) as is_alone:
+                if is_alone and self._is_possible:
+                    self._small[folder] = self._merged(folder, before)
+
+    def _merged(self, folder: Path, before: int) -> int:
+        """Merges a table's day. Returns how many small files it has then."""
+        small = [part for part in sorted(folder.glob(f"{self.prefix}-*.parquet")) if part.stat().st_size < LARGE_BYTES]
+        done = [part for part in small if self._batches(part)[1] < before]
+        if len(done) < self.files // 2:
+            return len(small)
+        copy = self._staging / folder.parent.name / folder.name
+        shutil.rmtree(self._staging, ignore_errors=True)
+        copy.mkdir(parents=True)
+        first, last = self._batches(done[0])[0], max(self._batches(part)[1] for part in done)
+        whole = copy / f"{self.prefix}-{first:08d}_{last:08d}-0.parquet"
+        schema = polars_schema(TABLES[folder.parent.name])
+        rows = pl.scan_parquet(done, schema=schema, missing_columns="insert", hive_partitioning=False)
+        rows.sink_parquet(whole, compression=COMPRESSION, sync_on_close="all")
+        for part in set(folder.iterdir()) - set(done):
+            os.link(part, copy / part.name)
+        exchange(copy, folder)
+        shutil.rmtree(self._staging)
+        log.info("merged", table=folder.parent.name, day=folder.name, files=len(done))
+        return len(small) - len(done) + ((folder / whole.name).stat().st_size < LARGE_BYTES)
+
+    def _batches(self, part: Path) -> tuple[int, int]:
+        """First and last batch of a file, by its name: `…-00000012-0`, `…-00000012f-0` or `…-00000000_00000063-0`."""
+        first, _, last = part.stem.removeprefix(f"{self.prefix}-").partition("-")[0].partition("_")
+        return int(first.rstrip("f")), int((last or first).rstrip("f"))
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Two folders change places, in one step for whoever looks on.
+
+    Raises:
+        OSError: the file system cannot do that; nothing has changed.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(one))
+    if libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(one))
+
+
+def can_exchange() -> bool:
+    """Whether folders of the lake can change places: on Linux, but not on every file system."""
+    staging = home() / "staging"
+    staging.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=staging) as folder:
+        one, other = Path(folder, "one"), Path(folder, "other")
+        one.mkdir()
+        other.mkdir()
+        try:
+            exchange(one, other)
+        except OSError:
+            return False
+    return True

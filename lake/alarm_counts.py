@@ -67,12 +67,14 @@ def advance_events(
     """Counts those of a batch's events whose code is counted only, and gives the quarter hours that are over.
 
     Args:
-        events: of `lake.alarm_life.lives`: run_id, arrival_at, event_type, action, why; transformer_id, feeder_id.
+        events: of `lake.alarm_life.lives`: run_id, arrival_at, event_type, action, is_told_again, why; transformer_id,
+            feeder_id.
         counts: the state so far, columns `EVENT_COUNT`.
         bounds: as for `advance`.
         close_all: as for `advance`.
     """
-    each = events.filter((pl.col("action") == EventAction.COUNT.value) & pl.col("why").is_null()).select(
+    is_counted = (pl.col("action") == EventAction.COUNT.value) & pl.col("why").is_null() & ~pl.col("is_told_again")
+    each = events.filter(is_counted).select(
         "event_type",
         "transformer_id",
         "feeder_id",

@@ -45,7 +45,7 @@ class Result(NamedTuple):
         alarms: one row per change, columns `ALARMS`; the newest row of an alarm_id is its state.
         open: the new state, columns `OPEN`.
         once: the new state, columns `ONCE`.
-        events: the events with their meaning, `bucket` and `why`.
+        events: the events with their meaning, `is_told_again`, `bucket` and `why`.
     """
 
     alarms: pl.DataFrame
@@ -155,10 +155,14 @@ def lives(events: pl.DataFrame, open_alarms: pl.DataFrame, once: pl.DataFrame) -
 
 
 def _counted_once(named: pl.DataFrame, once: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Marks the second telling of what is told twice as a duplicate; and the new state."""
+    """Adds `is_told_again`, true at the second telling of what a meter tells twice; and the new state.
+
+    Told twice are two records of one happening, each stored; so it counts once. The time that was counted last is kept,
+    not the greatest: a wrong clock, or what a meter that was offline sends later, does not disturb what comes then.
+    """
     asked = named.filter(pl.col("why").is_null() & pl.col("once_within_s").is_not_null())
     if asked.is_empty():
-        return named, once
+        return named.with_columns(is_told_again=pl.lit(False)), once
     counted = {(meter_id, event_type): at for meter_id, event_type, at in once.iter_rows()}
     again: list[tuple[int, int]] = []
     for event in asked.sort("meter_id", "event_type", "event_at", "partition", "offset").iter_rows(named=True):
@@ -167,16 +171,13 @@ def _counted_once(named: pl.DataFrame, once: pl.DataFrame) -> tuple[pl.DataFrame
         if last and abs((event["event_at"] - last).total_seconds()) <= int(event["once_within_s"]):
             again.append((event["partition"], event["offset"]))
         else:
-            counted[key] = max(last or event["event_at"], event["event_at"])
+            counted[key] = event["event_at"]
     told = pl.DataFrame(again, schema={"partition": pl.Int64, "offset": pl.Int64}, orient="row")
     marked = named.join(
-        told.with_columns(again=pl.lit(DeltaReason.DUPLICATE.value)),
-        on=["partition", "offset"],
-        how="left",
-        maintain_order="left",
+        told.with_columns(is_told_again=pl.lit(True)), on=["partition", "offset"], how="left", maintain_order="left"
     )
     rows = [(*key, at) for key, at in counted.items()]
-    return marked.with_columns(why=pl.coalesce("why", "again")).drop("again"), pl.DataFrame(rows, ONCE, orient="row")
+    return marked.with_columns(pl.col("is_told_again").fill_null(False)), pl.DataFrame(rows, ONCE, orient="row")
 
 
 def _moved(last: dict[str, Any] | None, event: dict[str, Any]) -> dict[str, Any]:

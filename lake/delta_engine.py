@@ -336,6 +336,8 @@ def conflicts(done: pl.DataFrame, originals: pl.DataFrame, baseline: pl.DataFram
         baseline: the state before the steps: a value that is older than what is remembered.
     """
     refused = done.filter(pl.col("reason") == DeltaReason.CONFLICT.value)
+    if refused.is_empty():
+        return pl.DataFrame(schema=CONFLICT_ROWS)
     named = {f"{register}_wh": register for register in REGISTERS}
     of = ["meter_id", "observed_at"]
     accepted = (

@@ -3,8 +3,9 @@
 Each batch adds a file to each day and table that it has rows of. Where a query has left many small ones, those of
 batches that can no longer be tried again are written as one file into a copy of the folder (the others are hard links),
 and folder and copy change places in one step. So a reader finds the same rows before and after, and never both: one
-that has listed the old files and opens them later is told that they are gone, and lists again. After a kill either
-folder is whole; what it left under staging is removed.
+that has listed the old files and opens them later is told that they are gone, and lists again. The old folder is
+emptied some batches later, when nobody is listing it any more. After a kill either folder is whole; what it left under
+staging is removed.
 """
 
 import ctypes
@@ -39,10 +40,10 @@ class Merger:
         self.prefix = prefix
         self.files = files
         self._staging = home() / "staging" / f"{prefix}-merge"
-        shutil.rmtree(self._staging, ignore_errors=True)
+        self.tidy()
         self._is_possible = can_exchange()
         if not self._is_possible:
-            log.warning("small files stay: this system cannot let two folders change places")
+            log.warning("small files stay: this system cannot let two folders change places", query=prefix)
         self._small: Counter[Path] = Counter()
         for table in tables:
             self._small.update(part.parent for part in table_path(table).glob(f"date=*/{prefix}-*.parquet"))
@@ -52,24 +53,35 @@ class Merger:
         self._small.update(folders)
 
     def merge(self, before: int) -> None:
-        """Merges where there are too many.
+        """Merges where there are too many; what cannot be merged is told and stays.
 
         Args:
             before: files of this batch and of later ones stay: they may be written again.
         """
-        for folder in [folder for folder, number in self._small.items() if number >= self.files]:
+        due = [folder for folder, number in self._small.items() if number >= self.files and self._is_possible]
+        if due:
+            self.tidy()
+        for folder in due:
             with files_moved(folder.parent.name) as is_alone:
-                if is_alone and self._is_possible:
+                if not is_alone:
+                    continue
+                try:
                     self._small[folder] = self._merged(folder, before)
+                except (OSError, pl.exceptions.PolarsError) as error:
+                    self._small[folder] = 0  # tried again when there are as many more
+                    log.warning("not merged", table=folder.parent.name, day=folder.name, error=str(error)[:500])
+
+    def tidy(self) -> None:
+        """Removes folders that were exchanged some batches ago, and what a kill has left."""
+        shutil.rmtree(self._staging, ignore_errors=True)
 
     def _merged(self, folder: Path, before: int) -> int:
         """Merges a table's day. Returns how many small files it has then."""
         small = [part for part in sorted(folder.glob(f"{self.prefix}-*.parquet")) if part.stat().st_size < LARGE_BYTES]
         done = [part for part in small if self._batches(part)[1] < before]
-        if len(done) < self.files // 2:
+        if len(done) < max(2, self.files // 2):
             return len(small)
         copy = self._staging / folder.parent.name / folder.name
-        shutil.rmtree(self._staging, ignore_errors=True)
         copy.mkdir(parents=True)
         first, last = self._batches(done[0])[0], max(self._batches(part)[1] for part in done)
         whole = copy / f"{self.prefix}-{first:08d}_{last:08d}-0.parquet"
@@ -79,7 +91,6 @@ class Merger:
         for part in set(folder.iterdir()) - set(done):
             os.link(part, copy / part.name)
         exchange(copy, folder)
-        shutil.rmtree(self._staging)
         log.info("merged", table=folder.parent.name, day=folder.name, files=len(done))
         return len(small) - len(done) + ((folder / whole.name).stat().st_size < LARGE_BYTES)
 

@@ -1,7 +1,7 @@
 """What the streaming jobs tell of themselves, for Prometheus and `make status`.
 
-Lag and rates are Spark's, by its query listener; the rest is told by `lake/streaming.py`, which keeps the books, the
-state and the clock that Spark does not know of.
+Lag and rates come of the offsets that Spark's query listener tells; the rest is told by `lake/streaming.py`, which
+keeps the books, the state and the clock that Spark does not know of.
 """
 
 import time
@@ -100,10 +100,9 @@ class Listener(StreamingQueryListener):
             return
         SEEN.labels(progress.name).set(time.time())
         for source in progress.sources:
-            ends = next_offsets(source.endOffset or "{}")
+            starts, ends = next_offsets(source.startOffset), next_offsets(source.endOffset)
             self.taken(progress.name, ends)
-            if source.startOffset:  # Spark's own count is of rows that it has read itself
-                starts = next_offsets(source.startOffset)
+            if starts:  # Spark's own count is of rows that it has read itself
                 records = sum(end - starts.get(place, 0) for place, end in ends.items())
                 if records > 0:
                     seconds = progress.durationMs["triggerExecution"] / 1_000

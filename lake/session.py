@@ -35,11 +35,12 @@ def spark_session(name: str, java_options: str = "", **options: str) -> SparkSes
         "spark.sql.streaming.numRecentProgressUpdates": "50",
         "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
         "spark.sql.warehouse.dir": str(home() / "tmp" / "warehouse"),
-        "spark.driver.extraJavaOptions": java_options,
         "spark.executor.extraJavaOptions": f"-Djava.io.tmpdir={home() / 'tmp'} -XX:-UsePerfData {java_options}",
         "spark.scheduler.mode": "FAIR",
         "spark.ui.enabled": "false",
     }
+    if java_options:  # else what spark-defaults.conf says stays
+        defaults["spark.driver.extraJavaOptions"] = java_options
     for option, value in (defaults | {k.replace("_", "."): v for k, v in options.items()}).items():
         builder = builder.config(option, value)
     session = builder.getOrCreate()

@@ -229,6 +229,11 @@ class Runner:
         self._write(None, self._state(last), key, settings, staged)
         staged.rename(self._states / f"{last}.flushed")
 
+    def tidy(self) -> None:
+        """Leaves nothing under staging when the query has stopped."""
+        if self._merger:
+            self._merger.tidy()
+
     def finish_flush(self) -> None:
         """Does a flush again that an earlier process began and did not end."""
         last = self._last_commit()
@@ -284,7 +289,11 @@ class Runner:
         finally:
             shutil.rmtree(key.staging, ignore_errors=True)
         self._first = False
-        self._merging().added(folders)
+        if self._merger is None:  # finds what is there, these too
+            tables = [*job.writes, "accounting"]
+            self._merger = Merger(f"{job.name}-{self.query_id}", tables, settings.merge_files)
+        else:
+            self._merger.added(folders)
         newest = cut.moment.bounds.get_column("bound_after").max()
         counted = books.group_by("bucket").agg(pl.col("records").sum())
         return dict(counted.iter_rows()), newest if isinstance(newest, datetime) else None
@@ -295,13 +304,6 @@ class Runner:
         known = known_frames(whole.before, TOGETHER, whole.state)
         handed = {table: staged(cut, table) for table in self.job.hands}
         keep(together(handed, newest_registry(cut.registry), known, cut.moment), known, TOGETHER, whole)
-
-    def _merging(self) -> Merger:
-        """Who merges the query's files; it looks once for those of earlier processes."""
-        if self._merger is None:
-            tables = [*self.job.writes, "accounting"]
-            self._merger = Merger(f"{self.job.name}-{self.query_id}", tables, self.settings.merge_files)
-        return self._merger
 
     def _publish_books(self, books: pl.DataFrame, key: BatchKey) -> list[Path]:
         """Writes the batch's lines. Returns their folder."""
@@ -383,6 +385,7 @@ def stay(queries: list[StreamingQuery], stop: threading.Event) -> None:
 
     Raises:
         StateLost: Kafka no longer has what a query has not read.
+        RetryLater: Kafka was away for longer than a batch waits.
         ContractBroken: a query ended by itself.
     """
     while not stop.wait(0.5):
@@ -392,7 +395,7 @@ def stay(queries: list[StreamingQuery], stop: threading.Event) -> None:
                 if lost := next((line for line in told.splitlines() if LOST_IN_KAFKA.search(line)), None):
                     raise StateLost(lost_in_kafka(query.name, lost.strip()))
                 msg = f"query {query.name} ended: {told}"
-                raise ContractBroken(msg)
+                raise (RetryLater if "RetryLater" in told else ContractBroken)(msg)
 
 
 def flushed_mark() -> Path:
@@ -427,9 +430,11 @@ def run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
         if flush.is_set():
             for query in queries:
                 query.processAllAvailable()
-    if flush.is_set():
-        for runner in runners:
+    for runner in runners:
+        if flush.is_set():
             runner.flush()
+        runner.tidy()
+    if flush.is_set():
         flushed_mark().touch()
     log.info("stopped", flushed=flush.is_set())
     session.stop()

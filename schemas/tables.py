@@ -193,7 +193,7 @@ def _lock(table: str) -> Iterator[int]:
     """A file that locks are laid on; a process that dies lets go."""
     folder = home() / "state" / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / table, os.O_CREAT | os.O_RDWR, 0o644)
+    descriptor = os.open(folder / table, os.O_CREAT | os.O_RDONLY, 0o644)  # for whoever may read the lake
     try:
         yield descriptor
     finally:

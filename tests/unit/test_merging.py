@@ -55,7 +55,6 @@ def test_files_of_batches_that_are_over_become_one_and_the_others_stay(home: Pat
         "voltage_deviation-id-00000005-0.parquet",
     ]
     assert rows() == before
-    assert not list((home / "staging").rglob("*.parquet"))
 
 
 def test_what_was_merged_is_merged_again_and_a_flush_with_its_batch(home: Path) -> None:
@@ -130,20 +129,47 @@ def test_a_merge_that_was_killed_at_any_point_is_forgotten(home: Path, monkeypat
     for batch in range(4):
         write(batch)
     before = rows()
-    for place, function in ((os, "link"), (merging, "exchange"), (merging.shutil, "rmtree")):
-        write(9, THEIRS)  # so that there is something to link
+    write(9, THEIRS)  # so that there is something to link
+    exchange = merging.exchange
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def exchange_and_die(one: Path, other: Path) -> None:
+        exchange(one, other)
+        raise KeyboardInterrupt
+
+    for place, function, death in (
+        (os, "link", die),
+        (merging, "exchange", die),
+        (merging, "exchange", exchange_and_die),
+    ):
         one = merger()
         with monkeypatch.context() as patch:
-
-            def die(*_: object, **__: object) -> None:
-                raise KeyboardInterrupt
-
-            patch.setattr(place, function, die)
+            patch.setattr(place, function, death)
             with pytest.raises(KeyboardInterrupt):
                 one.merge(before=99)
         assert [row for row in rows() if row[0] == OURS] == before
+        assert list((home / "staging").rglob("*.parquet"))
+    assert len(names()) == 2  # the last one died when it was done
     merger()
     assert not list((home / "staging").rglob("*.parquet"))
+
+
+def test_a_damaged_file_stops_its_own_merge_and_nothing_else(home: Path) -> None:
+    for batch in range(4):
+        folder = write(batch)[0]
+    broken = folder / "voltage_deviation-id-00000001-0.parquet"
+    broken.write_bytes(b"")
+    one = merger()
+    one.merge(before=99)
+    assert len(names()) == 4
+    write(1)
+    for batch in range(4, 8):
+        one.added(write(batch))
+    one.merge(before=99)
+    assert len(names()) == 1
+    assert len(rows()) == 8
 
 
 def test_a_table_that_has_got_a_column_since_is_merged_with_nulls(home: Path) -> None:

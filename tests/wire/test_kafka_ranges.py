@@ -1,6 +1,8 @@
 """A batch gets exactly the records that were planned, or says why not; on the real Kafka."""
 
+import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -9,7 +11,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from lake import kafka_ranges
 from lake.decoding import KAFKA
-from lake.kafka_ranges import Range, fetched
+from lake.kafka_ranges import Range, fetched, planned
 from schemas.errors import RetryLater, StateLost
 from stack.demo import own_settings
 from stack.native import NativeStack
@@ -90,6 +92,7 @@ def test_marks_of_transactions_are_no_records_wherever_they_lie(kafka: str) -> N
 def test_what_kafka_no_longer_has_is_told_and_passed_over_when_accepted(kafka: str) -> None:
     with pytest.raises(StateLost, match="KAFKA_DATA_LOSS cut-0 at offset 10"):
         fetched(Range("cut", 0, 10, 2_000), kafka, False)
+    assert gc.isenabled()
     assert numbers(fetched(Range("cut", 0, 10, 2_000), kafka, True)) == list(range(1_000, 2_000))
     assert numbers(fetched(Range("cut", 0, 10, 500), kafka, True)) == []
     assert numbers(fetched(Range("cut", 0, 1_500, 1_501), kafka, False)) == [1_500]
@@ -115,3 +118,17 @@ def test_a_kafka_that_says_nothing_is_asked_again_later(monkeypatch: pytest.Monk
     monkeypatch.setattr(kafka_ranges, "SILENT_S", 2.0)
     with pytest.raises(RetryLater, match="Kafka gives nothing of plain-0 from offset 0 on: .*(refused|down|failed)"):
         fetched(Range("plain", 0, 0, 10), "127.0.0.1:1", False)
+
+
+def test_a_plan_is_what_lies_between_two_batches_of_the_checkpoint(tmp_path: Path) -> None:
+    for file, offsets in {
+        "sources/0/0": '\0v1\n{"t":{"0":5,"1":0}}',
+        "offsets/0": 'v1\n{"batchTimestampMs":1}\n{"t":{"0":9,"1":0}}',
+        "offsets/1": 'v1\n{"batchTimestampMs":2}\n{"t":{"0":12,"1":3,"2":4}}',
+        "offsets/2": 'v1\n{"batchTimestampMs":3}\n{"t":{"0":2,"1":3,"2":4}}',
+    }.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(offsets)
+    assert planned(tmp_path, 0) == [Range("t", 0, 5, 9)]
+    assert planned(tmp_path, 1) == [Range("t", 0, 9, 12), Range("t", 1, 0, 3), Range("t", 2, 0, 4)]
+    assert planned(tmp_path, 2) == [Range("t", 0, 0, 2)], "made anew: all that it has"

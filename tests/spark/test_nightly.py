@@ -15,7 +15,7 @@ from pyspark.sql import DataFrame, SparkSession
 from batch_jobs import discovered
 from lake.nightly import BatchJob, in_order, publish
 from schemas.errors import ConfigError, ContractBroken
-from schemas.tables import TABLES, glob_of, home, report_path, table_path
+from schemas.tables import TABLES, files_moved, glob_of, home, report_path, table_path
 
 DAY = datetime.date(2024, 6, 10)
 MIDNIGHT = datetime.datetime(2024, 6, 10, tzinfo=datetime.UTC)
@@ -126,3 +126,18 @@ def test_a_date_that_is_none_is_an_error_of_use(arguments: list[str]) -> None:
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert "--date" in ended.stderr
+
+
+def test_while_a_night_reads_a_table_nobody_may_merge_its_files(spark: SparkSession, lake: Path) -> None:
+    seen: dict[str, bool] = {}
+
+    def transform(tables: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date) -> DataFrame:
+        for table in ("alarms", "readings"):
+            with files_moved(table) as is_alone:
+                seen[table] = is_alone
+        return tables["alarms"].select("alarm_id")
+
+    publish(spark, BatchJob("locked", 1, {"alarms": 0}, transform), DAY)
+    assert seen == {"alarms": False, "readings": True}
+    with files_moved("alarms") as is_alone:
+        assert is_alone

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from glob import glob  # of folders that come and go: pathlib's fails over one that is gone
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -288,7 +289,7 @@ def kill_and_restart(contestant: Contestant, run: Run) -> tuple[int, int]:
                 raise one.problem(msg)
         while True:
             begun, committed = newest(run, "offsets"), newest(run, "commits")
-            if begun > committed and any(run.out.glob(f"home/staging/*-{begun:08d}/*/date=*/*")):
+            if begun > committed and glob(f"{run.out}/home/staging/*-{begun:08d}/*/date=*/*"):
                 break  # rows are staged or being renamed in
             if one.process.poll() is not None:
                 msg = f"{contestant.name} ended before it was killed:"

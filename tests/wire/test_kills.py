@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from glob import glob  # of folders that come and go: pathlib's fails over one that is gone
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +175,13 @@ class Driver:
         if not (checkpoint / "offsets" / f"{batch}").exists():
             return None
         key = f"{job}-{self.query_id(job)}-{batch:08d}"
-        lake = self.home / "lake"
-        if any(lake.glob(f"accounting/date=*/{key}-*.parquet")):
+        if glob(f"{self.home}/lake/accounting/date=*/{key}-*.parquet"):
             return "books"
-        if any(lake.glob(f"*/date=*/{key}-*.parquet")):
+        if glob(f"{self.home}/lake/*/date=*/{key}-*.parquet"):
             return "table"
-        if any((self.home / "staging" / key).glob("*/date=*/*.parquet")):
+        if glob(f"{self.home}/staging/{key}/*/date=*/*.parquet"):
             return "staged"
-        if any((self.home / "state" / job).glob(f"*/{batch}/*/*.arrow")):
+        if glob(f"{self.home}/state/{job}/*/{batch}/*/*.arrow"):
             return "state"
         return "planned"
 

@@ -12,7 +12,6 @@ import ctypes
 import errno
 import os
 import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -40,8 +39,7 @@ class Merger:
         self.prefix = prefix
         self.files = files
         self._staging = home() / "staging" / f"{prefix}-merge"
-        self.tidy()
-        self._is_possible = can_exchange()
+        self._is_possible = can_exchange(self._staging)
         if not self._is_possible:
             log.warning("small files stay: this system cannot let two folders change places", query=prefix)
         self._small: Counter[Path] = Counter()
@@ -114,16 +112,15 @@ def exchange(one: Path, other: Path) -> None:
         raise OSError(number, os.strerror(number), str(one))
 
 
-def can_exchange() -> bool:
-    """Whether folders of the lake can change places: on Linux, but not on every file system."""
-    staging = home() / "staging"
-    staging.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=staging) as folder:
-        one, other = Path(folder, "one"), Path(folder, "other")
-        one.mkdir()
-        other.mkdir()
-        try:
-            exchange(one, other)
-        except OSError:
-            return False
+def can_exchange(folder: Path) -> bool:
+    """Whether two folders in this one, which is removed, can change places: on Linux, but not on every file system."""
+    one, other = folder / "one", folder / "other"
+    for each in (one, other):
+        each.mkdir(parents=True, exist_ok=True)
+    try:
+        exchange(one, other)
+    except OSError:
+        return False
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return True

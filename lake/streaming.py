@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -51,7 +51,7 @@ from schemas.closed_lists import Bucket
 from schemas.codec import encode_batch
 from schemas.errors import ContractBroken, RetryLater, StateLost, exits
 from schemas.settings import Settings, load
-from schemas.tables import ACCOUNTING, home
+from schemas.tables import ACCOUNTING, home, job_run
 from schemas.topics import Topic
 
 log = structlog.get_logger()
@@ -155,6 +155,7 @@ class Runner:
         """Starts the query; it goes on where its checkpoint stands."""
         settings = self.settings
         require_whole(self.job.name, self.job.version, self.checkpoint)
+        self.tidy()
         for left in [*self.checkpoint.rglob(".*.tmp"), *self.checkpoint.rglob(".*.tmp.crc")]:
             left.unlink()  # of a write that was killed; before its first batch Spark takes no folder that has one
         records = (
@@ -230,9 +231,9 @@ class Runner:
         staged.rename(self._states / f"{last}.flushed")
 
     def tidy(self) -> None:
-        """Leaves nothing under staging when the query has stopped."""
-        if self._merger:
-            self._merger.tidy()
+        """Leaves nothing of the job under staging: of a query that has stopped, was killed, or came before this one."""
+        for left in (home() / "staging").glob(f"{self.job.name}-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def finish_flush(self) -> None:
         """Does a flush again that an earlier process began and did not end."""
@@ -407,8 +408,18 @@ def run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
     """Runs the jobs in one driver until SIGTERM or SIGINT; SIGUSR1 before that asks for a flush at the end.
 
     Raises:
+        RetryLater: another process runs one of them on this home.
         ContractBroken: a query ended by itself; the others are stopped.
     """
+    with ExitStack() as held:
+        for job in jobs:
+            if not held.enter_context(job_run(job.name)):
+                msg = f"{job.name} runs in another process with METERSTREAM_HOME={home()}; stop that one first"
+                raise RetryLater(msg)
+        _run(jobs, settings)
+
+
+def _run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
     stop, flush = asked_to_end(), threading.Event()
     if settings.flush:
         flush.set()

@@ -7,7 +7,7 @@ A table is Parquet under `lake/<table>/date=YYYY-MM-DD/`, a report under `report
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import polars as pl
@@ -176,10 +176,19 @@ def files_kept(*tables: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def files_moved(table: str) -> Iterator[bool]:
+def files_moved(table: str) -> AbstractContextManager[bool]:
     """Whether this process alone may move a table's files, as long as it holds; nobody is waited for."""
-    with _lock(table) as lock:
+    return _alone(table)
+
+
+def job_run(job: str) -> AbstractContextManager[bool]:
+    """Whether this process alone runs a streaming job on this home, as long as it holds; nobody is waited for."""
+    return _alone(f"{job}.job")
+
+
+@contextmanager
+def _alone(name: str) -> Iterator[bool]:
+    with _lock(name) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_alone = True
@@ -189,11 +198,11 @@ def files_moved(table: str) -> Iterator[bool]:
 
 
 @contextmanager
-def _lock(table: str) -> Iterator[int]:
+def _lock(name: str) -> Iterator[int]:
     """A file that locks are laid on; a process that dies lets go."""
     folder = home() / "state" / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / table, os.O_CREAT | os.O_RDONLY, 0o644)  # for whoever may read the lake
+    descriptor = os.open(folder / name, os.O_CREAT | os.O_RDONLY, 0o644)  # for whoever may read the lake
     try:
         yield descriptor
     finally:

@@ -12,6 +12,7 @@ from replay.record import sent_by
 from replay.run import Order, play, run_folder
 from replay.sinks import NullSink
 from schemas.errors import RetryLater
+from schemas.tables import job_run
 from tests.wire import small_tape
 
 SPARKFUN = Path(__file__).parents[1] / "logs" / "sparkfun.csv"
@@ -68,3 +69,15 @@ def test_a_run_tells_how_many_records_a_recording_of_it_has(tmp_path: Path, monk
     (run_folder("r1") / "ledger.parquet").unlink()
     with pytest.raises(RetryLater, match="still runs, or was killed"):
         sent_by("r1")
+
+
+def test_a_second_driver_of_a_job_is_told_so_before_it_touches_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
+    with job_run("voltage_deviation") as is_alone:
+        assert is_alone
+        command = [sys.executable, "-m", "streaming_jobs.voltage_deviation"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    told = f"error: voltage_deviation runs in another process with METERSTREAM_HOME={tmp_path}; stop that one first\n"
+    assert (found.returncode, found.stderr) == (1, told)

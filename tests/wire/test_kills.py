@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from glob import glob  # of folders that come and go: pathlib's fails over one that is gone
@@ -339,6 +340,9 @@ def test_ten_kills_one_at_each_phase_of_a_batch_and_of_a_flush_change_no_row(
             assert watch(process, lambda: driver.flush_phase() in begun)  # noqa: B023
             kill(process)
         hit.append(str(driver.flush_phase()))
+    for query_id in (driver.query_id("readings_lake"), str(uuid.uuid4())):  # its own, and of a query before it
+        left = driver.home / "staging" / f"readings_lake-{query_id}-merge" / "readings"
+        left.mkdir(parents=True, exist_ok=True)
     assert len(hit) == 10
     assert len(set(hit)) >= 6, f"kills came at {hit}"
     assert set(hit) & set(FLUSH_PHASES), f"kills came at {hit}"

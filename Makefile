@@ -14,9 +14,10 @@ setup:  ## Install what is needed into .venv (again in no time)
 	@python3 tools/setup.py
 
 # In containers where a Docker engine answers, else natively: MODE=docker|native decides. CLUSTER=1: Spark standalone.
-export MODE CLUSTER FLUSH
+# CRITICAL=1: critical events too.
+export MODE CLUSTER CRITICAL FLUSH
 
-up: setup  ## Start the stack: MQTT broker, Kafka, bridge, streaming jobs; MODE=docker|native, CLUSTER=1
+up: setup  ## Start the stack: MQTT broker, Kafka, bridge, streaming jobs; MODE=docker|native, CLUSTER=1, CRITICAL=1
 	@$(PYTHON) -m stack up
 
 down: setup  ## Stop the stack; its data stay. FLUSH=1: first take all, close open windows

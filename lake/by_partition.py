@@ -24,7 +24,7 @@ from lake.decoding import KAFKA, decoded, spark_schema
 from lake.kafka_ranges import RANGES, Range, fetched
 from lake.publishing import COMPRESSION
 from lake.reading import RegistryFiles, newest_registry
-from schemas.errors import ContractBroken
+from schemas.errors import ContractBroken, StateLost
 from schemas.tables import TABLES, arrow_of, polars_schema
 from schemas.topics import Topic
 
@@ -174,6 +174,8 @@ def _unit(unit: str, records: pa.Table, cut: Cut) -> pl.DataFrame:
     """One Kafka partition: decodes, transforms, writes. Returns its lines of the books."""
     rows = decoded(records, cut.topics[unit.rpartition("-")[0]])
     known = known_frames(cut.before, unit, cut.state)
+    if "recent" in known and len(records):
+        known["recent"] = _of_this_topic(known["recent"], records.column("offset")[0].as_py())
     frames = cut.transform(rows, newest_registry(cut.registry), known, cut.moment)
     keep(frames, known, unit, cut)
     if len(rows):
@@ -182,13 +184,26 @@ def _unit(unit: str, records: pa.Table, cut: Cut) -> pl.DataFrame:
     return frames["books"]
 
 
+def _of_this_topic(recent: pl.DataFrame, first_offset: int) -> pl.DataFrame:
+    """Records that came before a batch; those at its offsets or behind them were of a topic that was made anew."""
+    is_before = recent.get_column("offset") < first_offset
+    return recent if is_before.all() else recent.filter(is_before)
+
+
 def known_frames(before: Path | None, unit: str, state: Mapping[str, pl.Schema]) -> dict[str, pl.DataFrame]:
-    """The state that the batch before left for a partition."""
-    frames = {}
-    for kind, schema in state.items():
-        path = before / unit / f"{kind}.arrow" if before else None
-        frames[kind] = pl.read_ipc(path) if path and path.exists() else pl.DataFrame(schema=schema)
-    return frames
+    """The state that the batch before left for a partition; empty where it had none of it.
+
+    Raises:
+        StateLost: of what it left a file is gone, or cannot be read.
+    """
+    folder = before / unit if before else None
+    if folder is None or not folder.exists():
+        return {kind: pl.DataFrame(schema=schema) for kind, schema in state.items()}
+    try:
+        return {kind: pl.read_ipc(folder / f"{kind}.arrow") for kind in state}
+    except (OSError, pl.exceptions.PolarsError) as error:
+        msg = f"the state in {folder} cannot be read ({error}). Repair: from the beginning (docs/operations.md)"
+        raise StateLost(msg) from error
 
 
 def staged(cut: Cut, table: str) -> pl.DataFrame:

@@ -15,6 +15,12 @@ LOST_IN_KAFKA = re.compile(r"KAFKA_DATA_LOSS|OffsetOutOfRangeException")
 """What the errors of Spark and of Kafka say where Kafka no longer has what a query has not read."""
 
 
+STATE_LOST = re.compile(r"schemas\.errors\.StateLost: (?!KAFKA_DATA_LOSS)(.+)")
+"""What a query's error says where its own state is gone."""
+KAFKA_IS_AWAY = re.compile(r"RetryLater|org\.apache\.kafka\.common\.errors\.(Timeout|Disconnect|Network)Exception")
+"""What they say where Kafka does not answer, to us and to Spark."""
+
+
 def require_whole(name: str, version: int, checkpoint: Path) -> None:
     """Looks at a checkpoint before Spark does.
 
@@ -62,9 +68,9 @@ def from_the_beginning(name: str, checkpoint: Path) -> str:
     metadata = checkpoint / "metadata"
     query_id = json.loads(metadata.read_text())["id"] if _has_json(metadata, 0, 1) else "*"
     return (
-        f"Repair: stop the jobs, remove {checkpoint}, remove the files {name}-{query_id}-* under {home() / 'lake'}, "
-        "and start again: the job reads all that Kafka still has. Keep a copy of those files where they reach back "
-        "further than Kafka does."
+        f"Repair: stop the jobs, remove {checkpoint} and {home() / 'state' / name}, remove the files "
+        f"{name}-{query_id}-* under {home() / 'lake'}, and start again: the job reads all that Kafka still has. "
+        "Keep a copy of those files where they reach back further than Kafka does."
     )
 
 
@@ -72,8 +78,9 @@ def lost_in_kafka(name: str, told: str) -> str:
     """What to do where Kafka no longer has what a query has not read."""
     return (
         f"{name}: Kafka no longer has records that this job has not read: they grew older than the topic's retention, "
-        "or the topic was made anew. What is in the lake stays. Repair: start once with METERSTREAM_ACCEPT_LOSS=true: "
-        f"the job goes on with the oldest record that there is, its books lack what is gone. {told}"
+        "or the topic was made anew. What is in the lake stays. Repair: start with "
+        "METERSTREAM_ACCEPT_LOSS=true until the lag is 0, then without: the job goes on with the oldest record "
+        f"that there is, its books lack what is gone. {told}"
     )
 
 

@@ -21,7 +21,7 @@ KAFKA = pa.schema(
         pa.field("timestamp", TIMESTAMP),
     ]
 )
-"""The columns of Spark's Kafka source that a job reads."""
+"""What a job reads of a Kafka record: columns of Spark's Kafka source."""
 REFUSED = [pa.field("refused_because", STRING), pa.field("refused_detail", STRING)]
 
 

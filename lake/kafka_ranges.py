@@ -9,6 +9,7 @@ import gc
 import json
 import time
 from collections import deque
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +17,13 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, Message, TopicPartition
+import structlog
+from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from lake.decoding import KAFKA
 from schemas.errors import RetryLater, StateLost
+from schemas.topics import Topic
 
 RANGES = pa.schema(
     [
@@ -32,6 +36,7 @@ RANGES = pa.schema(
 AT_ONCE = 500
 """Records that are taken over together: few enough for the processor's cache (10,000 cost 1.5 times as much)."""
 LOOK_S = 0.1
+NO_LEADER_S = 30.0
 SILENT_S = 60.0  # Kafka restarts within that
 CONSUMER = {
     "group.id": "meterstream",  # asked for by the client; nothing is committed
@@ -50,6 +55,7 @@ CONSUMER = {
 GONE = {KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE}
 DAMAGED = {KafkaError._BAD_MSG, KafkaError._BAD_COMPRESSION, KafkaError._NOT_IMPLEMENTED}
 """After these the client goes on behind what it could not read."""
+log = structlog.get_logger()
 
 
 class Range(NamedTuple):
@@ -93,6 +99,27 @@ def next_offsets(text: str | None) -> dict[tuple[str, int], int]:
     }
 
 
+def newest_offsets(bootstrap: str, topics: Iterable[Topic]) -> dict[tuple[str, int], int]:
+    """Topic and partition → the offset that its next record gets.
+
+    Raises:
+        RetryLater: Kafka does not say. Just started, it may not know a partition's leader: it is asked for a while.
+    """
+    admin, until = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0}), time.monotonic() + NO_LEADER_S
+    names = {topic.name for topic in topics}
+    while True:
+        try:
+            known = admin.list_topics(timeout=10).topics
+            places = [TopicPartition(name, number) for name in names & set(known) for number in known[name].partitions]
+            asked = admin.list_offsets({place: OffsetSpec.latest() for place in places}, request_timeout=10.0)  # type: ignore[no-untyped-call]
+            return {(place.topic, place.partition): answer.result().offset for place, answer in asked.items()}
+        except KafkaException as error:
+            if time.monotonic() > until:
+                msg = f"Kafka at {bootstrap} does not say what it has: {error.args[0].str()}"
+                raise RetryLater(msg) from error
+        time.sleep(0.2)
+
+
 def fetched(place: Range, bootstrap: str, accept_loss: bool) -> pa.Table:
     """The records of a range, columns `lake.decoding.KAFKA`, in the order of their offsets.
 
@@ -112,9 +139,12 @@ def fetched(place: Range, bootstrap: str, accept_loss: bool) -> pa.Table:
     except StateLost:
         if not accept_loss:
             raise
-        low, high = consumer.get_watermark_offsets(TopicPartition(place.topic, place.partition), timeout=SILENT_S)
+        low, high = _kept(consumer, place)
         left = place._replace(end_offset=min(place.end_offset, high))
-        return _read(consumer, complaints, left, max(low, min(start, high)))
+        begin = max(low, min(start, high))
+        records = _read(consumer, complaints, left, begin)
+        log.warning("records are gone", range=place._asdict(), read_from=begin, to=left.end_offset)
+        return records
 
 
 @cache
@@ -125,9 +155,24 @@ def _consumer(bootstrap: str) -> tuple[Consumer, deque[str]]:
     return Consumer({"bootstrap.servers": bootstrap, **CONSUMER, **told}), complaints
 
 
+def _kept(consumer: Consumer, place: Range) -> tuple[int, int]:
+    """First offset that Kafka has of a partition, and the one that comes next.
+
+    Raises:
+        RetryLater: it does not say.
+    """
+    try:
+        found = consumer.get_watermark_offsets(TopicPartition(place.topic, place.partition), timeout=SILENT_S)
+    except KafkaException as error:
+        msg = f"Kafka does not say what it has of {place.topic}-{place.partition}: {error.args[0].str()}"
+        raise RetryLater(msg) from error
+    return int(found[0]), int(found[1])
+
+
 def _read(consumer: Consumer, complaints: deque[str], place: Range, start: int) -> pa.Table:
     pieces = [KAFKA.empty_table()]
     heard, ends_at = time.monotonic(), None
+    complaints.append("it says nothing")
     consumer.assign([TopicPartition(place.topic, place.partition, start)])
     gc.disable()  # nothing here refers to itself, and looking for it takes a quarter of the time
     try:
@@ -145,18 +190,19 @@ def _read(consumer: Consumer, complaints: deque[str], place: Range, start: int) 
                 if message.topic() is not None and (message.topic(), message.partition()) != place[:2]:
                     continue  # of the range before
                 if error.code() in DAMAGED:
-                    msg = f"Kafka's records of {place.topic}-{place.partition} from offset {start} on: {error.str()}"
+                    msg = f"Kafka's records of {place.topic}-{place.partition} from offset {start} on are damaged: "
+                    msg += f"{error.str()}. Where that stays so: docs/operations.md"
                     raise RetryLater(msg)
                 if error.code() in GONE:
                     msg = f"KAFKA_DATA_LOSS {place.topic}-{place.partition} at offset {start}: {error.str()}"
                     raise StateLost(msg)
                 if error.code() == KafkaError._PARTITION_EOF and offset not in (None, OFFSET_INVALID):
-                    start = max(start, offset)  # what a transaction has left there is no record
-                    ends_at = offset
+                    if offset >= start:
+                        start = ends_at = offset  # what a transaction has left there is no record
                 else:
                     complaints.append(error.str())
             if time.monotonic() - heard > SILENT_S:
-                if ends_at is not None:  # by now a new leader has what it had acknowledged
+                if ends_at is not None and _kept(consumer, place)[1] < place.end_offset:
                     msg = f"KAFKA_DATA_LOSS {place.topic}-{place.partition} ends at offset {ends_at}"
                     raise StateLost(msg)
                 msg = f"Kafka gives nothing of {place.topic}-{place.partition} from offset {start} on: {complaints[-1]}"

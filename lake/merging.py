@@ -3,27 +3,27 @@
 Each batch adds a file to each day and table that it has rows of. Where a query has left many small ones, those of
 batches that can no longer be tried again are written as one file into a copy of the folder (the others are hard links),
 and folder and copy change places in one step. So a reader finds the same rows before and after, and never both: one
-that has listed the old files and opens them later is told that they are gone, and lists again. The old folder is
-emptied some batches later, when nobody is listing it any more. After a kill either folder is whole; what it left under
-staging is removed.
+that has listed the old files and opens them later is told that they are gone, and lists again. The old folder keeps
+its files for a minute, for who is just listing it. After a kill either folder is whole; what it left under staging is
+removed by the next one.
 """
 
-import ctypes
-import errno
 import os
+import re
 import shutil
-from collections import Counter
+import time
+from collections import Counter, deque
 from pathlib import Path
 
 import polars as pl
 import structlog
 
-from lake.publishing import COMPRESSION
+from lake.publishing import COMPRESSION, exchange
 from schemas.tables import TABLES, files_moved, home, polars_schema, table_path
 
 LARGE_BYTES = 32_000_000
 """A file of that size stays as it is: it holds a million readings or so, and a scan has nothing to gain."""
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
+KEPT_S = 60.0
 log = structlog.get_logger()
 
 
@@ -38,10 +38,13 @@ class Merger:
     def __init__(self, prefix: str, tables: list[str], files: int) -> None:
         self.prefix = prefix
         self.files = files
+        self._name = re.compile(rf"{re.escape(prefix)}-\d+(f|_\d+)?-\d+\.parquet")  # others are left alone
         self._staging = home() / "staging" / f"{prefix}-merge"
         self._is_possible = can_exchange(self._staging)
         if not self._is_possible:
             log.warning("small files stay: this system cannot let two folders change places", query=prefix)
+        self._copies = 0
+        self._left = deque[tuple[float, Path]]()  # when they were made, and folders that nobody needs any more
         self._small: Counter[Path] = Counter()
         for table in tables:
             self._small.update(part.parent for part in table_path(table).glob(f"date=*/{prefix}-*.parquet"))
@@ -56,10 +59,9 @@ class Merger:
         Args:
             before: files of this batch and of later ones stay: they may be written again.
         """
-        due = [folder for folder, number in self._small.items() if number >= self.files and self._is_possible]
-        if due:
-            self.tidy()
-        for folder in due:
+        while self._left and time.monotonic() - self._left[0][0] > KEPT_S:
+            shutil.rmtree(self._left.popleft()[1], ignore_errors=True)
+        for folder in [folder for folder, number in self._small.items() if number >= self.files and self._is_possible]:
             with files_moved(folder.parent.name) as is_alone:
                 if not is_alone:
                     continue
@@ -69,18 +71,17 @@ class Merger:
                     self._small[folder] = 0  # tried again when there are as many more
                     log.warning("not merged", table=folder.parent.name, day=folder.name, error=str(error)[:500])
 
-    def tidy(self) -> None:
-        """Removes folders that were exchanged some batches ago, and what a kill has left."""
-        shutil.rmtree(self._staging, ignore_errors=True)
-
     def _merged(self, folder: Path, before: int) -> int:
         """Merges a table's day. Returns how many small files it has then."""
-        small = [part for part in sorted(folder.glob(f"{self.prefix}-*.parquet")) if part.stat().st_size < LARGE_BYTES]
+        ours = [part for part in sorted(folder.iterdir()) if self._name.fullmatch(part.name)]
+        small = [part for part in ours if part.stat().st_size < LARGE_BYTES]
         done = [part for part in small if self._batches(part)[1] < before]
         if len(done) < max(2, self.files // 2):
             return len(small)
-        copy = self._staging / folder.parent.name / folder.name
+        self._copies += 1
+        copy = self._staging / f"{self._copies}"
         copy.mkdir(parents=True)
+        self._left.append((time.monotonic(), copy))
         first, last = self._batches(done[0])[0], max(self._batches(part)[1] for part in done)
         whole = copy / f"{self.prefix}-{first:08d}_{last:08d}-0.parquet"
         schema = polars_schema(TABLES[folder.parent.name])
@@ -96,20 +97,6 @@ class Merger:
         """First and last batch of a file, by its name: `…-00000012-0`, `…-00000012f-0` or `…-00000000_00000063-0`."""
         first, _, last = part.stem.removeprefix(f"{self.prefix}-").partition("-")[0].partition("_")
         return int(first.rstrip("f")), int((last or first).rstrip("f"))
-
-
-def exchange(one: Path, other: Path) -> None:
-    """Two folders change places, in one step for whoever looks on.
-
-    Raises:
-        OSError: the file system cannot do that; nothing has changed.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(one))
-    if libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(one))
 
 
 def can_exchange(folder: Path) -> bool:

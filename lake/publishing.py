@@ -5,6 +5,9 @@ rows, removes what an earlier attempt left, and renames its own files in: after 
 and none is there twice. Renames are atomic on a local or shared file system, not on an object store.
 """
 
+import ctypes
+import errno
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +19,11 @@ import pyarrow.parquet as pq
 from pyspark.sql import DataFrame
 
 from lake.session import uri
-from schemas.tables import files_kept, home, report_path, table_path
+from schemas.errors import RetryLater
+from schemas.tables import files_kept, home, report_path, report_run, table_path
 
 SMALL_ROWS = 200_000
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 COMPRESSION: Literal["snappy"] = "snappy"
 
 
@@ -98,12 +103,39 @@ def swap_in(table: str, key: BatchKey) -> None:
     shutil.rmtree(staged, ignore_errors=True)
 
 
+def exchange(one: Path, other: Path) -> None:
+    """Two folders change places, in one step for whoever looks on.
+
+    Raises:
+        OSError: the file system cannot do that; nothing has changed.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(one))
+    if libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(one))
+
+
 def publish_report(rows: DataFrame, report: str, date: str) -> int:
-    """Replaces a report's date by new rows, by renaming the folder; the same rows when run twice.
+    """Replaces a report's date by new rows, by an exchange of folders; the same rows when run twice.
+
+    Where the file system cannot exchange folders, the date is away for the moment between two renames.
 
     Returns:
         The number of rows.
+
+    Raises:
+        RetryLater: another process writes the same report of the same date.
     """
+    with report_run(report, date) as is_alone:
+        if not is_alone:
+            msg = f"another process writes {report} of {date}"
+            raise RetryLater(msg)
+        return _publish_report(rows, report, date)
+
+
+def _publish_report(rows: DataFrame, report: str, date: str) -> int:
     staged = home() / "staging" / f"{report}-{date}"
     retired = home() / "staging" / f"{report}-{date}-retired"
     target = report_path(report) / f"date={date}"
@@ -114,8 +146,12 @@ def publish_report(rows: DataFrame, report: str, date: str) -> int:
     for extra in [*staged.glob("_*"), *staged.glob(".*")]:
         extra.unlink()
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        target.rename(retired)
-    staged.rename(target)
-    shutil.rmtree(retired, ignore_errors=True)
+    try:
+        exchange(staged, target)
+    except OSError:
+        if target.exists():
+            target.rename(retired)
+        staged.rename(target)
+    for old in (staged, retired):
+        shutil.rmtree(old, ignore_errors=True)
     return sum(pq.ParquetFile(part).metadata.num_rows for part in target.glob("*.parquet"))

@@ -40,21 +40,22 @@ from lake.by_partition import (
     staged,
 )
 from lake.by_partition import run as run_partitions
-from lake.checkpoint import LOST_IN_KAFKA, from_the_beginning, lost_in_kafka, require_whole
+from lake.checkpoint import KAFKA_IS_AWAY, LOST_IN_KAFKA, STATE_LOST, from_the_beginning, lost_in_kafka, require_whole
 from lake.decoding import spark_schema
-from lake.kafka_ranges import RANGES, checkpointed, planned
+from lake.kafka_ranges import RANGES, checkpointed, newest_offsets, planned
 from lake.merging import Merger
 from lake.publishing import BatchKey, publish_small, remove_parts, rename_in, swap_in
 from lake.reading import newest_registry, registry_files
 from lake.session import spark_session, uri
 from schemas.closed_lists import Bucket
 from schemas.codec import encode_batch
-from schemas.errors import ContractBroken, RetryLater, StateLost, exits
+from schemas.errors import ContractBroken, MeterstreamError, RetryLater, StateLost, exits
 from schemas.settings import Settings, load
 from schemas.tables import ACCOUNTING, home, job_run
 from schemas.topics import Topic
 
 log = structlog.get_logger()
+NEXT_TIME = "this batch came when all that Kafka had at the flush was taken: it is the first of the next start"
 PRODUCER = {"acks": "all", "enable.idempotence": True, "compression.type": "lz4", "partitioner": "murmur2_random"}
 SEND_TIMEOUT_S = 60
 JAVA_OPTIONS = "-XX:TieredStopAtLevel=1"
@@ -74,7 +75,7 @@ class StreamSettings(Settings):
             the broker leaves unacknowledged.
         max_ahead_s: how far a meter's clock may be ahead of the arrival before it is impossible.
         max_behind_s: how far behind; a meter that was offline sends readings of months ago.
-        flush: on the way out take what Kafka still has, then close what is open.
+        flush: on the way out take what Kafka has by then, then close what is open.
         close_all: set by a flush: every window is over.
         accept_loss: go on where Kafka no longer has what was not read yet.
         metrics_port: where `GET /metrics` is answered; 0 is nowhere.
@@ -141,6 +142,9 @@ class Runner:
         self.checkpoint = home() / "state" / "checkpoints" / f"{job.name}-v{job.version}"
         self._first = True
         self._merger: Merger | None = None
+        self._last: dict[tuple[str, int], int] | None = None
+        self._begun = -1
+        self._gate = threading.Lock()
 
     @property
     def query_id(self) -> str:
@@ -154,7 +158,6 @@ class Runner:
     def start(self, session: SparkSession) -> StreamingQuery:
         """Starts the query; it goes on where its checkpoint stands."""
         settings = self.settings
-        require_whole(self.job.name, self.job.version, self.checkpoint)
         self.tidy()
         for left in [*self.checkpoint.rglob(".*.tmp"), *self.checkpoint.rglob(".*.tmp.crc")]:
             left.unlink()  # of a write that was killed; before its first batch Spark takes no folder that has one
@@ -177,6 +180,10 @@ class Runner:
 
     def _fetch(self, records: DataFrame, batch_id: int) -> None:
         """Spark has planned the batch; its records are not asked of Spark, the tasks fetch them."""
+        with self._gate:
+            if self.is_at_its_end:
+                raise RetryLater(NEXT_TIME)
+            self._begun = batch_id
         ranges = planned(self.checkpoint, batch_id)
         places = records.sparkSession.createDataFrame(ranges, spark_schema(RANGES)) if ranges else None
         self.process(places, batch_id)
@@ -194,6 +201,22 @@ class Runner:
         for old in self._states.iterdir():
             if int(old.name.partition(".")[0]) < batch_id - 1:
                 shutil.rmtree(old)
+
+    def end_with(self, newest: Mapping[tuple[str, int], int]) -> None:
+        """Sets what it shall take, and no batch more: topic and partition → the offset that comes next."""
+        topics = {topic.name for topic in self.job.topics}
+        with self._gate:
+            self._last = {place: offset for place, offset in newest.items() if place[0] in topics}
+
+    @property
+    def is_at_its_end(self) -> bool:
+        """Whether it has committed all that it shall take, and what it began; never, where nothing was set."""
+        last, begin = self._last_commit(), self.checkpoint / "sources" / "0" / "0"
+        if self._last is None or self._begun > (-1 if last is None else last):
+            return False
+        taken = checkpointed(begin) if begin.exists() else {}
+        taken |= checkpointed(self.checkpoint / "offsets" / str(last)) if last is not None else {}
+        return all(taken.get(place, 0) >= offset for place, offset in self._last.items())
 
     def tell(self, listener: metrics.Listener) -> None:
         """Tells where the query stands before its first batch."""
@@ -261,6 +284,7 @@ class Runner:
             shutil.rmtree(left, ignore_errors=True)
         after.mkdir(parents=True)
         clocks = [pl.read_ipc(file) for file in sorted(before.glob("*/clock.arrow"))] if before else []
+        bound = bounds(clocks, settings.allowed_lateness_s, self._planned_at(key))
         cut = Cut(
             topics={topic.name: topic for topic in job.topics},
             writes=job.writes,
@@ -268,7 +292,7 @@ class Runner:
             state=job.state,
             transform=job.transform,
             registry=registry_files(),
-            moment=Moment(settings, bounds(clocks, settings.allowed_lateness_s)),
+            moment=Moment(settings, bound),
             before=before,
             after=after,
             staging=key.staging,
@@ -278,10 +302,10 @@ class Runner:
             books = run_partitions(records, cut)
             if job.together:
                 self._put_together(job.together, cut)
-            if self._first:
-                remove_parts(key, [*job.writes, "accounting"])
             for table, topic in job.sends.items():
                 send(staged(cut, table), topic, settings.kafka_bootstrap)
+            if self._first:
+                remove_parts(key, [*job.writes, "accounting"])
             for table in job.writes:
                 folders += rename_in(table, key)
             folders += self._publish_books(books, key)
@@ -317,15 +341,28 @@ class Runner:
             {"run_id": run, "stage": self.job.name, "batch": str(key), "received": sum(buckets.values()), **buckets}
             for run, buckets in sorted(runs.items(), key=lambda item: item[0] or "")
         ]
-        batch = self.checkpoint / "offsets" / str(int(key.batch.rstrip("f")))
-        started_ms = json.loads(batch.read_text().splitlines()[1])["batchTimestampMs"]  # the same when tried again
-        day = datetime.fromtimestamp(started_ms / 1000, UTC).date()
+        day = self._planned_at(key).date()
         return publish_small(pa.Table.from_pylist(rows, ACCOUNTING), "accounting", key, day.isoformat())
 
+    def _planned_at(self, key: BatchKey) -> datetime:
+        """When Spark planned a batch: the same when it is tried again."""
+        batch = self.checkpoint / "offsets" / str(int(key.batch.rstrip("f")))
+        planned_ms = json.loads(batch.read_text().splitlines()[1])["batchTimestampMs"]
+        return datetime.fromtimestamp(planned_ms / 1000, UTC)
 
-def bounds(clocks: Iterable[pl.DataFrame], allowed_lateness_s: float) -> pl.DataFrame:
-    """Up to when windows are over, columns `BOUNDS`, by the clocks that the batch before left, columns `CLOCK`."""
-    after = pl.col("newest_at").max() - timedelta(seconds=allowed_lateness_s)
+
+def bounds(clocks: Iterable[pl.DataFrame], allowed_lateness_s: float, planned_at: datetime) -> pl.DataFrame:
+    """Up to when windows are over, columns `BOUNDS`, by the clocks that the batch before left, columns `CLOCK`.
+
+    Args:
+        clocks: of all partitions.
+        allowed_lateness_s: what comes this much later than the newest arrival still counts.
+        planned_at: when the batch was planned: an arrival after it is of a bridge whose clock was wrong, and no clock.
+            A replay's arrivals are of the time that it replays.
+    """
+    is_real, newest_at = pl.col("run_id").is_null(), pl.col("newest_at")
+    sane = pl.when(is_real).then(pl.min_horizontal(newest_at, pl.lit(planned_at))).otherwise(newest_at)
+    after = sane.max() - timedelta(seconds=allowed_lateness_s)
     known = pl.concat([pl.DataFrame(schema=CLOCK), *clocks])
     newest = known.group_by("run_id").agg(bound_before=pl.col("bound_at").max(), bound_after=after)
     return newest.with_columns(bound_after=pl.max_horizontal("bound_before", "bound_after")).cast(BOUNDS)
@@ -381,22 +418,33 @@ def served(name: str, queries: list[StreamingQuery]) -> Iterator[None]:
             query.stop()
 
 
-def stay(queries: list[StreamingQuery], stop: threading.Event) -> None:
-    """Waits until somebody asks for the end.
+def stay(queries: list[StreamingQuery], stop: threading.Event, is_over: Callable[[], bool] = lambda: False) -> None:
+    """Waits until somebody asks for the end, or until it is over by itself.
 
     Raises:
         StateLost: Kafka no longer has what a query has not read.
         RetryLater: Kafka was away for longer than a batch waits.
         ContractBroken: a query ended by itself.
     """
-    while not stop.wait(0.5):
+    while not stop.wait(0.5) and not is_over():
         for query in queries:
             if not query.isActive:
-                told = str(query.exception())
-                if lost := next((line for line in told.splitlines() if LOST_IN_KAFKA.search(line)), None):
-                    raise StateLost(lost_in_kafka(query.name, lost.strip()))
-                msg = f"query {query.name} ended: {told}"
-                raise (RetryLater if "RetryLater" in told else ContractBroken)(msg)
+                raise ended(query.name, str(query.exception()))
+
+
+def ended(name: str, told: str) -> MeterstreamError:
+    """What a query that has ended by itself means for whoever runs it.
+
+    Args:
+        name: of the query.
+        told: Spark's words.
+    """
+    if state := STATE_LOST.search(told):
+        return StateLost(state[1] if state[1].startswith(name) else f"{name}: {state[1]}")
+    if lost := next((line for line in told.splitlines() if LOST_IN_KAFKA.search(line)), None):
+        return StateLost(lost_in_kafka(name, lost.strip()))
+    msg = f"query {name} ended: {told}"
+    return (RetryLater if KAFKA_IS_AWAY.search(told) else ContractBroken)(msg)
 
 
 def flushed_mark() -> Path:
@@ -411,15 +459,29 @@ def run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
         RetryLater: another process runs one of them on this home.
         ContractBroken: a query ended by itself; the others are stopped.
     """
-    with ExitStack() as held:
-        for job in jobs:
-            if not held.enter_context(job_run(job.name)):
-                msg = f"{job.name} runs in another process with METERSTREAM_HOME={home()}; stop that one first"
-                raise RetryLater(msg)
+    with only_one(*[job.name for job in jobs]):
         _run(jobs, settings)
 
 
+@contextmanager
+def only_one(*jobs: str) -> Iterator[None]:
+    """While it holds, no other process runs these jobs on this home.
+
+    Raises:
+        RetryLater: one does.
+    """
+    with ExitStack() as held:
+        for job in jobs:
+            if not held.enter_context(job_run(job)):
+                msg = f"{job} runs in another process with METERSTREAM_HOME={home()}; stop that one first"
+                raise RetryLater(msg)
+        yield
+
+
 def _run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
+    runners = [Runner(job, settings) for job in jobs]
+    for runner in runners:
+        require_whole(runner.job.name, runner.job.version, runner.checkpoint)
     stop, flush = asked_to_end(), threading.Event()
     if settings.flush:
         flush.set()
@@ -429,7 +491,6 @@ def _run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
     session.streams.addListener(listener)
     if settings.metrics_port:
         metrics.serve(settings.metrics_port, settings.listen)
-    runners = [Runner(job, settings) for job in jobs]
     for runner in runners:
         runner.finish_flush()
         runner.tell(listener)
@@ -439,8 +500,14 @@ def _run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
         log.info("streaming", jobs=[job.name for job in jobs], kafka=settings.kafka_bootstrap)
         stay(queries, stop)
         if flush.is_set():
-            for query in queries:
-                query.processAllAvailable()
+            newest = newest_offsets(settings.kafka_bootstrap, {topic for job in jobs for topic in job.topics})
+            for runner in runners:
+                runner.end_with(newest)
+            for runner, query in zip(runners, queries, strict=True):
+                while not runner.is_at_its_end:
+                    if not query.isActive:
+                        raise ended(query.name, str(query.exception()))
+                    time.sleep(0.1)
     for runner in runners:
         if flush.is_set():
             runner.flush()

@@ -1,7 +1,8 @@
 """Where everything lies, and the columns that others rely on: add, never rename.
 
 A table is Parquet under `lake/<table>/date=YYYY-MM-DD/`, a report under `reports/<name>_v<N>/date=YYYY-MM-DD/`;
-`glob_of` gives the plain glob by which DuckDB, Polars, pandas and Spark read the committed rows.
+`glob_of` gives the plain glob by which DuckDB, Polars, pandas and Spark read the committed rows. A table that has its
+newest version only (`latest_readings`) has no days: `lake/<table>/*.parquet`.
 """
 
 import fcntl
@@ -184,6 +185,11 @@ def files_moved(table: str) -> AbstractContextManager[bool]:
 def job_run(job: str) -> AbstractContextManager[bool]:
     """Whether this process alone runs a streaming job on this home, as long as it holds; nobody is waited for."""
     return _alone(f"{job}.job")
+
+
+def report_run(report: str, date: str) -> AbstractContextManager[bool]:
+    """Whether this process alone writes a report's date, as long as it holds; nobody is waited for."""
+    return _alone(f"{report}-{date}.report")
 
 
 @contextmanager

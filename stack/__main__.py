@@ -8,22 +8,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
-from confluent_kafka import KafkaException, Producer
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from rich.console import Console
 from rich.table import Table
 
-from schemas.codec import encode
+from schemas.codec import decode, encode
 from schemas.errors import ConfigError, RetryLater, exits
 from schemas.settings import load
-from schemas.topics import COMMANDS, METER_ID
+from schemas.topics import COMMANDS, CRITICAL_EVENTS, METER_ID
 from stack.containers import ContainerStack, engine
 from stack.jobs import JobMetrics, jobs, told
 from stack.native import ALL, NAMES, SUPERVISOR, NativeStack, PartState, StackSettings, create_topics
@@ -34,7 +34,9 @@ console = Console(highlight=False)
 Names = Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join(NAMES)}. All without.")]
 Mode = Annotated[str, typer.Option(envvar="MODE", help="docker, native, or auto: Docker where an engine answers.")]
 Cluster = Annotated[bool, typer.Option(envvar="CLUSTER", help="The jobs on a Spark master and two workers.")]
+Critical = Annotated[bool, typer.Option(envvar="CRITICAL", help="Critical events too, told within milliseconds.")]
 FOLLOW_EVERY_S = 0.3
+ALL_DOWN = KafkaError._ALL_BROKERS_DOWN
 COLOURS = {"running": "green", "starting": "yellow", "died": "red", "stopped": "dim"}
 
 
@@ -50,7 +52,7 @@ def _guarded(work: Callable[[], None]) -> None:
         work()
 
 
-def _stack(mode: str = "native", cluster: bool = False) -> NativeStack | ContainerStack:
+def _stack(mode: str = "native", cluster: bool = False, critical: bool = False) -> NativeStack | ContainerStack:
     if mode not in ("auto", "docker", "native"):
         msg = f"MODE is auto, docker or native, not {mode}"
         raise ConfigError(msg)
@@ -59,22 +61,22 @@ def _stack(mode: str = "native", cluster: bool = False) -> NativeStack | Contain
     def show(line: str) -> None:
         console.print(f"  {line}", markup=False)
 
-    native = NativeStack(settings, show, cluster)
+    native = NativeStack(settings, show, cluster, critical)
     runs = mode == "auto" and any(state.pid for state in native.states())  # goes on as what it is
     if mode == "docker" or (mode == "auto" and not runs and engine()):
-        return ContainerStack(settings, show, cluster=cluster)
+        return ContainerStack(settings, show, cluster, critical)
     return native
 
 
 @app.command()
-def up(names: Names = None, mode: Mode = "auto", cluster: Cluster = False) -> None:
+def up(names: Names = None, mode: Mode = "auto", cluster: Cluster = False, critical: Critical = False) -> None:
     """Start what does not run yet, and see to it that what dies comes back.
 
     Where a Docker engine answers it runs in containers, else as native processes; MODE decides.
     """
 
     def work() -> None:
-        stack = _stack(mode, cluster)
+        stack = _stack(mode, cluster, critical)
         in_containers = isinstance(stack, ContainerStack)
         console.print(f"{_named(stack)} ({'MODE=native' if in_containers else 'MODE=docker'} is the other way)")
         with console.status("Starting the stack"):
@@ -120,11 +122,12 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
     mode: Mode = "auto",
     cluster: Cluster = False,
+    critical: Critical = False,
 ) -> None:
     """Show what runs, and how the jobs get on; exit 0 when everything runs, 1 otherwise."""
 
     def work() -> None:
-        stack = _stack(mode, cluster)
+        stack = _stack(mode, cluster, critical)
         states = stack.states()
         text = told(stack.settings.metrics_port) if stack.is_running("streaming") else None
         found = jobs(text) if text else []
@@ -214,7 +217,7 @@ def _jobs_table(found: list[JobMetrics]) -> Table:
 
 @app.command()
 def logs(
-    names: Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join((*NAMES, SUPERVISOR))}.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join((*ALL, SUPERVISOR))}.")] = None,
     lines: Annotated[int, typer.Option(help="Last lines of each.")] = 20,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
     mode: Mode = "auto",
@@ -226,10 +229,10 @@ def logs(
         if isinstance(stack, ContainerStack):
             stack.logs(names or (), lines, follow)
             return
-        wanted = names or [*NAMES, SUPERVISOR]
+        wanted = names or [name for name in (*ALL, SUPERVISOR) if name in NAMES or stack.log_file(name).exists()]
         for name in wanted:
-            if name not in (*NAMES, SUPERVISOR):
-                message = f"no such process: {name}; there are {', '.join((*NAMES, SUPERVISOR))}"
+            if name not in (*ALL, SUPERVISOR):
+                message = f"no such process: {name}; there are {', '.join((*ALL, SUPERVISOR))}"
                 raise ConfigError(message)
         seen = {}
         for name in wanted:
@@ -260,7 +263,7 @@ def _read(file: Path, start: int, end: int) -> str:
 def _show(name: str, lines: list[str]) -> None:
     for line in lines:
         text = line.encode(errors="surrogateescape").decode(errors="replace")
-        console.print(f"{name:<10} {text}", markup=False, soft_wrap=True)
+        console.print(f"{name:<15} {text}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -333,6 +336,63 @@ def clean(mode: Mode = "auto", yes: Annotated[bool, typer.Option("--yes", "-y", 
         console.print("Removed.")
 
     _guarded(work)
+
+
+@app.command()
+def critical(
+    from_start: Annotated[bool, typer.Option("--from-start", help="First what Kafka still has.")] = False,
+    count: Annotated[int | None, typer.Option(help="End after so many.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON each, for machines.")] = False,
+) -> None:
+    """Follow critical events as they are told, until Ctrl-C: time, meter, what, volts, and how long it took to tell.
+
+    They are told where the stack was started with CRITICAL=1: make up CRITICAL=1, and .venv/bin/stack critical
+    """
+
+    def work() -> None:
+        bootstrap = load(StackSettings).kafka_bootstrap
+        for number, event in enumerate(critical_events(bootstrap, from_start), 1):
+            if as_json:
+                typer.echo(json.dumps(event, default=str))
+            else:
+                volts = "" if event["voltage_mv"] is None else f" {event['voltage_mv'] / 1000:.1f} V"
+                told_ms = (event["told_at"] - event["appended_at"]).total_seconds() * 1000
+                what = " ".join(filter(None, (event["kind"], event["phase"], event["code"])))
+                line = f"{event['observed_at']:%Y-%m-%d %H:%M:%S}  {event['meter_id']:<16} {what}{volts}"
+                console.print(f"{line}  (told after {told_ms:,.0f} ms)", markup=False, soft_wrap=True)
+            if number == count:
+                return
+
+    _guarded(work)
+
+
+def critical_events(bootstrap: str, from_start: bool) -> Iterator[dict[str, Any]]:
+    """Critical events as they come, each with `told_at`: when Kafka had it.
+
+    Raises:
+        RetryLater: Kafka does not answer, or stops answering.
+    """
+    # Kafka's client wants a group's name; assigned partitions and no commit leave nothing of it on the broker
+    settings: dict[str, Any] = {"bootstrap.servers": bootstrap, "group.id": "critical", "enable.auto.commit": False}
+    settings |= {"fetch.wait.max.ms": 5, "log_level": 0}
+    complaints: list[KafkaError] = []
+    consumer = Consumer({**settings, "error_cb": complaints.append})
+    try:
+        known = consumer.list_topics(CRITICAL_EVENTS.name, timeout=10).topics[CRITICAL_EVENTS.name]
+        begin = OFFSET_BEGINNING if from_start else OFFSET_END
+        consumer.assign([TopicPartition(CRITICAL_EVENTS.name, number, begin) for number in known.partitions])
+        while True:
+            message = consumer.poll(0.5)
+            if error := message.error() if message else next((c for c in complaints if c.code() == ALL_DOWN), None):
+                raise KafkaException(error)
+            if message:
+                told_at = datetime.fromtimestamp(message.timestamp()[1] / 1000, UTC)
+                yield {**decode(message.value() or b"", CRITICAL_EVENTS.entity), "told_at": told_at}
+    except KafkaException as error:
+        msg = f"no Kafka at {bootstrap}: {error.args[0].str()}"
+        raise RetryLater(msg) from error
+    finally:
+        consumer.close()
 
 
 @app.command(hidden=True)

@@ -24,12 +24,14 @@ from stack.native import (
     PartState,
     StackSettings,
     StartFailed,
+    asked_for,
 )
 
 START_TIMEOUT_S = 240.0
 ANSWER_S = 20.0
 POLL_S = 0.5
 IMAGE_FAILED = "the image could not be built"
+EVERY_PROFILE = ["--profile", "cluster", "--profile", "critical"]
 COMPOSE_STATES = {"running": "running", "restarting": "died", "exited": "stopped", "created": "stopped"}
 
 
@@ -57,6 +59,7 @@ class ContainerStack:
         settings: home, published ports and compose's project; the data lie in the project's volumes.
         on_progress: gets a line for people when a container becomes ready or is stopped.
         cluster: run the jobs on a Spark master and two workers.
+        critical: tell of critical events too.
 
     Raises:
         ConfigError: no engine answers, or there is no compose.
@@ -67,6 +70,7 @@ class ContainerStack:
         settings: StackSettings,
         on_progress: Callable[[str], None] = lambda _: None,
         cluster: bool = False,
+        critical: bool = False,
     ) -> None:
         compose = engine()
         if compose is None:
@@ -78,8 +82,10 @@ class ContainerStack:
         self.settings = settings
         self.home = settings.home.resolve()
         self.project = settings.project
-        self.names = ALL if cluster else NAMES
+        self.names = asked_for(cluster, critical)
         self._cluster = cluster
+        asked = {"cluster": cluster, "critical": critical}
+        self._profiles = [part for profile, is_asked in asked.items() if is_asked for part in ("--profile", profile)]
         self._docker = str(shutil.which("docker"))
         self._compose = [*compose, "--project-directory", str(ROOT), "-f", str(ROOT / "docker-compose.yml")]
         self._on_progress = on_progress
@@ -139,14 +145,14 @@ class ContainerStack:
             self._on_progress(FLUSHING)
             self.stop_part("streaming", FLUSH_GRACE_S)
             is_flushed = self._inspect("streaming").get("State", {}).get("ExitCode") == 0
-        self._do(["--profile", "cluster", "down", "--remove-orphans"], "the containers could not be stopped")
+        self._do([*EVERY_PROFILE, "down", "--remove-orphans"], "the containers could not be stopped")
         if not is_flushed:
             raise RetryLater(NOT_FLUSHED)
         return running
 
     def clean(self) -> None:
         """Removes the containers and all data."""
-        self._do(["--profile", "cluster", "down", "--volumes", "--remove-orphans"], "the data could not be removed")
+        self._do([*EVERY_PROFILE, "down", "--volumes", "--remove-orphans"], "the data could not be removed")
 
     def stop_part(self, name: str, grace_s: float | None = None) -> None:
         """Stops one container; the engine leaves it stopped."""
@@ -191,7 +197,7 @@ class ContainerStack:
 
     def logs(self, names: Sequence[str], lines: int, follow: bool) -> None:
         """Shows the end of the containers' output."""
-        command = [*self._compose, "logs", "--tail", str(lines), *(["-f"] if follow else []), *names]
+        command = [*self._compose, *EVERY_PROFILE, "logs", "--tail", str(lines), *(["-f"] if follow else []), *names]
         subprocess.run(command, check=False, env=self._environment(), cwd=ROOT)
 
     def _environment(self) -> dict[str, str]:
@@ -202,9 +208,9 @@ class ContainerStack:
         return {**os.environ, **ports, **master, "COMPOSE_PROJECT_NAME": self.project, "COMPOSE_DOCKER_CLI_BUILD": "0"}
 
     def _do(self, arguments: list[str], what: str, show_errors: bool = False) -> str:
-        profile = ["--profile", "cluster"] if self._cluster and arguments[0] != "--profile" else []
+        profiles = [] if arguments[0] == "--profile" else self._profiles
         done = subprocess.run(
-            [*self._compose, *profile, *arguments],
+            [*self._compose, *profiles, *arguments],
             check=False, env=self._environment(), cwd=ROOT, stdin=subprocess.DEVNULL, text=True, errors="replace",
             stdout=subprocess.PIPE, stderr=None if show_errors else subprocess.PIPE,
         )  # fmt: skip
@@ -247,6 +253,6 @@ class ContainerStack:
         return PartState(name, told, state["Pid"] or None, since, port)
 
     def _explain(self, name: str, what: str) -> str:
-        command = [*self._compose, "logs", "--no-color", "--tail", str(LOG_TAIL_LINES), name]
+        command = [*self._compose, *EVERY_PROFILE, "logs", "--no-color", "--tail", str(LOG_TAIL_LINES), name]
         done = subprocess.run(command, check=False, env=self._environment(), cwd=ROOT, capture_output=True, text=True)
         return "\n".join([f"{name} {what}; the end of its log:", *(f"    {line}" for line in done.stdout.splitlines())])

@@ -45,13 +45,16 @@ NAMES = ("nats", "kafka", "ingest", "streaming")
 WORKERS = ("spark-worker-1", "spark-worker-2")
 CLUSTER = ("spark-master", *WORKERS)
 """A Spark standalone cluster, which runs the same jobs: started before them where it is asked for."""
-ALL = (*NAMES[:-1], *CLUSTER, NAMES[-1])
+CRITICAL = "critical_events"
+"""Tells of critical events within milliseconds: started where it is asked for, as it takes memory for good."""
+ALL = (*NAMES[:-1], *CLUSTER, NAMES[-1], CRITICAL)
 SUPERVISOR = "supervisor"
 
-START_TIMEOUT_S = {"nats": 20.0, "kafka": 90.0, "ingest": 60.0, **dict.fromkeys(CLUSTER, 60.0), "streaming": 180.0}
+START_TIMEOUT_S = {"nats": 20.0, "kafka": 90.0, "ingest": 60.0, **dict.fromkeys(CLUSTER, 60.0), "streaming": 180.0,
+                   CRITICAL: 180.0}  # fmt: skip
 """Some ten times what each takes on two idle cores: a busy machine is slow, not broken."""
 STOP_GRACE_S = {"nats": 15.0, "kafka": 30.0, "ingest": 30.0, **dict.fromkeys(CLUSTER, 15.0), "streaming": 60.0,
-                SUPERVISOR: 15.0}  # fmt: skip
+                CRITICAL: 30.0, SUPERVISOR: 15.0}  # fmt: skip
 """Time to finish on SIGTERM: a streaming batch and Kafka's clean flush take longest."""
 FLUSH_GRACE_S = 900.0
 """Time to take all that Kafka has, and to close what is open."""
@@ -141,14 +144,19 @@ class NativeStack:
         settings: home and ports.
         on_progress: gets a line for people when a process becomes ready or is stopped.
         cluster: run the jobs on a Spark master and two workers of our own.
+        critical: tell of critical events too.
     """
 
     def __init__(
-        self, settings: StackSettings, on_progress: Callable[[str], None] = lambda _: None, cluster: bool = False
+        self,
+        settings: StackSettings,
+        on_progress: Callable[[str], None] = lambda _: None,
+        cluster: bool = False,
+        critical: bool = False,
     ) -> None:
         self.settings = settings
         self.home = settings.home.resolve()
-        self.names = ALL if cluster else NAMES
+        self.names = asked_for(cluster, critical)
         self._cluster = cluster
         self._on_progress = on_progress
         self._children: dict[str, subprocess.Popen[bytes]] = {}
@@ -268,11 +276,17 @@ class NativeStack:
         return [self._state(name) for name in (*used, SUPERVISOR)]
 
     def start_supervisor(self, names: Iterable[str] | None = None) -> None:
-        """Leaves a process behind that starts dead ones again; harmless where one runs."""
+        """Leaves a process behind that starts dead ones again: these, and those that one before it looked after."""
         with self._locked():
-            if not self.is_running(SUPERVISOR):
-                wanted = _in_order(names or self.names)
-                self._launch(SUPERVISOR, [sys.executable, "-m", "stack", "supervise", *wanted], self._master())
+            wanted, before = set(_in_order(names or self.names)), set[str]()
+            if supervisor := self._leader(SUPERVISOR):
+                before = set(supervisor.cmdline()) & set(ALL)
+                if wanted <= before:
+                    return
+                self._stop_part(SUPERVISOR, STOP_GRACE_S[SUPERVISOR])
+            whole = _in_order(wanted | before)
+            master = self._master(bool(set(CLUSTER) & set(whole)))
+            self._launch(SUPERVISOR, [sys.executable, "-m", "stack", "supervise", *whole], master)
 
     def supervise(self, names: Iterable[str], until: threading.Event, report: Callable[[str], None]) -> None:
         """Starts dead processes again, each after a delay that grows while it keeps dying, until told to end."""
@@ -370,7 +384,9 @@ class NativeStack:
             return [sys.executable, "-m", "ingest", "run"], {}
         if name == "streaming":
             metrics = {"METERSTREAM_METRICS_PORT": str(settings.metrics_port)}
-            return [sys.executable, "-m", "streaming_jobs"], {**self._master(), **metrics}
+            return [sys.executable, "-m", "streaming_jobs"], {**self._master(self._cluster), **metrics}
+        if name == CRITICAL:
+            return [sys.executable, "-m", "streaming_jobs.critical_events"], {"METERSTREAM_SPARK_MASTER": ""}  # here
         # not on all addresses: what they bind to is what they tell each other
         host = settings.listen if settings.listen != EVERYWHERE else socket.gethostname()
         environment = {"SPARK_HOME": str(SPARK_HOME), "SPARK_LOCAL_IP": host}
@@ -384,16 +400,16 @@ class NativeStack:
         command += ["org.apache.spark.deploy.worker.Worker", "--host", host, "--webui-port", "0"]
         command += ["--cores", f"{max(1, (os.cpu_count() or 2) // len(WORKERS))}", "--memory", WORKER_MEMORY]
         command += ["--work-dir", str(self.home / "tmp" / name)]
-        master = settings.spark_master or self._master().get("METERSTREAM_SPARK_MASTER")
+        master = settings.spark_master or self._master(self._cluster).get("METERSTREAM_SPARK_MASTER")
         if not master:
             msg = f"{name} needs a master: METERSTREAM_SPARK_MASTER=spark://host:port, or CLUSTER=1 for one of our own"
             raise ConfigError(msg)
         return [*command, master], environment
 
-    def _master(self) -> dict[str, str]:
+    def _master(self, is_cluster: bool) -> dict[str, str]:
         """What makes the jobs use a cluster of our own."""
         here = f"spark://{self.settings.listen}:{self.settings.spark_master_port}"
-        return {"METERSTREAM_SPARK_MASTER": here} if self._cluster else {}
+        return {"METERSTREAM_SPARK_MASTER": here} if is_cluster else {}
 
     def _kafka(self) -> list[str]:
         """Kafka's command; formats its folder the first time."""
@@ -606,6 +622,12 @@ def create_topics(bootstrap: str) -> None:
         except KafkaException as error:
             if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                 raise
+
+
+def asked_for(cluster: bool, critical: bool) -> tuple[str, ...]:
+    """The processes of a stack, in the order of starting."""
+    wanted = {*NAMES, *(CLUSTER if cluster else ()), *((CRITICAL,) if critical else ())}
+    return tuple(name for name in ALL if name in wanted)
 
 
 def _in_order(names: Iterable[str]) -> list[str]:

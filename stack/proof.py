@@ -2,12 +2,12 @@
 
 import json
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import duckdb
-from confluent_kafka import TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
+from lake.kafka_ranges import newest_offsets
 from replay.verify import Books, books, broken_segments, energy, open_lake
 from schemas.topics import EVENTS, INGESTED, READINGS, TOPICS
 
@@ -24,17 +24,15 @@ STAGES = {
 
 
 def end_offsets(bootstrap: str) -> dict[str, int]:
-    """Records that each topic has received since it was made: the bridge's books."""
-    admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
-    wanted = {
-        TopicPartition(topic.name, partition): OffsetSpec.latest()  # type: ignore[no-untyped-call]
-        for topic in TOPICS
-        for partition in range(topic.partitions)
-    }
-    ends: dict[str, int] = {topic.name: 0 for topic in TOPICS}
-    for place, future in admin.list_offsets(wanted, request_timeout=10.0).items():
-        ends[place.topic] += future.result().offset
-    return ends
+    """Records that each topic has received since it was made: the bridge's books.
+
+    Raises:
+        RetryLater: Kafka does not say.
+    """
+    ends = Counter({topic.name: 0 for topic in TOPICS})
+    for (topic, _), offset in newest_offsets(bootstrap, TOPICS).items():
+        ends[topic] += offset
+    return dict(ends)
 
 
 def waiting_in_broker(monitor_port: int) -> int:

@@ -2,7 +2,7 @@
 
 Power failures, last gasps, tampering, voltages far out.
 
-Reads: meter-events-v1, meter-readings-v1; registry (nominal voltage), as it is when the job starts.
+Reads: meter-events-v1, meter-readings-v1; registry (nominal voltage): where that changes the query starts anew.
 Writes: critical-events-v1, one record per event, and per phase of a reading whose voltage is far out.
 Key: meter_id; event_id names what the meter said.
 Lateness: nothing is too late: no state is kept.
@@ -14,9 +14,11 @@ and no shuffle, so Avro is decoded by Spark itself, and each Kafka partition hol
 """
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
+import polars as pl
 import structlog
 import typer
 from confluent_kafka import KafkaException
@@ -27,9 +29,9 @@ from pyspark.sql.avro.functions import from_avro, to_avro
 from pyspark.sql.streaming.query import StreamingQuery
 
 from lake.alarm_life import code_table
-from lake.reading import newest_registry, registry_files
+from lake.reading import RegistryFiles, newest_registry, registry_files
 from lake.session import spark_session, uri
-from lake.streaming import asked_to_end, served, stay
+from lake.streaming import asked_to_end, only_one, served, stay
 from lake.voltage import NOMINAL_MV
 from schemas.closed_lists import Edge
 from schemas.codec import arrow_schema, avro_text, frame_of, latest
@@ -61,26 +63,27 @@ class CriticalSettings(Settings):
         critical_checkpoint_s: seconds between checkpoints: each stops the stream for a second or so, and what was told
             since the last one is told again after a kill.
         far_out_pct: a voltage that deviates by more from its meter's nominal one is far out.
+        accept_loss: go on where Kafka no longer has what was not read.
     """
 
     kafka_bootstrap: str
+    accept_loss: bool = False
     critical_checkpoint_s: int = 300
     far_out_pct: float = 15.0
 
 
-def transform(records: DataFrame, registry: DataFrame, far_out_pct: float) -> DataFrame:
+def transform(records: DataFrame, nominal: DataFrame, far_out_pct: float) -> DataFrame:
     """Critical events among records of both topics, read once; see the module.
 
     Args:
         records: key, value, topic and timestamp of Kafka.
-        registry: one row per meter.
+        nominal: meter_id and nominal_mv, one row of each meter that has one of its own.
         far_out_pct: a voltage that deviates by more is far out.
     """
-    others = registry.where(F.col("nominal_mv") != NOMINAL_MV).select("meter_id", "nominal_mv")  # few, or none
     bodies = [_body(topic).alias(topic.entity) for topic in (EVENTS, READINGS)]
     told = (
         records.select(F.col("key").cast("string").alias("meter_id"), F.col("timestamp").alias("appended_at"), *bodies)
-        .join(F.broadcast(others), "meter_id", "left")
+        .join(F.broadcast(nominal.select("meter_id", "nominal_mv")), "meter_id", "left")
         .withColumn("told", F.explode(F.concat(_of_event(), _of_reading(far_out_pct))))
     )
     both = {name: F.coalesce(f"{EVENTS.entity}.{name}", f"{READINGS.entity}.{name}") for name in SAID}
@@ -153,12 +156,21 @@ def framed(rows: DataFrame) -> DataFrame:
     return rows.select(F.col("meter_id").alias("key"), F.concat(F.lit(frame_of(schema_id)), body).alias("value"))
 
 
-def start(session: SparkSession, settings: CriticalSettings, micro_batch: bool = False) -> StreamingQuery:
+@lru_cache(maxsize=1)
+def unusual(files: RegistryFiles) -> pl.DataFrame:
+    """Meters whose nominal voltage is another than most have, columns meter_id and nominal_mv."""
+    return newest_registry(files).filter(pl.col("nominal_mv") != NOMINAL_MV).select("meter_id", "nominal_mv")
+
+
+def start(
+    session: SparkSession, settings: CriticalSettings, nominal: pl.DataFrame, micro_batch: bool = False
+) -> StreamingQuery:
     """Starts the query; it goes on where its checkpoint stands.
 
     Args:
         session: with a task slot for each partition, and some more.
         settings: of this job.
+        nominal: of meters that have an unusual one: meter_id, nominal_mv.
         micro_batch: batch after batch instead, to compare.
 
     Raises:
@@ -180,12 +192,11 @@ def start(session: SparkSession, settings: CriticalSettings, micro_batch: bool =
         .option("kafka.bootstrap.servers", settings.kafka_bootstrap)
         .option("subscribe", f"{EVENTS.name},{READINGS.name}")
         .option("startingOffsets", "latest")  # what is over is no emergency
-        .option("failOnDataLoss", "true")
+        .option("failOnDataLoss", str(not settings.accept_loss).lower())
         .load()
     )
     # Plain rows, not a read of the table: each checkpoint plans and runs the query anew, and the stream waits for that.
-    registry = session.createDataFrame(newest_registry(registry_files()).select("meter_id", "nominal_mv").to_arrow())
-    rows = transform(records, registry, settings.far_out_pct)
+    rows = transform(records, session.createDataFrame(nominal.to_arrow()), settings.far_out_pct)
     return (
         framed(rows)
         .writeStream.queryName(NAME)
@@ -219,16 +230,20 @@ def main() -> None:
     def run(
         micro_batch: Annotated[bool, typer.Option(help="Batch after batch instead: for bench/latency.py.")] = False,
     ) -> None:
-        with exits():
+        with exits(), only_one(NAME):
             settings = load(CriticalSettings)
             stop = asked_to_end()
-            if "PYSPARK_GATEWAY_PORT" not in os.environ:  # not under spark-submit, which says it itself
+            is_submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # spark-submit says it itself
+            if not is_submitted and not os.environ.get("METERSTREAM_SPARK_MASTER"):
                 slots = partitions(settings.kafka_bootstrap) + FREE_SLOTS
-                os.environ.setdefault("METERSTREAM_SPARK_MASTER", f"local[{slots}]")
-            query = start(spark_session(f"meterstream-{NAME}"), settings, micro_batch)
-            with served(NAME, [query]):
-                log.info("real-time mode", kafka=settings.kafka_bootstrap)
-                stay([query], stop)
+                os.environ["METERSTREAM_SPARK_MASTER"] = f"local[{slots}]"
+            session = spark_session(f"meterstream-{NAME}")
+            while not stop.is_set():
+                nominal = unusual(registry_files())
+                query = start(session, settings, nominal, micro_batch)
+                with served(NAME, [query]):
+                    log.info("real-time mode", kafka=settings.kafka_bootstrap, unusual_nominal_voltages=len(nominal))
+                    stay([query], stop, lambda: not unusual(registry_files()).equals(nominal))  # noqa: B023
 
     run.__doc__ = main.__doc__
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -27,6 +27,7 @@ from streaming_jobs import critical_events
 
 FOLDER = Path(__file__).parent.parent / "scenarios"
 KAFKA_AT = datetime(2024, 1, 1, tzinfo=UTC)
+PLANNED_AT = datetime(2100, 1, 1, tzinfo=UTC)  # every arrival was before
 
 
 def scenarios() -> list[Path]:
@@ -98,7 +99,7 @@ def stream(job: StreamingJob, folder: Path) -> dict[str, list[dict[str, Any]]]:
     for batch in [*batches, "", *(["flush"] if flush else [])]:
         clocks = [state["clock"] for state in states.values() if "clock" in state]
         asked = settings.model_copy(update={"close_all": batch == "flush"})
-        moment = Moment(asked, bounds(clocks, settings.allowed_lateness_s))
+        moment = Moment(asked, bounds(clocks, settings.allowed_lateness_s, PLANNED_AT))
         tables: dict[str, list[pl.DataFrame]] = {name: [] for name in job.writes}
         for topic in job.topics:
             rows = kafka_rows(topic, when[topic], batch, offsets[topic])

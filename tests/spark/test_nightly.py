@@ -14,8 +14,8 @@ from pyspark.sql import DataFrame, SparkSession
 
 from batch_jobs import discovered
 from lake.nightly import BatchJob, in_order, publish
-from schemas.errors import ConfigError, ContractBroken
-from schemas.tables import TABLES, files_moved, glob_of, home, report_path, table_path
+from schemas.errors import ConfigError, ContractBroken, RetryLater
+from schemas.tables import TABLES, files_moved, glob_of, home, report_path, report_run, table_path
 
 DAY = datetime.date(2024, 6, 10)
 MIDNIGHT = datetime.datetime(2024, 6, 10, tzinfo=datetime.UTC)
@@ -141,3 +141,17 @@ def test_while_a_night_reads_a_table_nobody_may_merge_its_files(spark: SparkSess
     assert seen == {"alarms": False, "readings": True}
     with files_moved("alarms") as is_alone:
         assert is_alone
+
+
+def test_a_report_is_written_by_one_process_at_a_time_and_is_never_away(spark: SparkSession, lake: Path) -> None:
+    job = BatchJob("alone", 1, {"alarms": 0}, lambda tables, _, __: tables["alarms"].select("alarm_id"))
+    publish(spark, job, DAY)
+    folder = report_path("alone_v1") / f"date={DAY.isoformat()}"
+    with report_run("alone_v1", DAY.isoformat()) as is_alone:
+        assert is_alone
+        with pytest.raises(RetryLater, match=f"another process writes alone_v1 of {DAY.isoformat()}"):
+            publish(spark, job, DAY)
+    before = folder.stat().st_ino
+    publish(spark, job, DAY)
+    assert folder.stat().st_ino != before, "the folder is another one"
+    assert not list((home() / "staging").glob("alone_v1-*"))

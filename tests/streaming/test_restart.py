@@ -1,5 +1,6 @@
 """However a query dies, it ends with the same rows in the same files as one that was never disturbed."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from pyspark.sql import DataFrame, SparkSession
 
 from lake import publishing, streaming
 from lake.checkpoint import require_whole
-from lake.streaming import Runner, StreamingJob
+from lake.streaming import Runner, StreamingJob, ended
 from schemas.codec import encode
 from schemas.errors import StateLost
+from schemas.tables import ACCOUNTING
 from schemas.topics import DEAD_LETTERS
 from streaming_jobs import consumption_deltas, readings_lake, voltage_deviation
-from tests.streaming.feed import SETTINGS, Feed, at, batches, lake, rows, run, take
+from tests.streaming.feed import SETTINGS, Feed, at, batches, lake, pair, rows, run, take
 
 JOBS = [consumption_deltas.JOB, voltage_deviation.JOB, readings_lake.JOB]
 DIED = "the power is gone"
@@ -110,17 +112,35 @@ def test_a_process_that_lives_on_writes_a_failed_batch_again_in_the_same_files(
     assert lake(mortal.runner) == undisturbed(voltage_deviation.JOB)
 
 
-def test_a_lost_state_stops_the_query_and_names_the_repair(spark: SparkSession, home: Path) -> None:
+@pytest.mark.parametrize("lost", ["0", "0/meter-readings-v1-0/recent.arrow"], ids=["folder", "file"])
+def test_a_lost_state_stops_the_query_and_names_the_repair(spark: SparkSession, home: Path, lost: str) -> None:
     job = readings_lake.JOB
     feed = Feed()
     feed.add(batches()[0])
     runner = run(spark, feed, job)
     before = rows("readings")
-    (home / "state" / job.name / runner.query_id / "0").rename(home / "elsewhere")
+    (home / "state" / job.name / runner.query_id / lost).rename(home / "elsewhere")
     feed.add(batches()[1])
-    with pytest.raises(StreamingQueryException, match="Repair: stop the jobs, remove"):
+    with pytest.raises(StreamingQueryException) as caught:
         run(spark, feed, job)
+    told = ended(job.name, str(caught.value))
+    assert isinstance(told, StateLost)
+    assert re.fullmatch(
+        rf"{job.name}: (its|the) state .*0.* Repair: (stop the jobs, remove|from the beginning).*", str(told)
+    ), told
     assert rows("readings") == before
+
+
+def test_what_comes_twice_is_known_though_the_topic_was_made_anew_between(spark: SparkSession, home: Path) -> None:
+    job = readings_lake.JOB
+    feed = Feed()
+    feed.offset = 50_000
+    feed.add(pair(0, 100, 230))
+    run(spark, feed, job)
+    feed.offset = 0
+    feed.add(pair(5, 105, 231), pair(5, 105, 231))
+    run(spark, feed, job)
+    assert [row[ACCOUNTING.names.index("duplicate")] for row in rows("accounting")] == [0, 0, 2]
 
 
 @pytest.mark.parametrize("damaged", ["offsets", "commits"])

@@ -133,7 +133,7 @@ def written_by(job: StreamingJob, table: str, rows: pl.DataFrame) -> pl.DataFram
     for begin, end in [*pairwise([0, *ENDS]), (ENDS[-1], ENDS[-1])]:
         clocks = [state["clock"] for state in states.values() if "clock" in state]
         is_flush = begin == end
-        moment = Moment(settings.model_copy(update={"close_all": is_flush}), bounds(clocks, 1_800))
+        moment = Moment(settings.model_copy(update={"close_all": is_flush}), bounds(clocks, 1_800, datetime.now(UTC)))
         for partition, state in states.items():
             part = rows.filter(pl.col("partition") == partition, pl.col("offset").is_between(begin, end - 1))
             records = pa.table(

@@ -1,5 +1,6 @@
 """What the commands say, to people and where nobody looks."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from replay.run import Order, play, run_folder
 from replay.sinks import NullSink
 from schemas.errors import RetryLater
 from schemas.tables import job_run
+from streaming_jobs import voltage_deviation
 from tests.wire import small_tape
 
 SPARKFUN = Path(__file__).parents[1] / "logs" / "sparkfun.csv"
@@ -81,3 +83,25 @@ def test_a_second_driver_of_a_job_is_told_so_before_it_touches_anything(
         found = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     told = f"error: voltage_deviation runs in another process with METERSTREAM_HOME={tmp_path}; stop that one first\n"
     assert (found.returncode, found.stderr) == (1, told)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "metadata", "told"),
+    [
+        ("", '{"id":"x"}', "voltage_deviation: batch 0 was committed, and what it read cannot be read in "),
+        ('v1\n{"batchTimestampMs":1}\n{}', "", "voltage_deviation: {}/metadata cannot be read. Repair: "),
+    ],
+)
+def test_a_damaged_checkpoint_ends_a_driver_with_one_sentence_that_says_what_to_do(
+    tmp_path: Path, offsets: str, metadata: str, told: str
+) -> None:
+    checkpoint = tmp_path / "state" / "checkpoints" / f"voltage_deviation-v{voltage_deviation.JOB.version}"
+    for file, text in {"offsets/0": offsets, "commits/0": "v1\n{}", "metadata": metadata}.items():
+        (checkpoint / file).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / file).write_text(text)
+    command = [sys.executable, "-m", "streaming_jobs.voltage_deviation", "--kafka-bootstrap", "localhost:1"]
+    env = {**os.environ, "METERSTREAM_HOME": str(tmp_path)}
+    found = subprocess.run(command, check=False, env=env, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 1
+    assert found.stderr.startswith("error: " + told.replace("{}", str(checkpoint)))
+    assert len(found.stderr.splitlines()) == 1

@@ -9,7 +9,7 @@ import pytest
 
 from lake import merging
 from lake.merging import Merger
-from lake.publishing import BatchKey, publish_small
+from lake.publishing import BatchKey, exchange, publish_small
 from schemas.tables import ACCOUNTING, arrow_of, files_kept, files_moved, glob_of, polars_schema, table_path
 
 TABLE, DAY = "accounting", "2024-03-31"
@@ -67,6 +67,18 @@ def test_what_was_merged_is_merged_again_and_a_flush_with_its_batch(home: Path) 
     assert len(names()) <= 5
     assert names()[0].startswith("voltage_deviation-id-00000000_0000")
     assert [received for _, received in rows()] == sorted([*range(12), 6])
+
+
+def test_the_old_folder_keeps_its_files_for_a_minute(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = merger()
+    for batch in range(4):
+        one.added(write(batch))
+    one.merge(before=99)
+    one.merge(before=99)
+    assert len(list((home / "staging").rglob("*.parquet"))) == 4
+    monkeypatch.setattr(merging, "KEPT_S", -1.0)
+    one.merge(before=99)
+    assert not list((home / "staging").rglob("*.parquet"))
 
 
 def test_few_files_and_large_files_are_left_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +142,6 @@ def test_a_merge_that_was_killed_at_any_point_is_forgotten(home: Path, monkeypat
         write(batch)
     before = rows()
     write(9, THEIRS)  # so that there is something to link
-    exchange = merging.exchange
 
     def die(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -172,6 +183,14 @@ def test_a_damaged_file_stops_its_own_merge_and_nothing_else(home: Path) -> None
     assert len(rows()) == 8
 
 
+def test_a_file_of_somebody_else_with_a_name_like_ours_stays(home: Path) -> None:
+    for batch in range(4):
+        folder = write(batch)[0]
+    (folder / "voltage_deviation-id-copy.parquet").write_bytes((folder / names()[0]).read_bytes())
+    merger().merge(before=99)
+    assert names() == ["voltage_deviation-id-00000000_00000003-0.parquet", "voltage_deviation-id-copy.parquet"]
+
+
 def test_a_table_that_has_got_a_column_since_is_merged_with_nulls(home: Path) -> None:
     for batch in range(3):
         folder = write(batch)[0]
@@ -200,7 +219,7 @@ def test_the_exchange_of_folders_is_what_the_kernel_does(home: Path) -> None:
     one.mkdir()
     other.mkdir()
     (one / "here").touch()
-    merging.exchange(one, other)
+    exchange(one, other)
     assert (other / "here").exists()
     with pytest.raises(OSError, match="No such file"):
-        merging.exchange(one, home / "nowhere")
+        exchange(one, home / "nowhere")

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lake.by_partition import CLOCK
 from lake.delta_engine import STAMP
+from lake.streaming import bounds
 from lake.voltage import VOLTAGES, WINDOWS, Advance, advance, windows
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -228,3 +230,18 @@ def test_the_windows_do_not_depend_on_how_batches_are_cut(samples: list[tuple[in
     stream.batch([], close_all=True)
     found = pl.DataFrame(stream.windows, schema=WINDOWS).sort("window_start")
     assert found.equals(windows(pl.DataFrame(rows, schema=SAMPLES | JUDGED_BY)))
+
+
+def test_an_arrival_of_the_future_holds_no_clock_but_that_of_a_replay() -> None:
+    """The clock of a bridge was in 2036 for a message: windows are over by the batch's own time."""
+    clocks = [
+        pl.DataFrame([(None, at(3), None), ("r1", datetime(2050, 1, 1, tzinfo=UTC), None)], CLOCK, orient="row"),
+        pl.DataFrame([(None, datetime(2036, 1, 1, tzinfo=UTC), None)], CLOCK, orient="row"),
+    ]
+    found = bounds(clocks, 60, at(5)).sort("run_id")
+    assert found.select("run_id", "bound_after").rows() == [
+        (None, at(4)),
+        ("r1", datetime(2049, 12, 31, 23, 59, tzinfo=UTC)),
+    ]
+    sane = bounds(clocks[:1], 60, at(5)).sort("run_id")
+    assert sane.get_column("bound_after")[0] == at(2)

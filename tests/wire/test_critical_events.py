@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,15 +12,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from confluent_kafka import Consumer, Producer
+from typer.testing import CliRunner
 
 from schemas.codec import decode, encode
 from schemas.errors import ConfigError
-from schemas.topics import CRITICAL_EVENTS, EVENTS
+from schemas.tables import REGISTRY
+from schemas.topics import CRITICAL_EVENTS, EVENTS, READINGS
+from stack.__main__ import app
 from stack.demo import environment, own_settings
 from stack.native import NativeStack
-from streaming_jobs.critical_events import CriticalSettings, start
+from streaming_jobs.critical_events import CriticalSettings, start, unusual
 from tests.eventually import eventually
 
 
@@ -88,7 +94,7 @@ def test_what_is_sent_while_it_runs_or_lies_dead_is_told_with_one_id_each(
     reader = Reader(bootstrap)
     process = running()
     # its own beginning is the end of the topic when its first checkpoint is written
-    eventually(lambda: (failures(bootstrap, range(0, 1)), reader.ids())[1], 60)
+    eventually(lambda: (failures(bootstrap, range(0, 1)), reader.ids())[1], 120)
     began = time.monotonic()
     failures(bootstrap, range(1, 101))
     eventually(lambda: len(reader.ids()) >= 101, 30)
@@ -98,11 +104,47 @@ def test_what_is_sent_while_it_runs_or_lies_dead_is_told_with_one_id_each(
     failures(bootstrap, range(101, 201))
     process = running()
     failures(bootstrap, range(201, 301))
-    told = {(record["meter_id"], record["event_id"]) for record in eventually(lambda: whole(reader), 60)}
+    told = {(record["meter_id"], record["event_id"]) for record in eventually(lambda: whole(reader), 120)}
     assert len({event_id for _, event_id in told}) == len(told), "an id is one meter's"
+    variables = {"METERSTREAM_KAFKA_PORT": str(kafka.settings.kafka_port)}
+    shown = CliRunner().invoke(app, ["critical", "--from-start", "--count", "300"], env=variables)
+    assert (shown.exit_code, len(shown.stdout.splitlines())) == (0, 300)
+    assert re.search(r"  m[0-6] +power_failure AE1  \(told after [\d,]+ ms\)\n", shown.stdout)
     process.terminate()
     assert process.wait(60) == 0
     assert not (Path(kafka.home) / "run" / "critical_events.ready").exists()
+
+
+def test_a_nominal_voltage_that_becomes_known_counts_from_then_on(
+    kafka: NativeStack, running: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    def read(meter_id: str, voltage_mv: int) -> None:
+        record = {"meter_id": meter_id, "observed_at": datetime.now(UTC), "dialect": "dsmr-5"}
+        producer = Producer({"bootstrap.servers": kafka.settings.kafka_bootstrap})
+        producer.produce(READINGS.name, encode("reading", {**record, "voltage_l1_mv": voltage_mv}), meter_id)
+        assert producer.flush(30) == 0
+
+    reader = Reader(kafka.settings.kafka_bootstrap)
+
+    def told() -> set[tuple[str, int]]:
+        reader.ids()
+        return {(one["meter_id"], one["voltage_mv"]) for one in reader.records if one["kind"] == "voltage_far_out"}
+
+    process = running()
+    eventually(lambda: (read("american", 120_000), ("american", 120_000) in told())[1], 120)
+    folder = kafka.home / "lake" / "registry" / "date=2024-01-01"
+    folder.mkdir(parents=True)
+    known = pa.Table.from_pylist([{"meter_id": "american", "nominal_mv": 120_000}], REGISTRY)
+    pq.write_table(known, folder / "fleet.part")
+    (folder / "fleet.part").rename(folder / "fleet.parquet")
+    log = kafka.home / "logs" / "critical.log"
+    eventually(lambda: "unusual_nominal_voltages=1" in log.read_text(errors="replace"), 120)
+    read("american", 121_000)
+    read("european", 121_000)
+    eventually(lambda: ("european", 121_000) in told(), 120)
+    assert ("american", 121_000) not in told()
+    process.terminate()
+    assert process.wait(60) == 0
 
 
 def whole(reader: Reader) -> list[dict[str, Any]]:
@@ -112,4 +154,4 @@ def whole(reader: Reader) -> list[dict[str, Any]]:
 def test_a_driver_with_too_few_task_slots_is_refused(kafka: NativeStack, spark: Any) -> None:
     settings = CriticalSettings(kafka_bootstrap=kafka.settings.kafka_bootstrap)
     with pytest.raises(ConfigError, match="holds 8 task slots for good and wants 12 in all"):
-        start(spark, settings)
+        start(spark, settings, unusual(()))

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -343,8 +344,7 @@ def test_ten_kills_one_at_each_phase_of_a_batch_and_of_a_flush_change_no_row(
     for query_id in (driver.query_id("readings_lake"), str(uuid.uuid4())):  # its own, and of a query before it
         left = driver.home / "staging" / f"readings_lake-{query_id}-merge" / "readings"
         left.mkdir(parents=True, exist_ok=True)
-    assert len(hit) == 10
-    assert len(set(hit)) >= 6, f"kills came at {hit}"
+    assert len({*hit} - {"None"}) >= 6, f"kills came at {hit}"
     assert set(hit) & set(FLUSH_PHASES), f"kills came at {hit}"
     assert driver.to_the_end() == 0
     expected = clean.rows()
@@ -375,6 +375,7 @@ def test_a_killed_worker_a_batch_that_fails_and_a_deleted_checkpoint_change_no_r
         part.unlink()
     assert driver.to_the_end() == 0
     expected, found = clean.rows(), driver.rows()
+    assert found.keys() == expected.keys()
     for table, rows in expected.items():
         assert found[table] == rows, table
 
@@ -398,3 +399,48 @@ def test_what_kafka_no_longer_has_stops_the_driver_with_the_repair_and_is_passed
     driver.environment["METERSTREAM_ACCEPT_LOSS"] = "true"
     assert driver.to_the_end() == 0
     assert 0 < len(driver.rows()["readings"]) < len(clean.rows()["readings"])
+
+
+@pytest.mark.timeout(300)
+def test_a_flush_ends_though_meters_go_on_and_what_comes_meanwhile_is_for_the_next_start(
+    kafka: str, tmp_path: Path
+) -> None:
+    driver, is_over, sent = Driver(tmp_path, kafka), threading.Event(), 0
+    driver.environment["METERSTREAM_MAX_OFFSETS_PER_TRIGGER"] = "100000"
+
+    def go_on() -> None:
+        nonlocal sent
+        producer = Producer({"bootstrap.servers": kafka, "partitioner": "murmur2_random"})
+        while not is_over.wait(0.05):
+            at = START + timedelta(minutes=sent)
+            record = {"meter_id": "m99", "observed_at": at, "received_at": at, "dialect": "dsmr-5"}
+            producer.produce(READINGS.name, encode("reading", record | {"voltage_l1_mv": 230_000}), "m99")
+            sent += 1
+        assert producer.flush(30) == 0
+
+    def of_it(table: str) -> tuple[int, int]:
+        pattern = driver.home / "lake" / table / "date=*" / "*.parquet"
+        when = "window_start" if table == "voltage_windows" else "observed_at"
+        query = f"SELECT count(*), count(DISTINCT {when}) FROM '{pattern}' WHERE meter_id = 'm99'"
+        return tuple(duckdb.sql(query).fetchall()[0])
+
+    meter = threading.Thread(target=go_on)
+    meter.start()
+    try:
+        assert driver.to_the_end() == 0
+    finally:
+        is_over.set()
+        meter.join()
+    first, _ = of_it("readings")
+    assert 0 < first < sent
+    windows, starts = of_it("voltage_windows")
+    assert windows == starts > 0
+    assert driver.to_the_end() == 0
+    assert of_it("readings") == (sent, sent)
+    windows, starts = of_it("voltage_windows")
+    assert windows == starts > 0
+    books = f"'{driver.home}/lake/accounting/date=*/*.parquet'"
+    found = duckdb.sql(
+        f"SELECT sum(received - stored - duplicate - late - quarantined - invalid) FROM {books}"
+    ).fetchall()
+    assert found == [(0,)]

@@ -147,6 +147,12 @@ def test_up_leaves_a_supervisor_that_brings_back_what_was_killed(own_stack):
     killed = own_stack.pid("nats")
     os.kill(killed, signal.SIGKILL)
     eventually(lambda: own_stack.pid("nats") not in {None, killed}, 15)
+    up = command(own_stack, "up", "kafka")  # and what is started later it looks after too
+    assert up.wait(90) == 0, up.communicate()
+    killed = {own_stack.pid(name) for name in BROKERS}
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not {own_stack.pid(name) for name in BROKERS} & {None, *killed}, 60)
 
 
 def test_down_works_without_the_supervisor_and_says_so_when_nothing_runs(own_stack):

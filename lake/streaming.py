@@ -83,13 +83,13 @@ class StreamSettings(Settings):
     """
 
     kafka_bootstrap: str
-    trigger_s: float = 5
-    max_offsets_per_trigger: int = 100_000
-    allowed_lateness_s: int = 1_800
+    trigger_s: float = Field(5, ge=0, le=86_400)
+    max_offsets_per_trigger: int = Field(100_000, ge=1)
+    allowed_lateness_s: int = Field(1_800, ge=0)
     merge_files: int = Field(64, ge=2)
-    recent_records: int = 10_000
-    max_ahead_s: int = 36 * 3600
-    max_behind_s: int = 400 * 24 * 3600
+    recent_records: int = Field(10_000, ge=0)
+    max_ahead_s: int = Field(36 * 3600, ge=0)
+    max_behind_s: int = Field(400 * 24 * 3600, ge=0)
     flush: bool = False
     close_all: bool = False
     accept_loss: bool = False
@@ -500,6 +500,7 @@ def _run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
         log.info("streaming", jobs=[job.name for job in jobs], kafka=settings.kafka_bootstrap)
         stay(queries, stop)
         if flush.is_set():
+            log.info("flush", takes="what Kafka has now")
             newest = newest_offsets(settings.kafka_bootstrap, {topic for job in jobs for topic in job.topics})
             for runner in runners:
                 runner.end_with(newest)

@@ -23,6 +23,7 @@ import structlog
 import typer
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
+from pydantic import Field
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.avro.functions import from_avro, to_avro
@@ -68,8 +69,8 @@ class CriticalSettings(Settings):
 
     kafka_bootstrap: str
     accept_loss: bool = False
-    critical_checkpoint_s: int = 300
-    far_out_pct: float = 15.0
+    critical_checkpoint_s: int = Field(300, ge=1)
+    far_out_pct: float = Field(15.0, gt=0, lt=100)
 
 
 def transform(records: DataFrame, nominal: DataFrame, far_out_pct: float) -> DataFrame:

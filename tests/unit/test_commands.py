@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from lake.streaming import StreamSettings
 from replay.__main__ import app
 from replay.record import sent_by
 from replay.run import Order, play, run_folder
 from replay.sinks import NullSink
-from schemas.errors import RetryLater
+from schemas.errors import ConfigError, RetryLater
+from schemas.settings import load
 from schemas.tables import job_run
 from streaming_jobs import voltage_deviation
 from tests.wire import small_tape
@@ -105,3 +107,15 @@ def test_a_damaged_checkpoint_ends_a_driver_with_one_sentence_that_says_what_to_
     assert found.returncode == 1
     assert found.stderr.startswith("error: " + told.replace("{}", str(checkpoint)))
     assert len(found.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("TRIGGER_S", "nan"), ("ALLOWED_LATENESS_S", "-5"), ("MAX_OFFSETS_PER_TRIGGER", "0"), ("MERGE_FILES", "1")],
+)
+def test_a_setting_that_makes_no_sense_is_an_error_that_names_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(f"METERSTREAM_{name}", value)
+    with pytest.raises(ConfigError, match=f"METERSTREAM_{name}"):
+        load(StreamSettings, kafka_bootstrap="none:0")

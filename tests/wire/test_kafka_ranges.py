@@ -11,8 +11,9 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from lake import kafka_ranges
 from lake.decoding import KAFKA
-from lake.kafka_ranges import Range, fetched, planned
+from lake.kafka_ranges import Range, fetched, newest_offsets, planned
 from schemas.errors import RetryLater, StateLost
+from schemas.topics import READINGS
 from stack.demo import own_settings
 from stack.native import NativeStack
 
@@ -118,6 +119,12 @@ def test_a_kafka_that_says_nothing_is_asked_again_later(monkeypatch: pytest.Monk
     monkeypatch.setattr(kafka_ranges, "SILENT_S", 2.0)
     with pytest.raises(RetryLater, match="Kafka gives nothing of plain-0 from offset 0 on: .*(refused|down|failed)"):
         fetched(Range("plain", 0, 0, 10), "127.0.0.1:1", False)
+
+
+def test_a_kafka_that_does_not_say_what_it_has_is_asked_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kafka_ranges, "NO_LEADER_S", 0.5)
+    with pytest.raises(RetryLater, match="Kafka at 127.0.0.1:1 does not say what it has: .*"):
+        newest_offsets("127.0.0.1:1", [READINGS])
 
 
 def test_a_plan_is_what_lies_between_two_batches_of_the_checkpoint(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,7 +44,8 @@ class Reader:
     """Everything in the topic so far."""
 
     def __init__(self, bootstrap: str) -> None:
-        self.consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "t", "auto.offset.reset": "earliest"})
+        group = f"{uuid.uuid4()}"  # its own, else it shares the partitions with one before it that is not collected yet
+        self.consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": group, "auto.offset.reset": "earliest"})
         self.consumer.subscribe([CRITICAL_EVENTS.name])
         self.records: list[dict[str, Any]] = []
 

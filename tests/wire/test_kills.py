@@ -152,7 +152,7 @@ class Driver:
         """Takes what Kafka has, flushes, ends. Returns the exit code."""
         with self.running() as process:
             self.ask_to_end(process)
-            return process.wait(120)
+            return process.wait(240)
 
     def ask_to_end(self, process: subprocess.Popen[bytes]) -> None:
         ready = self.home / "run" / "streaming.ready"
@@ -260,7 +260,7 @@ def clean(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Driver:
     driver.environment["METERSTREAM_METRICS_PORT"] = str(port)
     with driver.running() as process:
         driver.ask_to_end(process)
-        until = time.monotonic() + 120
+        until = time.monotonic() + 240
         while process.poll() is None and time.monotonic() < until:
             driver.told += [jobs(text)] if (text := told(port)) else []
             time.sleep(0.2)

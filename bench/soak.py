@@ -122,6 +122,7 @@ def sample(stack: NativeStack, at_s: float) -> list[dict[str, float | str | None
         seen[job.job, "records"] = job.records
     for kind, megabytes in memory_mb(stack.pid("streaming")).items():
         seen["driver", f"{kind}, MB"] = megabytes
+    seen["machine", "load"] = os.getloadavg()[0]  # what else it has to do shows in every other figure
     lake = list((stack.home / "lake").rglob("*.parquet"))
     seen["lake", "files"] = len(lake)
     return [{"at_s": at_s, "of": of, "what": what, "value": value} for (of, what), value in seen.items()]

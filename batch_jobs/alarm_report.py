@@ -1,12 +1,13 @@
-"""Alarms of a local day: each that was raised, repeated or cleared in it, as it stood at the day's end.
+"""Alarms of a local day: each that was raised, repeated, cleared or acknowledged in it, as it stood at the day's end.
 
 Reads: alarms raised in the UTC days that the local day can touch and in the 30 days before: an alarm that stood longer
-than that before it was cleared is not found; alarm_acknowledgements of these days; registry (transformer, feeder,
-time zone).
+than that before it was cleared is not found; all of alarm_acknowledgements; registry (transformer, feeder, time zone).
 Writes: alarm_report_v1.
 Key: alarm_id, date. An alarm has a row in each day that touched it, so a count over days takes one row an alarm_id.
 A change has the meter's time where the table keeps it (raised_at, cleared_at), else its arrival (repeats). What
-happened after the day's end is not in its row: an alarm cleared tomorrow is active today, without an end.
+happened after the day's end is not in its row: an alarm cleared tomorrow is active today, without an end. But for its
+acknowledgement: that is a person's, by a clock that may be years from the alarm's (a replay), so a row has the first
+that was known when it was written.
 Lateness: run the date again when events of it came after its night.
 Duplicates: a change that is there twice gives one row.
 Restart: run it again; the date is replaced as a whole.
@@ -46,22 +47,19 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
         .withColumn("changed_at", changed_at)
         .where(F.col("changed_at") < F.col("day_end"))
     )
-    acknowledged = with_local_day(lake["alarm_acknowledgements"], registry, date).where(
-        F.col("acknowledged_at") < F.col("day_end")
-    )
     # A life goes one way: repeats count up, the clear comes last. So its order needs no clock.
     newest = F.struct(is_cleared, "repeat_count", "updated_at")
     places = ["usage_point_id", "transformer_id", "feeder_id"]
-    columns = [*tables.ALARMS.names, *places]
+    columns = [*tables.ALARMS.names, *places, "day_start", "day_end"]
     return (
         changes.groupBy("alarm_id")
         .agg(
             F.max_by(F.struct(*[name for name in columns if name != "alarm_id"]), newest).alias("last"),
             F.max(is_begun_in_day("changed_at")).alias("is_touched"),
         )
-        .where("is_touched")
-        .select("alarm_id", "last.*")
-        .join(_acknowledged(acknowledged), "alarm_id", "left")
+        .select("alarm_id", "last.*", "is_touched")
+        .join(_acknowledged(lake["alarm_acknowledgements"]), "alarm_id", "left")
+        .where(F.col("is_touched") | is_begun_in_day("acknowledged_at"))
         .select(
             "alarm_id",
             "meter_id",
@@ -86,7 +84,7 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
 JOB = BatchJob(
     name=Path(__file__).stem,
     version=1,
-    reads={"alarms": DAYS_BEFORE, "alarm_acknowledgements": DAYS_BEFORE},
+    reads={"alarms": DAYS_BEFORE, "alarm_acknowledgements": None},
     transform=transform,
 )
 

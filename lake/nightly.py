@@ -31,7 +31,7 @@ from lake.reading import read_registry, read_table, utc_days
 from lake.session import spark_session, uri
 from lake.streaming import StreamSettings
 from schemas.errors import ConfigError, ContractBroken, exits
-from schemas.tables import TABLES, files_kept, report_path
+from schemas.tables import TABLES, files_kept, report_path, table_path
 
 SHARDS = 32
 """Groups of meters a night is cut into: one must fit into a task's memory, and each costs some milliseconds."""
@@ -48,13 +48,13 @@ class BatchJob:
         name: its module's name: report, CLI word.
         version: raised when columns of the report change their meaning; part of the report's name.
         reads: lake table or report → how many days before the local day it needs. Of a table the UTC days that the
-            local day can touch are read too, of a report the day itself.
+            local day can touch are read too, of a report the day itself. None: the whole of a small table.
         transform: (tables by name, registry, local day) → the report's rows; pure, runs on static frames too.
     """
 
     name: str
     version: int
-    reads: Mapping[str, int]
+    reads: Mapping[str, int | None]
     transform: Transform
 
     @property
@@ -175,7 +175,9 @@ def per_shard(rows: DataFrame, engine: Callable[[pl.DataFrame], pl.DataFrame], o
     return sharded.groupBy("shard").applyInArrow(run, spark_schema(output))
 
 
-def _read(session: SparkSession, name: str, date: datetime.date, days_before: int) -> DataFrame:
+def _read(session: SparkSession, name: str, date: datetime.date, days_before: int | None) -> DataFrame:
+    if days_before is None:
+        return read_table(session, name)
     earlier = [date - datetime.timedelta(days=days) for days in range(days_before, 0, -1)]
     if name in TABLES:
         return read_table(session, name, sorted({*earlier, *utc_days(date)}))
@@ -206,6 +208,15 @@ def publish(session: SparkSession, job: BatchJob, date: datetime.date) -> int:
         return publish_report(job.transform(tables, registry, date), job.report, date.isoformat())
 
 
+def silent(date: datetime.date) -> str | None:
+    """What is to be said before the reports of a day whose readings the lake does not have; None where it has some."""
+    days = sorted(path.name.removeprefix("date=") for path in table_path("readings").glob("date=*"))
+    if date.isoformat() in days:
+        return None
+    known = f"it has those of {days[0]} to {days[-1]}" if days else "it has none of any day"
+    return f"The lake has no readings of {date.isoformat()}; {known}. The reports will say no more than that."
+
+
 def run(jobs: Iterable[BatchJob], date: datetime.date, as_json: bool = False) -> None:
     """Runs the jobs one after the other, in the order of what they read and write, and says rows and seconds of each.
 
@@ -215,6 +226,8 @@ def run(jobs: Iterable[BatchJob], date: datetime.date, as_json: bool = False) ->
     ordered = in_order(jobs)
     console = Console(stderr=as_json, highlight=False)
     day = date.isoformat()
+    if silence := silent(date):
+        Console(stderr=True, highlight=False).print(silence, soft_wrap=True)
     with console.status(f"{day}: starting Spark"):
         session = spark_session("meterstream-night-" + "-".join(job.name for job in ordered))
     try:
@@ -228,6 +241,7 @@ def run(jobs: Iterable[BatchJob], date: datetime.date, as_json: bool = False) ->
                 sys.stdout.write(json.dumps(line) + "\n")
             else:
                 console.print(f"{day}  {job.report:<24} {rows:>10,} rows {took_s:>7.1f} s")
+        console.print(f"In {report_path('<report>') / f'date={day}'}/*.parquet", markup=False, soft_wrap=True)
     finally:
         session.stop()
 
@@ -236,11 +250,16 @@ def command(jobs: list[BatchJob]) -> None:
     """The command line of one job, or of all in one session."""
 
     def main(
-        date: Annotated[datetime.datetime, typer.Option(formats=["%Y-%m-%d"], help="Local day of the report.")],
+        date: Annotated[str, typer.Option(metavar="YYYY-MM-DD", help="Local day of the report.")],
         as_json: Annotated[bool, typer.Option("--json", help="One JSON object per job on standard output.")] = False,
     ) -> None:
         with exits():
-            run(jobs, date.date(), as_json)
+            try:
+                day = datetime.date.fromisoformat(date)
+            except ValueError as error:
+                msg = f"--date is a day like 2016-06-15, not {date}"
+                raise ConfigError(msg) from error
+            run(jobs, day, as_json)
 
     main.__doc__ = f"Writes the reports of one local day: {', '.join(job.name for job in jobs)}."
     typer.run(main)

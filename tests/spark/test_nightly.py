@@ -13,7 +13,7 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from batch_jobs import discovered
-from lake.nightly import BatchJob, in_order, publish
+from lake.nightly import BatchJob, in_order, publish, silent
 from schemas.errors import ConfigError, ContractBroken, RetryLater
 from schemas.tables import TABLES, files_moved, glob_of, home, report_path, report_run, table_path
 
@@ -126,6 +126,17 @@ def test_a_date_that_is_none_is_an_error_of_use(arguments: list[str]) -> None:
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert "--date" in ended.stderr
+
+
+def test_a_day_without_readings_is_told_with_the_days_that_have_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
+    assert "has no readings of 2024-06-10; it has none of any day" in (silent(DAY) or "")
+    for day in ("2024-06-11", "2024-06-13"):
+        (tmp_path / "lake" / "readings" / f"date={day}").mkdir(parents=True)
+    assert "it has those of 2024-06-11 to 2024-06-13" in (silent(DAY) or "")
+    assert silent(DAY + datetime.timedelta(days=1)) is None
 
 
 def test_while_a_night_reads_a_table_nobody_may_merge_its_files(spark: SparkSession, lake: Path) -> None:

@@ -225,6 +225,13 @@ def partitions(bootstrap: str) -> int:
         raise RetryLater(msg) from error
 
 
+def is_reading(session: SparkSession, tasks: int) -> bool:
+    """Whether a task reads each of so many partitions: from then on what comes is told within milliseconds."""
+    tracker = session.sparkContext.statusTracker()
+    stages = [tracker.getStageInfo(stage) for stage in tracker.getActiveStageIds()]
+    return any(stage is not None and stage.numTasks == stage.numActiveTasks == tasks for stage in stages)
+
+
 def main() -> None:
     """Runs it until SIGTERM or Ctrl-C, in a driver of its own with slots enough."""
 
@@ -240,11 +247,15 @@ def main() -> None:
                 os.environ["METERSTREAM_SPARK_MASTER"] = f"local[{slots}]"
             session = spark_session(f"meterstream-{NAME}")
             while not stop.is_set():
-                nominal = unusual(registry_files())
+                nominal, tasks = unusual(registry_files()), partitions(settings.kafka_bootstrap)
                 query = start(session, settings, nominal, micro_batch)
+                stay([query], stop, lambda: micro_batch or is_reading(session, tasks))  # noqa: B023
+                session.sparkContext.setLogLevel("ERROR")
                 with served(NAME, [query]):
                     log.info("real-time mode", kafka=settings.kafka_bootstrap, unusual_nominal_voltages=len(nominal))
                     stay([query], stop, lambda: not unusual(registry_files()).equals(nominal))  # noqa: B023
+                    session.sparkContext.setLogLevel("OFF")  # its tasks never end by themselves: each tells of an abort
+            log.info("stopped")
 
     run.__doc__ = main.__doc__
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

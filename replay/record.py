@@ -121,7 +121,7 @@ def record(
                 continue  # a dead letter names no run
             done += _read(consumer, found[topic], each, run_id, partial(_report, progress, done, total))
     except KafkaException as error:
-        msg = f"no Kafka at {bootstrap}: {error.args[0].str()}"
+        msg = f"no Kafka at {bootstrap} ({error.args[0].str()}): make up starts it"
         raise RetryLater(msg) from error
     finally:
         consumer.close()

@@ -79,7 +79,7 @@ class KafkaSink:
         try:
             self._producer.list_topics(timeout=CONNECT_S)
         except KafkaException as error:
-            msg = f"no Kafka at {bootstrap}: {error.args[0].str()}"
+            msg = f"no Kafka at {bootstrap} ({error.args[0].str()}): make up starts it"
             raise RetryLater(msg) from error
 
     @property
@@ -152,7 +152,7 @@ class MqttSink:
             msg = f"--connections is 1 or more, not {connections}"
             raise ConfigError(msg)
         self.acknowledged = self._published = 0
-        problem = f"no MQTT broker at {host}:{port}"
+        problem = f"no MQTT broker at {host}:{port}, which make up starts"
         try:
             self._clients = [self._connected(host, port, number) for number in range(connections)]
         except OSError as error:

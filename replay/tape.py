@@ -185,6 +185,9 @@ def read_tape(folder: Path) -> Tape:
     Raises:
         ConfigError: there is none, or it lacks a file or column.
     """
+    if not folder.exists():
+        msg = f"{folder} is no tape: there is nothing; replay simulate and replay import make one"
+        raise ConfigError(msg)
     try:
         found = json.loads((folder / "tape.json").read_text())
         info = TapeInfo(**{field.name: found[field.name] for field in fields(TapeInfo)})

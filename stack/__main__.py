@@ -8,27 +8,29 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import KafkaException
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from schemas.codec import decode, encode
 from schemas.errors import ConfigError, RetryLater, exits
 from schemas.settings import load
-from schemas.topics import COMMANDS, CRITICAL_EVENTS, METER_ID
+from stack import following
 from stack.containers import ContainerStack, engine
 from stack.jobs import JobMetrics, jobs, told
 from stack.native import ALL, NAMES, SUPERVISOR, NativeStack, PartState, StackSettings, create_topics
 
-app = typer.Typer(help="The stack on this machine.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="The stack on this machine.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 console = Console(highlight=False)
 
 Names = Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join(NAMES)}. All without.")]
@@ -36,7 +38,8 @@ Mode = Annotated[str, typer.Option(envvar="MODE", help="docker, native, or auto:
 Cluster = Annotated[bool, typer.Option(envvar="CLUSTER", help="The jobs on a Spark master and two workers.")]
 Critical = Annotated[bool, typer.Option(envvar="CRITICAL", help="Critical events too, told within milliseconds.")]
 FOLLOW_EVERY_S = 0.3
-ALL_DOWN = KafkaError._ALL_BROKERS_DOWN
+LEGEND = """lag: records in Kafka that are not taken · took s: seconds of the last batch, ended: how long ago
+state: rows kept · late, bad: records kept apart since the start · over to: windows up to then are closed"""
 COLOURS = {"running": "green", "starting": "yellow", "died": "red", "stopped": "dim"}
 
 
@@ -139,6 +142,7 @@ def status(
             console.print(_table(states))
             if found:
                 console.print(_jobs_table(found))
+                console.print(LEGEND, style="dim")
             elif stack.is_running("streaming"):
                 console.print("The streaming jobs have told nothing yet.")
         if any(state.state != "running" for state in states):
@@ -160,34 +164,56 @@ def _table(states: list[PartState]) -> Table:
 
 
 @app.command()
+def alarms(
+    all_: Annotated[bool, typer.Option("--all", help="Those that were cleared, too.")] = False,
+    meter: Annotated[str | None, typer.Option(help="Of this meter_id only.")] = None,
+    limit: Annotated[int, typer.Option(help="At most so many, the newest.", min=1)] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON each, for machines.")] = False,
+) -> None:
+    """Show the alarms that stand, the newest first: since when, whose, and who has seen them.
+
+    For example: .venv/bin/stack alarms --meter m1 --all
+    """
+
+    def work() -> None:
+        with Console(stderr=True).status("Reading the alarms"):
+            found = following.alarms(load(StackSettings).kafka_bootstrap)
+        chosen = following.newest_first(found.values(), meter, all_)
+        if as_json:
+            for alarm in chosen[:limit]:
+                typer.echo(json.dumps(alarm, default=str))
+            return
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        for column in ("alarm_id", "raised at, UTC", "meter", "what", "severity", "state", "seen by"):
+            table.add_column(column, no_wrap=column in ("alarm_id", "raised at, UTC"), overflow="fold")
+        for alarm in chosen[:limit]:
+            at = f"{alarm['raised_at']:%Y-%m-%d %H:%M:%S}"
+            columns = [alarm[name] for name in ("meter_id", "alarm_type", "severity", "state")]
+            table.add_row(alarm["alarm_id"], at, *columns, escape(alarm["acknowledged_by"] or "-"))
+        if chosen:
+            console.print(table)
+        more = f", the newest {limit} of them above" if len(chosen) > limit else ""
+        console.print(f"{len(chosen):,} {'' if all_ else 'that stand '}in {following.KEPT}{more}.")
+
+    _guarded(work)
+
+
+@app.command()
 def acknowledge(
-    alarm_id: Annotated[str, typer.Argument(help="Of the alarm, as in the table alarms.")],
-    meter: Annotated[str, typer.Option(help="Its meter_id.")],
+    alarm_id: Annotated[str, typer.Argument(help="Of the alarm, or how that begins; `stack alarms` shows them.")],
+    meter: Annotated[str | None, typer.Option(help="Its meter_id; without, the alarm is looked up.")] = None,
     by: Annotated[str, typer.Option(help="Who has seen it.")] = getpass.getuser(),
     note: Annotated[str | None, typer.Option(help="What is to be said of it.")] = None,
 ) -> None:
     """Say that somebody has seen an alarm: a command in Kafka, which the table alarm_acknowledgements keeps.
 
-    For example: .venv/bin/stack acknowledge 0f3c --meter m1 --by "control room" --note "crew is on its way"
+    For example: .venv/bin/stack acknowledge 0f3c --by "control room" --note "crew is on its way"
     """
 
     def work() -> None:
-        if not METER_ID.fullmatch(meter):
-            msg = f"--meter {meter}: a meter's id has letters, digits, _ and -"
-            raise ConfigError(msg)
         bootstrap = load(StackSettings).kafka_bootstrap
-        record = {"alarm_id": alarm_id, "meter_id": meter, "acknowledged_by": by, "note": note}
-        value = encode(COMMANDS.entity, {**record, "acknowledged_at": datetime.now(UTC)})
-        refused: list[str] = []
-        producer = Producer({"bootstrap.servers": bootstrap, "acks": "all", "partitioner": "murmur2_random",
-                             "message.timeout.ms": 10_000, "log_level": 0})  # fmt: skip
-        producer.produce(
-            COMMANDS.name, value, meter, on_delivery=lambda error, _: refused.extend([str(error)] * bool(error))
-        )
-        if producer.flush(15) or refused:
-            msg = f"Kafka at {bootstrap} did not take it: {'; '.join(refused) or 'no answer'}"
-            raise RetryLater(msg)
-        console.print(f"Acknowledged: alarm {alarm_id} of {meter}, by {by}.")
+        whole_id, whose = following.acknowledge(bootstrap, alarm_id, meter, by, note)
+        console.print(f"Acknowledged: alarm {whole_id} of {whose}, by {by}.", markup=False)
 
     _guarded(work)
 
@@ -351,7 +377,7 @@ def critical(
 
     def work() -> None:
         bootstrap = load(StackSettings).kafka_bootstrap
-        for number, event in enumerate(critical_events(bootstrap, from_start), 1):
+        for number, event in enumerate(following.critical_events(bootstrap, from_start), 1):
             if as_json:
                 typer.echo(json.dumps(event, default=str))
             else:
@@ -364,35 +390,6 @@ def critical(
                 return
 
     _guarded(work)
-
-
-def critical_events(bootstrap: str, from_start: bool) -> Iterator[dict[str, Any]]:
-    """Critical events as they come, each with `told_at`: when Kafka had it.
-
-    Raises:
-        RetryLater: Kafka does not answer, or stops answering.
-    """
-    # Kafka's client wants a group's name; assigned partitions and no commit leave nothing of it on the broker
-    settings: dict[str, Any] = {"bootstrap.servers": bootstrap, "group.id": "critical", "enable.auto.commit": False}
-    settings |= {"fetch.wait.max.ms": 5, "log_level": 0}
-    complaints: list[KafkaError] = []
-    consumer = Consumer({**settings, "error_cb": complaints.append})
-    try:
-        known = consumer.list_topics(CRITICAL_EVENTS.name, timeout=10).topics[CRITICAL_EVENTS.name]
-        begin = OFFSET_BEGINNING if from_start else OFFSET_END
-        consumer.assign([TopicPartition(CRITICAL_EVENTS.name, number, begin) for number in known.partitions])
-        while True:
-            message = consumer.poll(0.5)
-            if error := message.error() if message else next((c for c in complaints if c.code() == ALL_DOWN), None):
-                raise KafkaException(error)
-            if message:
-                told_at = datetime.fromtimestamp(message.timestamp()[1] / 1000, UTC)
-                yield {**decode(message.value() or b"", CRITICAL_EVENTS.entity), "told_at": told_at}
-    except KafkaException as error:
-        msg = f"no Kafka at {bootstrap}: {error.args[0].str()}"
-        raise RetryLater(msg) from error
-    finally:
-        consumer.close()
 
 
 @app.command(hidden=True)

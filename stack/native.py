@@ -318,8 +318,13 @@ class NativeStack:
     def _locked(self) -> Iterator[None]:
         """One at a time starts or stops in this home."""
         run = self.home / "run"
-        run.mkdir(parents=True, exist_ok=True)
-        with (run / "lock").open("w") as lock:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            lock = (run / "lock").open("w")
+        except OSError as error:
+            msg = f"{self.home} cannot be written ({error.strerror}): METERSTREAM_HOME names another folder"
+            raise ConfigError(msg) from error
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
@@ -672,7 +677,10 @@ def _user_of(port: int) -> str:
     with contextlib.suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-                return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
+                process = psutil.Process(connection.pid)
+                part, _, other = process.environ().get(MARK, "").partition("@")
+                stack = f", {part} of the stack in {other}" if other else ""
+                return f" by {process.name()} (pid {connection.pid}{stack})"
     return ""
 
 

@@ -52,6 +52,12 @@ def test_a_port_in_use_names_the_port_and_the_variable_that_moves_it(tmp_path):
     assert stack.dead() == list(NAMES)
 
 
+def test_a_home_that_cannot_be_written_names_the_variable_that_moves_it(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/home cannot be written .*METERSTREAM_HOME"):
+        NativeStack(load(StackSettings, home=tmp_path / "file" / "home")).start(["nats"])
+
+
 def test_an_unknown_process_is_refused_with_the_names_there_are(tmp_path):
     with pytest.raises(ConfigError, match="no such process: nets; there are nats, kafka"):
         NativeStack(load(StackSettings, home=tmp_path)).start(["nets"])

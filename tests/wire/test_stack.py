@@ -1,17 +1,25 @@
 """The real broker and the real Kafka, started, used, killed and stopped."""
 
 import contextlib
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+from datetime import UTC, datetime
 
 import psutil
 import pytest
+from confluent_kafka import Producer
+from typer.testing import CliRunner
 
+from schemas.codec import encode
 from schemas.errors import ConfigError
 from schemas.settings import load
+from schemas.topics import ALARMS, COMMANDS
+from stack.__main__ import app
 from stack.native import MARK, NativeStack, StackSettings, StartFailed
 from tests.brokers import Brokers
 from tests.eventually import eventually
@@ -109,9 +117,44 @@ def test_another_process_sees_the_same_stack(stack):
 
 def test_a_second_stack_on_the_same_ports_is_refused_by_the_variables_names(stack, tmp_path):
     second = NativeStack(stack.settings.model_copy(update={"home": tmp_path}))
-    with pytest.raises(ConfigError, match=r"METERSTREAM_MQTT_PORT.*METERSTREAM_KAFKA_PORT"):
+    theirs = f"kafka of the stack in {stack.home}"
+    with pytest.raises(ConfigError, match=rf"METERSTREAM_MQTT_PORT.*{theirs}.*METERSTREAM_KAFKA_PORT"):
         second.start(BROKERS)
     assert left_of(tmp_path) == []
+
+
+def test_alarms_that_stand_are_shown_and_acknowledged_by_the_beginning_of_their_ids(stack, monkeypatch):
+    at = datetime(2024, 6, 10, 8, tzinfo=UTC)
+    life = {"alarm_type": "tamper", "severity": "error", "repeat_count": 0, "source": "meter_event", "updated_at": at}
+    stands, over = {"alarm_id": "0f3c", "meter_id": "m1"} | life, {"alarm_id": "77aa", "meter_id": "m2"} | life
+    producer = Producer({"bootstrap.servers": stack.settings.kafka_bootstrap})
+    for alarm, ended in [(stands, None), (over, None), (stands | {"repeat_count": 1}, None), (over, at)]:
+        change = alarm | {"state": "cleared" if ended else "active", "raised_at": at, "cleared_at": ended}
+        producer.produce(ALARMS.name, encode("alarm", change), alarm["meter_id"])
+    producer.produce(COMMANDS.name, b"no acknowledgement", "m1")
+    assert producer.flush(30) == 0
+    monkeypatch.setenv("METERSTREAM_KAFKA_PORT", str(stack.settings.kafka_port))
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def said(*arguments):
+        found = CliRunner().invoke(app, arguments)
+        return found.exit_code, found.output
+
+    code, shown = said("alarms")
+    assert code == 0 and re.search(r"0f3c +2024-06-10 08:00:00 m1 +tamper error +active -", shown)
+    assert "77aa" not in shown and shown.splitlines()[-1].startswith("1 that stand in topic alarms-v1")
+    lines = said("alarms", "--all", "--json")[1].splitlines()
+    assert sorted(json.loads(line)["alarm_id"] for line in lines) == ["0f3c", "77aa"]
+    assert "0 in topic" in said("alarms", "--all", "--meter", "m3")[1]
+    assert said("acknowledge", "0f", "--by", "control room") == (
+        0, "Acknowledged: alarm 0f3c of m1, by control room.\n"
+    )  # fmt: skip
+    said("acknowledge", "0f3c", "--meter", "m1", "--by", "somebody later")
+    assert re.search(r"0f3c .* active control room *\n", said("alarms")[1])
+    code, shown = said("acknowledge", "ff")
+    assert code == 2 and "no alarms begin with 'ff' in topic alarms-v1, which has 7 days of them" in shown
+    code, shown = said("acknowledge", "")
+    assert code == 2 and "2 alarms begin with" in shown
 
 
 def test_a_killed_broker_is_dead_until_it_is_started(stack):

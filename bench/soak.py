@@ -91,16 +91,29 @@ def _wait_for_no_lag(stack: NativeStack) -> None:
             raise RetryLater(msg)
 
 
-def memory_mb(pid: int | None) -> dict[str, float]:
-    """Resident memory of the driver's tree, by what a process is."""
-    sums = {"java": 0.0, "python": 0.0}
-    if pid is None:
-        return sums
+def _tree(pid: int | None) -> list[psutil.Process]:
+    """A process and those that it started, where they are alive."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        for each in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                sums["java" if each.name() == "java" else "python"] += each.memory_info().rss / 1e6
+        return [] if pid is None else [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return []
+
+
+def memory_mb(pid: int | None) -> dict[str, float]:
+    """Resident memory of a process's tree, by what a process is."""
+    sums = {"java": 0.0, "python": 0.0}
+    for each in _tree(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            sums["java" if each.name() == "java" else "python"] += each.memory_info().rss / 1e6
     return sums
+
+
+def busy_s(pid: int | None) -> float:
+    """CPU seconds that a process's tree has used."""
+    total = 0.0
+    for each in _tree(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(each.cpu_times()[:2])
+    return total
 
 
 def slope_an_hour(at_s: pl.Series, values: pl.Series) -> float:
@@ -170,10 +183,18 @@ def main(
             progress.print(f"sustained {rate:,.0f} readings/s; {hours:g} h at {sent:,.0f}/s, speed {speed:,.1f}")
             length = f"{int(seconds * speed) + STEP_S}s"
             replay = _replay(variables, meters, "s", "--speed", f"{speed:.3f}", "--duration", length, "--loop")
-            began = time.monotonic()
+            # the replay does the same each second: where it needs more of a core, the machine is slower
+            began, busy = time.monotonic(), {"driver": busy_s(stack.pid("streaming")), "replay": busy_s(replay.pid)}
+            seen_at_s = 0.0
             while (at_s := time.monotonic() - began) < seconds:
                 time.sleep(min(every_s, max(0.0, seconds - at_s)))
                 rows += sample(stack, time.monotonic() - began)
+                now_s = time.monotonic() - began
+                for of, pid in {"driver": stack.pid("streaming"), "replay": replay.pid}.items():
+                    before_s, busy[of] = busy[of], busy_s(pid)
+                    cores = (busy[of] - before_s) / (now_s - seen_at_s)
+                    rows.append({"at_s": now_s, "of": of, "what": "cores", "value": cores})
+                seen_at_s = now_s
                 lag = _lag(_told(stack))
                 progress.print(f"{at_s / 60:5.1f} min, lag {'?' if lag is None else f'{lag:,}'}")
                 if replay.poll():

@@ -18,7 +18,6 @@ from typing import Annotated, NoReturn
 import typer
 from confluent_kafka import KafkaException
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from schemas.errors import ConfigError, RetryLater, exits
@@ -183,17 +182,13 @@ def alarms(
             for alarm in chosen[:limit]:
                 typer.echo(json.dumps(alarm, default=str))
             return
-        table = Table(box=None, padding=(0, 1, 0, 0))
-        for column in ("alarm_id", "raised at, UTC", "meter", "what", "severity", "state", "seen by"):
-            table.add_column(column, no_wrap=column in ("alarm_id", "raised at, UTC"), overflow="fold")
         for alarm in chosen[:limit]:
-            at = f"{alarm['raised_at']:%Y-%m-%d %H:%M:%S}"
-            columns = [alarm[name] for name in ("meter_id", "alarm_type", "severity", "state")]
-            table.add_row(alarm["alarm_id"], at, *columns, escape(alarm["acknowledged_by"] or "-"))
-        if chosen:
-            console.print(table)
+            seen = f", seen by {alarm['acknowledged_by']}" if alarm["acknowledged_by"] else ""
+            line = f"{alarm['alarm_id']}  {alarm['raised_at']:%Y-%m-%d %H:%M:%S}  {alarm['meter_id']:<16} "
+            line += f"{alarm['state']:<7} {alarm['severity']:<7} {alarm['alarm_type']}{seen}"
+            console.print(line, markup=False, soft_wrap=True)
         more = f", the newest {limit} of them above" if len(chosen) > limit else ""
-        console.print(f"{len(chosen):,} {'' if all_ else 'that stand '}in {following.KEPT}{more}.")
+        console.print(f"{len(chosen):,} {'' if all_ else 'that stand '}in {following.KEPT}{more}.", soft_wrap=True)
 
     _guarded(work)
 

@@ -9,6 +9,7 @@ code.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -151,6 +152,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
     """Latency of critical events in real-time mode and in micro-batches: make bench-latency ARGS="--rounds 1"."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what it started ends with it
     with exits():
         folder = Path(tempfile.mkdtemp(prefix="latency-", dir=ROOT / "data" / "tmp"))
         stack = NativeStack(own_settings(folder), on_progress=lambda line: progress.print(f"  {line}"))

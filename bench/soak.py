@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -166,6 +167,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
 ) -> None:
     """Soak test of the streaming jobs: make bench-soak; make bench-soak ARGS="--hours 0.2 --meters 1000"."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what it started ends with it
     with exits():
         if not GRID_TAPE.exists():
             simulated(GRID_TAPE, DAY, STEP_S, SEED)

@@ -574,6 +574,7 @@ def main(
     from stack.demo import own_settings
     from stack.native import NativeStack
 
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what it started ends with it
     with exits():
         known = ("own", "core") if kill else tuple(CONTESTANTS)
         asked = ",".join(known) if kill and only == ALL else only

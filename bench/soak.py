@@ -3,12 +3,17 @@
 Kafka and the streaming driver as `make up` starts them, in a folder of their own. First readings are sent flat out, and
 the time until no job lags any more gives the sustained rate; then half of that for hours. What the driver tells of
 itself, and the memory of its processes, are looked at every so often; slopes are of a straight line through them, the
-first tenth left out. Timing decides no exit code.
+first tenth left out. The looks come at random moments: in step with the jobs' trigger they would all see the same part
+of a batch, and what they slip by would look like a slope. Then the driver is started again and looked at a while
+longer: what stays as it was at the end has not grown in the process; where the replay, which does the same each second,
+needs more of a core as well, the machine has become slower. Timing decides no exit code.
 """
 
 import contextlib
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -36,6 +41,8 @@ ROOT = Path(__file__).resolve().parent.parent
 STEP_S = 300  # of the tape
 FLAT_OUT_STEPS = 72  # readings of each meter by which the rate is found
 SETTLED_S = 900.0
+RESTARTED = 1 / 12  # of the time, after a restart at its end; the first third of it is not looked at
+KEPT = re.compile(r"Pause .*->(\d+)M\(")  # the JVM's words on a garbage collection
 FAILED = "the replay failed: see above"
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 progress = Console(stderr=True, highlight=False)
@@ -100,12 +107,18 @@ def _tree(pid: int | None) -> list[psutil.Process]:
 
 
 def memory_mb(pid: int | None) -> dict[str, float]:
-    """Resident memory of a process's tree, by what a process is."""
+    """Memory of a process's tree, by what a process is; of what several share each has its part (PSS)."""
     sums = {"java": 0.0, "python": 0.0}
     for each in _tree(pid):
         with contextlib.suppress(psutil.NoSuchProcess):
-            sums["java" if each.name() == "java" else "python"] += each.memory_info().rss / 1e6
+            sums["java" if each.name() == "java" else "python"] += each.memory_full_info().pss / 1e6
     return sums
+
+
+def kept_mb(log: Path) -> float | None:
+    """What the JVM kept at its last garbage collection; None before the first."""
+    found = KEPT.findall(log.read_text()) if log.exists() else []
+    return float(found[-1]) * 1.048576 if found else None
 
 
 def busy_s(pid: int | None) -> float:
@@ -117,13 +130,21 @@ def busy_s(pid: int | None) -> float:
     return total
 
 
-def slope_an_hour(at_s: pl.Series, values: pl.Series) -> float:
-    """Rise an hour of the line through the samples, the first tenth left out; not a number where there are too few."""
+def slope_an_hour(at_s: pl.Series, values: pl.Series) -> tuple[float, float]:
+    """Rise an hour of the line through the samples, the first tenth left out, and its standard error.
+
+    The error is that of samples that do not depend on each other; both are not a number where there are too few.
+    """
     known = pl.DataFrame({"at_s": at_s, "value": values}).drop_nulls().cast(pl.Float64)
     known = known.tail(len(known) - len(known) // 10)
     if len(known) < 3:
-        return float("nan")
-    return float(np.polyfit(known["at_s"].to_numpy() / 3600, known["value"].to_numpy(), 1)[0])
+        return float("nan"), float("nan")
+    (rise, _), covariance = np.polyfit(known["at_s"].to_numpy() / 3600, known["value"].to_numpy(), 1, cov=True)
+    return float(rise), float(covariance[0, 0] ** 0.5)
+
+
+def _gc_log(stack: NativeStack) -> Path:
+    return stack.home / "logs" / "gc.log"
 
 
 def sample(stack: NativeStack, at_s: float) -> list[dict[str, float | str | None]]:
@@ -136,25 +157,65 @@ def sample(stack: NativeStack, at_s: float) -> list[dict[str, float | str | None
         seen[job.job, "records"] = job.records
     for kind, megabytes in memory_mb(stack.pid("streaming")).items():
         seen["driver", f"{kind}, MB"] = megabytes
+    seen["driver", "heap kept, MB"] = kept_mb(_gc_log(stack))
     seen["machine", "load"] = os.getloadavg()[0]  # what else it has to do shows in every other figure
     lake = list((stack.home / "lake").rglob("*.parquet"))
     seen["lake", "files"] = len(lake)
     return [{"at_s": at_s, "of": of, "what": what, "value": value} for (of, what), value in seen.items()]
 
 
-def show(samples: pl.DataFrame, rate: float, sent: float) -> None:
-    """One line per figure: where it began, where it ended, the most, and how it rose."""
+def looks(stack: NativeStack, replay: subprocess.Popen[bytes], seconds: float, every_s: float) -> list[dict[str, Any]]:
+    """Samples of so many seconds, and the cores that each process used between them.
+
+    Raises:
+        RetryLater: the replay failed.
+    """
+    rows: list[dict[str, Any]] = []
+    moments = random.Random(SEED)
+    trees = {"driver": stack.pid("streaming"), "kafka": stack.pid("kafka"), "replay": replay.pid}
+    began = before = time.monotonic()
+    busy = {of: busy_s(pid) for of, pid in trees.items()}
+    while (left := began + seconds - time.monotonic()) > 0:
+        time.sleep(min(moments.uniform(0.5, 1.5) * every_s, left))
+        now = time.monotonic()
+        rows += sample(stack, now - began)
+        used = {of: busy_s(pid) for of, pid in trees.items()}
+        rows += [
+            {"at_s": now - began, "of": of, "what": "cores", "value": (used[of] - busy[of]) / (now - before)}
+            for of in trees
+        ]
+        before, busy = now, used
+        lag = _lag(_told(stack))
+        progress.print(f"{(now - began) / 60:5.1f} min, lag {'?' if lag is None else f'{lag:,}'}")
+        if replay.poll():
+            raise RetryLater(FAILED)
+    return rows
+
+
+def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
+    return pl.DataFrame(rows, schema={"at_s": pl.Float64, "of": pl.String, "what": pl.String, "value": pl.Float64})
+
+
+def show(samples: pl.DataFrame, restarted: pl.DataFrame, rate: float, sent: float) -> None:
+    """One line per figure: where it began, where it ended, after the restart, the most, and how it rose."""
     title = f"{samples['at_s'].max() / 3600:.2f} h at {sent:,.0f} readings/s, sustained {rate:,.0f}/s"  # type: ignore[operator]
     table = Table(box=box.SIMPLE, title=title)
-    for column in ("of", "figure", "first tenth", "last tenth", "most", "rise an hour"):
+    for column in ("of", "figure", "first tenth", "last tenth", "restarted", "most", "rise an hour"):
         table.add_column(column, justify="left" if column in ("of", "figure") else "right")
     for (of, what), rows in samples.group_by("of", "what", maintain_order=True):
         values, tenth = rows["value"].drop_nulls(), max(1, len(rows) // 10)
         if values.is_empty():
             continue
-        figures = [values.head(tenth).mean(), values.tail(tenth).mean(), values.max()]
-        rise = slope_an_hour(rows["at_s"], rows["value"])
-        table.add_row(str(of), str(what), *[f"{figure:,.2f}" for figure in figures], f"{rise:+,.2f}")
+        again = restarted.filter(pl.col("of") == of, pl.col("what") == what)["value"]
+        figures = [
+            values.head(tenth).mean(),
+            values.tail(tenth).mean(),
+            again.tail(len(again) * 2 // 3).mean(),
+            values.max(),
+        ]
+        rise, error = slope_an_hour(rows["at_s"], rows["value"])
+        cells = ["" if figure is None else f"{figure:,.2f}" for figure in figures]
+        table.add_row(str(of), str(what), *cells, f"{rise:+,.2f} ± {error:,.2f}")
     console.print(table)
 
 
@@ -162,7 +223,7 @@ def main(
     hours: Annotated[float, typer.Option(help="How long.", min=0.01)] = 2.0,
     meters: Annotated[int, typer.Option(help="How many.", min=10)] = 20_000,
     share: Annotated[float, typer.Option(help="Of the sustained rate.", min=0.01, max=1)] = 0.5,
-    every_s: Annotated[float, typer.Option(help="Seconds between looks.", min=1)] = 30.0,
+    every_s: Annotated[float, typer.Option(help="Seconds between looks, in the mean.", min=1)] = 30.0,
     keep: Annotated[bool, typer.Option("--keep", help="Leave data and samples, under data/tmp.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
 ) -> None:
@@ -174,8 +235,9 @@ def main(
         (ROOT / "data" / "tmp").mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="soak-", dir=ROOT / "data" / "tmp"))
         stack = NativeStack(own_settings(folder), on_progress=lambda line: progress.print(f"  {line}"))
-        os.environ |= {**environment(stack.settings), "SPARK_SUBMIT_OPTS": ""}
-        variables, rows = {**os.environ}, []
+        os.environ |= {**environment(stack.settings), "SPARK_SUBMIT_OPTS": f"-Xlog:gc:file={_gc_log(stack)}"}
+        variables = {**os.environ}
+        rows: list[dict[str, Any]] = []
         replay: subprocess.Popen[bytes] | None = None
         try:
             stack.start(["kafka", "streaming"])
@@ -183,38 +245,25 @@ def main(
             sent = rate * share
             speed, seconds = sent * STEP_S / meters, hours * 3600
             progress.print(f"sustained {rate:,.0f} readings/s; {hours:g} h at {sent:,.0f}/s, speed {speed:,.1f}")
-            length = f"{int(seconds * speed) + STEP_S}s"
+            length = f"{int(seconds * (1 + RESTARTED) * speed) + SETTLED_S * speed:.0f}s"
             replay = _replay(variables, meters, "s", "--speed", f"{speed:.3f}", "--duration", length, "--loop")
-            # the replay does the same each second: where it needs more of a core, the machine is slower
-            began, busy = time.monotonic(), {"driver": busy_s(stack.pid("streaming")), "replay": busy_s(replay.pid)}
-            seen_at_s = 0.0
-            while (at_s := time.monotonic() - began) < seconds:
-                time.sleep(min(every_s, max(0.0, seconds - at_s)))
-                rows += sample(stack, time.monotonic() - began)
-                now_s = time.monotonic() - began
-                for of, pid in {"driver": stack.pid("streaming"), "replay": replay.pid}.items():
-                    before_s, busy[of] = busy[of], busy_s(pid)
-                    cores = (busy[of] - before_s) / (now_s - seen_at_s)
-                    rows.append({"at_s": now_s, "of": of, "what": "cores", "value": cores})
-                seen_at_s = now_s
-                lag = _lag(_told(stack))
-                progress.print(f"{at_s / 60:5.1f} min, lag {'?' if lag is None else f'{lag:,}'}")
-                if replay.poll():
-                    raise RetryLater(FAILED)
+            rows = looks(stack, replay, seconds, every_s)
+            stack.restart("streaming")
+            restarted = looks(stack, replay, seconds * RESTARTED, every_s)
         finally:
             if replay is not None and replay.poll() is None:
                 replay.terminate()
                 replay.wait(60)
             stack.stop()
             if keep and rows:
-                pl.DataFrame(rows).write_csv(folder / "samples.csv")
+                _frame(rows).write_csv(folder / "samples.csv")
                 progress.print(f"kept in {folder}")
             elif not keep:
                 shutil.rmtree(folder, ignore_errors=True)
-        samples = pl.DataFrame(rows, schema_overrides={"value": pl.Float64})
-        show(samples, rate, sent)
+        show(_frame(rows), _frame(restarted), rate, sent)
         if as_json:
-            sys.stdout.write(json.dumps({"sustained_per_s": rate, "sent_per_s": sent, "samples": rows}) + "\n")
+            told_all = {"sustained_per_s": rate, "sent_per_s": sent, "samples": rows, "restarted": restarted}
+            sys.stdout.write(json.dumps(told_all) + "\n")
 
 
 if __name__ == "__main__":

@@ -143,21 +143,17 @@ def slope_an_hour(at_s: pl.Series, values: pl.Series) -> tuple[float, float]:
     return float(rise), float(covariance[0, 0] ** 0.5)
 
 
-def _gc_log(stack: NativeStack) -> Path:
-    return stack.home / "logs" / "gc.log"
-
-
-def sample(stack: NativeStack, at_s: float) -> list[dict[str, float | str | None]]:
-    """What there is to see now: rows of (at_s, of, what, value)."""
+def sample(stack: NativeStack, told_now: list[JobMetrics], at_s: float) -> list[dict[str, float | str | None]]:
+    """What there is to see now, with what the jobs have told: rows of (at_s, of, what, value)."""
     seen: dict[tuple[str, str], float | None] = {}
-    for job in _told(stack):
+    for job in told_now:
         seen[job.job, "lag, records"] = job.lag_records
         seen[job.job, "batch, s"] = job.batch_seconds
         seen[job.job, "state, rows"] = job.state_rows
         seen[job.job, "records"] = job.records
     for kind, megabytes in memory_mb(stack.pid("streaming")).items():
         seen["driver", f"{kind}, MB"] = megabytes
-    seen["driver", "heap kept, MB"] = kept_mb(_gc_log(stack))
+    seen["driver", "heap kept, MB"] = kept_mb(stack.log_file("gc"))
     seen["machine", "load"] = os.getloadavg()[0]  # what else it has to do shows in every other figure
     lake = list((stack.home / "lake").rglob("*.parquet"))
     seen["lake", "files"] = len(lake)
@@ -177,15 +173,15 @@ def looks(stack: NativeStack, replay: subprocess.Popen[bytes], seconds: float, e
     busy = {of: busy_s(pid) for of, pid in trees.items()}
     while (left := began + seconds - time.monotonic()) > 0:
         time.sleep(min(moments.uniform(0.5, 1.5) * every_s, left))
-        now = time.monotonic()
-        rows += sample(stack, now - began)
+        now, told_now = time.monotonic(), _told(stack)
+        rows += sample(stack, told_now, now - began)
         used = {of: busy_s(pid) for of, pid in trees.items()}
         rows += [
             {"at_s": now - began, "of": of, "what": "cores", "value": (used[of] - busy[of]) / (now - before)}
             for of in trees
         ]
         before, busy = now, used
-        lag = _lag(_told(stack))
+        lag = _lag(told_now)
         progress.print(f"{(now - began) / 60:5.1f} min, lag {'?' if lag is None else f'{lag:,}'}")
         if replay.poll():
             raise RetryLater(FAILED)
@@ -235,7 +231,7 @@ def main(
         (ROOT / "data" / "tmp").mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="soak-", dir=ROOT / "data" / "tmp"))
         stack = NativeStack(own_settings(folder), on_progress=lambda line: progress.print(f"  {line}"))
-        os.environ |= {**environment(stack.settings), "SPARK_SUBMIT_OPTS": f"-Xlog:gc:file={_gc_log(stack)}"}
+        os.environ |= {**environment(stack.settings), "SPARK_SUBMIT_OPTS": f"-Xlog:gc:file={stack.log_file('gc')}"}
         variables = {**os.environ}
         rows: list[dict[str, Any]] = []
         replay: subprocess.Popen[bytes] | None = None
@@ -245,7 +241,7 @@ def main(
             sent = rate * share
             speed, seconds = sent * STEP_S / meters, hours * 3600
             progress.print(f"sustained {rate:,.0f} readings/s; {hours:g} h at {sent:,.0f}/s, speed {speed:,.1f}")
-            length = f"{int(seconds * (1 + RESTARTED) * speed) + SETTLED_S * speed:.0f}s"
+            length = f"{(seconds * (1 + RESTARTED) + SETTLED_S) * speed:.0f}s"
             replay = _replay(variables, meters, "s", "--speed", f"{speed:.3f}", "--duration", length, "--loop")
             rows = looks(stack, replay, seconds, every_s)
             stack.restart("streaming")

@@ -32,6 +32,7 @@ RECONNECT_S = 1.0
 DRAIN_S = 10.0  # at a stop: how long Kafka may take for what is in flight; what is left comes again
 BRAKE_WINDOW = 1_000  # messages over which the share of poison is taken
 PROGRESS_S = 10.0
+LONGEST_RECORD_BYTES = 1_250_000  # a dead letter has whatever the MQTT broker takes (max_payload), and its topic
 
 
 class BridgeSettings(Settings):
@@ -92,6 +93,7 @@ class Bridge:
                 "compression.type": "lz4",
                 "linger.ms": 5,
                 "partitioner": "murmur2_random",
+                "message.max.bytes": LONGEST_RECORD_BYTES,
                 "message.timeout.ms": 0,  # Kafka away is not an error: the MQTT broker holds what is not acknowledged
                 "error_cb": self._on_kafka_error,
                 "log_level": 4,

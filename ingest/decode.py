@@ -46,9 +46,9 @@ def routed(mqtt_topic: str, payload: bytes, received_at: datetime, accept_run_id
     record = _record(place, payload, topic.entity, received_at)
     if record["meter_id"] != place.meter_id:
         detail = f"the body says {record['meter_id']}, the topic {place.meter_id}"
-        raise InvalidMessage(DeadLetterReason.METER_ID_MISMATCH, detail[:500])
+        raise InvalidMessage(DeadLetterReason.METER_ID_MISMATCH, detail)
     if record.get("run_id") is not None and not accept_run_ids:
-        raise InvalidMessage(DeadLetterReason.RUN_ID_REFUSED, f"run {record['run_id']}"[:500])
+        raise InvalidMessage(DeadLetterReason.RUN_ID_REFUSED, f"run {record['run_id']}")
     record["received_at"] = received_at
     order = (place.meter_id, record["observed_at"], record.get("seq") or 0)
     return Routed(topic.name, place.meter_id.encode(), encode(topic.entity, record), order)

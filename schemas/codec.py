@@ -24,8 +24,13 @@ from schemas.topics import AVRO_FOLDER, SCHEMA_IDS
 FRAME = struct.Struct(">bI")
 LONGEST = 2**31 - 1  # bytes in a binary array
 TIMESTAMP = pa.timestamp("us", "UTC")
-FIRST_US, LAST_US = -62_135_596_800_000_000, 253_402_300_799_999_999
-"""The calendar's first and last microsecond (years 1 and 9999): what lies beyond is no time."""
+RANGES = {
+    pa.int64(): (-(2**53), 2**53),
+    TIMESTAMP: (datetime(2, 1, 1, tzinfo=UTC), datetime(9998, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)),
+}
+"""What a number or a time can be. So far a double has every integer, and differences, sums and percentages of a few
+stay within 64 bits; and a window or a lateness added to a time stays within the calendar (years 1 to 9999)."""
+UNBOUNDED = ("seq", "kafka_partition", "kafka_offset")  # are told, and nothing is reckoned with them
 ARROW_TYPES = {"string": pa.string(), "long": pa.int64(), "bytes": pa.binary()}
 
 
@@ -88,6 +93,39 @@ def arrow_schema(entity: str) -> pa.Schema:
     return pa.schema(fields)
 
 
+@cache
+def _ranges(entity: str) -> dict[str, tuple[Any, Any]]:
+    """Field → the least and the most that it can be."""
+    return {
+        field.name: RANGES[field.type]
+        for field in arrow_schema(entity)
+        if field.type in RANGES and field.name not in UNBOUNDED
+    }
+
+
+@cache
+def _edges(entity: str) -> dict[str, tuple[int, int]]:
+    """`_ranges` as Arrow holds them: times in microseconds since 1970."""
+
+    def held(name: str, value: Any) -> int:
+        return int(pa.scalar(value, arrow_schema(entity).field(name).type).cast(pa.int64()).as_py())
+
+    return {name: (held(name, least), held(name, most)) for name, (least, most) in _ranges(entity).items()}
+
+
+def _in_range(entity: str, record: dict[str, Any], reason: DeadLetterReason) -> dict[str, Any]:
+    """The record.
+
+    Raises:
+        InvalidMessage: with the reason, where a value cannot be one.
+    """
+    for name, (least, most) in _ranges(entity).items():
+        value = record[name]
+        if value is not None and not least <= value <= most:
+            raise InvalidMessage(reason, f"{name} is out of range: {value}")
+    return record
+
+
 def encode(entity: str, record: dict[str, Any]) -> bytes:
     """One framed datum.
 
@@ -131,12 +169,12 @@ def decode(payload: bytes, entity: str) -> dict[str, Any]:
             stream, _parsed(entity, version), _parsed(entity, latest(entity)[1])
         )
     except Exception as error:  # the reader raises whatever the bytes lead it into
-        raise InvalidMessage(DeadLetterReason.UNDECODABLE, f"{type(error).__name__}: {error}"[:500]) from error
+        raise InvalidMessage(DeadLetterReason.UNDECODABLE, f"{type(error).__name__}: {error}") from error
     if stream.tell() != len(payload):
         raise InvalidMessage(
             DeadLetterReason.TRAILING_BYTES, f"{len(payload) - stream.tell()} bytes follow the {entity}"
         )
-    return record
+    return _in_range(entity, record, DeadLetterReason.UNDECODABLE)
 
 
 def encode_batch(entity: str, records: pa.Table) -> list[bytes]:
@@ -162,11 +200,10 @@ def _ruhvro_decode(framed: pa.BinaryArray, entity: str) -> pa.RecordBatch | None
         again = pyruhvro.serialize_record_batch(batch, _ruhvro_text(entity, version), 1)
     except ValueError:
         return None
-    for column in batch.columns:
-        if pa.types.is_timestamp(column.type):
-            edges = pc.min_max(column.cast(pa.int64())).as_py()
-            if edges["min"] is not None and (edges["min"] < FIRST_US or edges["max"] > LAST_US):
-                return None
+    for name, (least, most) in _edges(entity).items():
+        found = pc.min_max(batch.column(name).cast(pa.int64())).as_py()
+        if found["min"] is not None and (found["min"] < least or found["max"] > most):
+            return None
     is_same = pa.chunked_array(again, pa.binary()).equals(pa.chunked_array([data]))
     return batch if is_same else None  # it takes trailing bytes without a word
 
@@ -228,7 +265,7 @@ def decode_json(payload: bytes, entity: str) -> dict[str, Any]:
     try:
         record = json.loads(payload)
     except (ValueError, RecursionError) as error:
-        raise InvalidMessage(DeadLetterReason.INVALID_JSON, str(error)[:500]) from error
+        raise InvalidMessage(DeadLetterReason.INVALID_JSON, str(error)) from error
     if not isinstance(record, dict):
         raise InvalidMessage(DeadLetterReason.INVALID_JSON, "not a JSON object")
     schema = arrow_schema(entity)
@@ -246,10 +283,10 @@ def decode_json(payload: bytes, entity: str) -> dict[str, Any]:
         elif (field.type == pa.string() and not isinstance(value, str)) or (
             field.type == pa.int64() and (type(value) is not int or not -(2**63) <= value < 2**63)
         ):
-            raise InvalidMessage(DeadLetterReason.INVALID_JSON, f"{field.name} is not a {field.type}: {value!r}"[:500])
+            raise InvalidMessage(DeadLetterReason.INVALID_JSON, f"{field.name} is not a {field.type}: {value!r}")
         elif isinstance(value, str) and not _is_text(value):
-            raise InvalidMessage(DeadLetterReason.INVALID_JSON, f"{field.name} is not text: {value!r}"[:500])
-    return record
+            raise InvalidMessage(DeadLetterReason.INVALID_JSON, f"{field.name} is not text: {value!r}")
+    return _in_range(entity, record, DeadLetterReason.INVALID_JSON)
 
 
 def _is_text(value: str) -> bool:
@@ -265,7 +302,7 @@ def _utc(name: str, value: Any) -> datetime:
     try:
         stamp = datetime.fromisoformat(value)
     except (ValueError, TypeError) as error:
-        raise InvalidMessage(DeadLetterReason.INVALID_JSON, f"{name} is not ISO 8601: {value!r}"[:500]) from error
+        raise InvalidMessage(DeadLetterReason.INVALID_JSON, f"{name} is not ISO 8601: {value!r}") from error
     if stamp.tzinfo is None:
         raise InvalidMessage(DeadLetterReason.INVALID_JSON, f"{name} has no UTC offset: {value}")
     try:

@@ -67,7 +67,7 @@ LOG_LINE = re.compile(rb"[^\r\n]*(?:\r\n|\n|\r|$)")
 
 
 def _bad(line: str | None, detail: str) -> InvalidMessage:
-    return InvalidMessage(DeadLetterReason.INVALID_TELEGRAM, (detail if line is None else f"{detail}: {line!r}")[:500])
+    return InvalidMessage(DeadLetterReason.INVALID_TELEGRAM, detail if line is None else f"{detail}: {line!r}")
 
 
 @cache

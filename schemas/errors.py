@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST_DETAIL = 500  # characters of a dead letter's detail
+
 
 class MeterstreamError(Exception):
     """Root of every error that the project raises on purpose."""
@@ -22,13 +24,13 @@ class InvalidMessage(MeterstreamError):
 
     Attributes:
         reason: one of `schemas.closed_lists.DeadLetterReason`.
-        detail: what was wrong, for a person.
+        detail: what was wrong, for a person: it may quote the bytes, so it is cut, and text whatever they are.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
         self.reason = reason
-        self.detail = detail
+        self.detail = detail.encode(errors="backslashreplace").decode()[:LONGEST_DETAIL]
+        super().__init__(f"{reason}: {self.detail}")
 
 
 class BadLog(MeterstreamError):

@@ -10,6 +10,7 @@ from schemas.errors import InvalidMessage
 
 AVRO_FOLDER = Path(__file__).parent / "avro"
 HOUR_MS = 3_600_000
+COMPRESSED = {"compression.type": "lz4"}
 
 SCHEMA_IDS = {
     1: ("reading", "1.0"),
@@ -37,12 +38,15 @@ class Topic:
     partitions: int = 4
     retention_ms: int = 7 * 24 * HOUR_MS
     dead_letters: str | None = "dead-letters-v1"
-    config: dict[str, str] = field(default_factory=lambda: {"compression.type": "lz4"}, hash=False)
+    config: dict[str, str] = field(default_factory=lambda: COMPRESSED, hash=False)
 
 
 READINGS = Topic("meter-readings-v1", "reading")
 EVENTS = Topic("meter-events-v1", "event")
-DEAD_LETTERS = Topic("dead-letters-v1", "dead-letter", partitions=1, retention_ms=30 * 24 * HOUR_MS, dead_letters=None)
+DEAD_LETTERS = Topic(
+    "dead-letters-v1", "dead-letter", partitions=1, retention_ms=30 * 24 * HOUR_MS, dead_letters=None,
+    config={**COMPRESSED, "max.message.bytes": "2097152"},  # the longest of the bridge's records, as a batch
+)  # fmt: skip
 ALARMS = Topic("alarms-v1", "alarm", dead_letters=None)
 CRITICAL_EVENTS = Topic("critical-events-v1", "critical-event", dead_letters=None)
 COMMANDS = Topic("alarm-commands-v1", "acknowledgement")

@@ -126,7 +126,11 @@ def _of_reading(far_out_pct: float) -> Column:
         _told(F.lit(FAR_OUT), F.lit(None).cast("string"), F.lit(phase), F.col(f"reading.voltage_{phase.lower()}_mv"))
         for phase in PHASES
     ]
-    return F.filter(F.array(*volts), lambda each: F.abs(each.voltage_mv - nominal) * 100 > nominal * far_out_pct)
+
+    def is_far_out(told: Column) -> Column:
+        return F.abs(told.voltage_mv.cast("double") - nominal) * 100 > nominal * far_out_pct  # a long would overflow
+
+    return F.filter(F.array(*volts), is_far_out)
 
 
 def _kind() -> Column:

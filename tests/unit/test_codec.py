@@ -30,7 +30,7 @@ from schemas.errors import ContractBroken, InvalidMessage
 CROWD = 9  # a batch of up to eight goes to fastavro alone
 AT = datetime(2024, 3, 31, 1, 0, 0, 123456, tzinfo=UTC)
 MICROS = st.integers(-(2**48), 2**52).map(lambda us: datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=us))
-KINDS = {pa.string(): st.text(max_size=12), pa.int64(): st.integers(-(2**63), 2**63 - 1), TIMESTAMP: MICROS}
+KINDS = {pa.string(): st.text(max_size=12), pa.int64(): st.integers(-(2**53), 2**53), TIMESTAMP: MICROS}
 KINDS[pa.binary()] = st.binary(max_size=12)
 READING = {"meter_id": "m1", "observed_at": AT, "dialect": "dsmr-5", "import_t1_wh": 1, "voltage_l2_mv": 230_000}
 EVENT = {
@@ -143,8 +143,12 @@ def test_no_bytes_bring_the_decoder_down(data: bytes, is_framed: bool) -> None:
     assert crowd.reasons.null_count == 9 + (expected[1] is None)
 
 
-@pytest.mark.parametrize("micros", [2**62, -(2**62), 2**63 - 1])
-def test_a_time_beyond_the_calendar_is_refused_alone_and_in_a_crowd(micros: int) -> None:
+def micros_of(year: int) -> int:
+    return (datetime(year, 1, 1, tzinfo=UTC) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+
+
+@pytest.mark.parametrize("micros", [2**62, -(2**62), 2**63 - 1, micros_of(1), micros_of(2) - 1, micros_of(9999)])
+def test_a_time_beyond_the_calendar_or_at_its_ends_is_refused_alone_and_in_a_crowd(micros: int) -> None:
     plain = {**avro_schema("reading", "1.0")}
     plain["fields"] = [
         {**field, "type": "long"} if field["name"] == "observed_at" else field for field in plain["fields"]
@@ -154,6 +158,17 @@ def test_a_time_beyond_the_calendar_is_refused_alone_and_in_a_crowd(micros: int)
     good = encode("reading", filled("reading", READING))
     crowd = decode_batch([good] * 20 + [wild], "reading")
     assert crowd.reasons.to_pylist() == [None] * 20 + [DeadLetterReason.UNDECODABLE.value]
+
+
+@pytest.mark.parametrize("field", ["voltage_l1_mv", "import_t1_wh", "export_w", "sag_count_l3"])
+@pytest.mark.parametrize("value", [2**53 + 1, -(2**53) - 1, 2**63 - 1, -(2**63)])
+def test_a_number_that_no_meter_can_mean_is_refused_alone_and_in_a_crowd(field: str, value: int) -> None:
+    wild = encode("reading", filled("reading", {**READING, field: value}))
+    assert reason_of(wild) == (DeadLetterReason.UNDECODABLE, f"{field} is out of range: {value}")
+    good = encode("reading", filled("reading", {**READING, "seq": 2**63 - 1}))
+    crowd = decode_batch([good] * 20 + [wild] + [good] * 20, "reading")
+    assert crowd.reasons.to_pylist() == [None] * 20 + [DeadLetterReason.UNDECODABLE.value] + [None] * 20
+    assert set(crowd.records.column("seq").to_pylist()) == {2**63 - 1, None}, "a number is no measurement"
 
 
 def test_one_bad_row_among_thousands_costs_no_other() -> None:
@@ -220,8 +235,14 @@ def test_json_and_avro_say_the_same(record: dict[str, Any]) -> None:
         (json_of(observed_at="yesterday"), "observed_at is not ISO 8601: 'yesterday'"),
         (json_of(observed_at=1711846800), "observed_at is not ISO 8601: 1711846800"),
         (json_of(observed_at="2024-03-31T01:00:00"), "observed_at has no UTC offset: 2024-03-31T01:00:00"),
-        (json_of(observed_at="0001-01-01T00:00:00+01:00"), "observed_at"),
+        (json_of(observed_at="2024-03-31\ud80001:00:00"), "observed_at has no UTC offset: 2024-03-31\\ud80001:00:00"),
+        (json_of(observed_at="0001-01-01T00:00:00+01:00"), "observed_at is before the calendar"),
+        (json_of(observed_at="0001-01-01T00:00:00Z"), "observed_at is out of range: 0001-01-01"),
+        (json_of(observed_at="9999-12-31T23:59:59Z"), "observed_at is out of range: 9999-12-31"),
+        (json_of(voltage_l1_mv=2**63 - 1), f"voltage_l1_mv is out of range: {2**63 - 1}"),
         (json_of(equipment_id="\ud800"), "equipment_id"),
+        (json_of(**{"\ud800": 1}), "unknown fields: \\ud800"),
+        (json_of(**{"x" * 100_000: 1}), "unknown fields: xxx"),
     ],
     ids=lambda value: str(value)[-60:],
 )
@@ -230,4 +251,5 @@ def test_json_that_is_no_reading_is_refused_and_says_what_is_wrong(payload: byte
         decode_json(payload, "reading")
     assert refused.value.reason == DeadLetterReason.INVALID_JSON
     assert detail in refused.value.detail
+    assert len(refused.value.detail.encode()) <= 2_000, "a dead letter can hold it"
     assert len(refused.value.detail) <= 500

@@ -144,7 +144,8 @@ def newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
 
 
 def forget() -> None:
-    for cached in (codec.avro_schema, codec._parsed, codec._ruhvro_text, codec.latest, codec.arrow_schema):
+    of_schemas = (codec.avro_schema, codec._parsed, codec._ruhvro_text, codec.latest, codec.arrow_schema)
+    for cached in (*of_schemas, codec._ranges, codec._edges):
         cached.cache_clear()
 
 

@@ -110,8 +110,9 @@ def test_avro_json_and_telegrams_arrive_as_the_same_kind_of_reading(stack: Nativ
 
 
 def test_bad_messages_become_dead_letters_with_their_bytes_and_block_nothing(stack: NativeStack) -> None:
-    good = encode("reading", {"meter_id": "m1", "observed_at": BEGIN, "dialect": "own"})
-    said = [
+    said = {"meter_id": "m1", "observed_at": BEGIN, "dialect": "own"}
+    good = encode("reading", said)
+    bad = [
         ("meters/0/m1/readings/avro", good, "bad_topic"),
         ("meters/x", b"?", "bad_topic"),
         (mqtt_topic("m1", encoding="xml"), b"<a/>", "unknown_encoding"),
@@ -123,17 +124,20 @@ def test_bad_messages_become_dead_letters_with_their_bytes_and_block_nothing(sta
         (mqtt_topic("m1", encoding="json"), b"{", "invalid_json"),
         (mqtt_topic("m1", encoding="dsmr"), with_crc(TELEGRAM).replace(b"1.234", b"1.#34"), "invalid_telegram"),
         (mqtt_topic("m2"), good, "meter_id_mismatch"),
+        (mqtt_topic("m1"), encode("reading", {**said, "voltage_l1_mv": 2**63 - 1}), "undecodable"),
+        (mqtt_topic("m1", encoding="json"), b'{"\\ud800": 1}', "invalid_json"),
         (mqtt_topic("m1"), b"\0" * 70_000, "too_large"),
+        (mqtt_topic("m1"), b"\1" * 1_040_000, "too_large"),
     ]
     assert mqtt_topic("m1").startswith("meters/0/") is False
     meters = Meters(stack)
-    for topic, payload, _ in said:
+    for topic, payload, _ in bad:
         meters.say(topic, payload)
     meters.read("m9", 1)
     meters.close()
-    letters = carried(stack, DEAD_LETTERS, len(said))
+    letters = carried(stack, DEAD_LETTERS, len(bad))
     found = sorted((letter["mqtt_topic"], letter["payload"], letter["reason"]) for letter in letters)
-    assert found == sorted(said)
+    assert found == sorted(bad)
     assert [reading["meter_id"] for reading in carried(stack, READINGS, 1)] == ["m9"]
 
 

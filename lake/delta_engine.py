@@ -22,6 +22,7 @@ STAMP = pl.Datetime("us", "UTC")
 PHASE_VOLTAGE_V = 230  # the plausible maximum takes the nominal voltage where the registry has none
 GAP_FACTOR = 1.5  # a span of one and a half expected intervals has lost a reading; jitter stays below
 UNKNOWN_LIMIT_WH = 1_000  # how near to 0 or to a rollover counts as near, where no fuse is known
+NEARLY_FULL_S = 3_600  # a register rolls over from so near to its end: after a long silence a reset is not mistaken
 QUANTA_WH = {"pv-home": 100, "nem13": 1_000}  # dialects whose registers do not count single Wh
 MIN_REGISTER_DIGITS = 6  # no register in Wh is smaller than 1,000 kWh
 
@@ -188,8 +189,9 @@ def _step(last: dict[str, Any], row: dict[str, Any], limits: Limits) -> tuple[De
         is_gap = limits.interval_s is not None and span_s > GAP_FACTOR * limits.interval_s
         return (DeltaReason.GAP if is_gap else DeltaReason.OK), value - before
     near = UNKNOWN_LIMIT_WH if limit is None else limit
+    nearly = limits.step_wh(min(span_s, max(NEARLY_FULL_S, limits.interval_s or 0)))
     full = 10 ** max(len(str(before)), MIN_REGISTER_DIGITS)
-    if value >= 0 and full - before + value <= near:
+    if value >= 0 and full - before + value <= near and full - before <= (near if nearly is None else nearly):
         return DeltaReason.ROLLOVER, full - before + value
     if 0 <= value <= near and value < before / 2:
         return DeltaReason.RESET, value

@@ -13,6 +13,7 @@ MAX_AHEAD, MAX_BEHIND = timedelta(hours=36), timedelta(days=400)
 """Where the alarms job takes the arrival for the meter's own time; the jobs' settings have the same."""
 GAP_FACTOR = 1.5  # a step over more than so many intervals is a gap
 NEAR_WH = 1_000  # how near to 0 a register begins again, where no fuse is known
+NEARLY_FULL_S = 3_600  # a register rolls over from so near to its end, at the most that the fuse lets through
 UNKNOWN_INTERVAL_S = 3_600  # how late a reading may be told, where the registry knows no interval
 STEP_SLACK_WH = 100  # the coarsest register counts in such steps: a step may be so much above the fuse's limit
 
@@ -61,6 +62,9 @@ SAID = {
     for outcome in (FaultOutcome.RAISED, FaultOutcome.REPEATED, FaultOutcome.CLEARED, FaultOutcome.STAYS_CLEARED)
 }
 NEAR_LIMIT_WH = LIMIT_WH.fill_null(NEAR_WH)
+NEARLY_FULL_WH = pl.min_horizontal(
+    NEAR_LIMIT_WH, pl.col("max_w") * pl.max_horizontal(pl.lit(NEARLY_FULL_S), "interval_s") / 3600
+)
 LOST_CLOCK = {
     FaultOutcome.IMPOSSIBLE_CLOCK: ARRIVED
     & (pl.col("quarantine") == QuarantineReason.IMPOSSIBLE_CLOCK.value)
@@ -120,6 +124,10 @@ RULES: dict[FaultKind, dict[FaultOutcome, pl.Expr]] = {
         FaultOutcome.ROLLOVER: TAKEN
         & _is(DeltaReason.ROLLOVER)
         & (pl.col("delta_wh") == pl.col("amount") - pl.col("previous_wh") + pl.col("wh")),
+        FaultOutcome.RESET: TAKEN
+        & _is(DeltaReason.RESET)
+        & (pl.col("delta_wh") == pl.col("wh"))
+        & (pl.col("amount") - pl.col("previous_wh") > NEARLY_FULL_WH),
         FaultOutcome.IMPLAUSIBLE: WILD & (pl.col("amount") - pl.col("previous_wh") + pl.col("wh") > NEAR_LIMIT_WH),
     },
     FaultKind.METER_EXCHANGE: {

@@ -14,7 +14,15 @@ import polars as pl
 from rich import box
 from rich.table import Table
 
-from replay.outcomes import EXPECTED_LETTER, GAP_FACTOR, MAX_AHEAD, MAX_BEHIND, NEAR_WH, STEP_SLACK_WH
+from replay.outcomes import (
+    EXPECTED_LETTER,
+    GAP_FACTOR,
+    MAX_AHEAD,
+    MAX_BEHIND,
+    NEAR_WH,
+    NEARLY_FULL_S,
+    STEP_SLACK_WH,
+)
 from replay.sent import DELTAS, PLACE, VOLTAGE, Run
 from replay.sent import REGISTER_COLUMNS as NAMES
 from replay.sent import VOLTAGE_COLUMNS as VOLTAGES
@@ -29,6 +37,7 @@ ALL = 1 << 62  # more rows than there are
 VALUE = "meter_id, register, observed_at, wh"
 SCORED = f"({', '.join(repr(each.value) for each in DeltaReason if each not in (DeltaReason.FIRST, DeltaReason.OK))})"
 LIMIT_WH = "max_w * (epoch(observed_at) - epoch(previous_at)) / 3600"
+NEARLY_FULL_WH = f"max_w * greatest({NEARLY_FULL_S}, coalesce(interval_s, 0)) / 3600"
 WHY = {
     FaultKind.LATE: "came within a batch, in order after all: no reason is due",
     FaultKind.REORDER: "came within a batch, in order after all: no reason is due",
@@ -37,7 +46,7 @@ WHY = {
     FaultKind.SPIKE: "no fuse is known, or it is little enough to be true: nothing after it can be told",
     FaultKind.UNIT_SLIP: "no fuse is known, or it is little enough to be true: nothing after it can be told",
     FaultKind.RESET: "the first value is above what the fuse lets through: nothing after it can be told",
-    FaultKind.ROLLOVER: "the step is above what the fuse lets through: nothing after it can be told",
+    FaultKind.ROLLOVER: "the step is above what the fuse lets through, or begins far from the register's end",
 }
 """Kinds of faults of which the truth cannot always say what is due, and why."""
 
@@ -161,6 +170,7 @@ def _series(lake: duckdb.DuckDBPyConnection) -> None:
                 WHEN kind = '{FaultKind.METER_EXCHANGE}' THEN '{DeltaReason.METER_EXCHANGE}'
                 WHEN kind = '{FaultKind.ROLLOVER}' AND is_told THEN CASE
                     WHEN wh < previous_wh AND amount - previous_wh + wh <= coalesce({LIMIT_WH}, {NEAR_WH})
+                        AND amount - previous_wh <= coalesce({NEARLY_FULL_WH}, {NEAR_WH})
                     THEN '{DeltaReason.ROLLOVER}' ELSE '{UNTOLD}' END
                 WHEN kind = '{FaultKind.RESET}' AND wh < previous_wh THEN CASE
                     WHEN wh <= coalesce({LIMIT_WH}, {NEAR_WH}) AND wh < previous_wh / 2

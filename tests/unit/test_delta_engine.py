@@ -235,6 +235,18 @@ def test_every_record_gets_exactly_one_bucket(delivery: tuple[Limits, pl.DataFra
             [("first", 0), ("reset", 20)],
             id="a rollover that is too large a step is a reset where the value is near 0",
         ),
+        pytest.param(
+            FUSED,
+            [(0, 996_400), (21_600, 400)],
+            [("first", 0), ("rollover", 4_000)],
+            id="six hours later, from within an hour's most energy of its end, a register rolled over",
+        ),
+        pytest.param(
+            FUSED,
+            [(0, 996_398), (21_600, 0)],
+            [("first", 0), ("reset", 0)],
+            id="from further away it was reset, though six hours' most energy would reach its end",
+        ),
         pytest.param(FUSED, [(0, 5_000), (60, 3)], [("first", 0), ("reset", 3)], id="near 0 again is a reset"),
         pytest.param(
             FUSED, [(0, 50), (60, 40)], [("first", 0), ("implausible", None)], id="10 Wh back near 0 is no reset"

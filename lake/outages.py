@@ -18,6 +18,7 @@ POWER_FAILURE = "power_failure"
 FEWEST_METERS = 3
 WITHIN = timedelta(minutes=2)  # meters' clocks are not one clock, and a fault takes its time to spread
 MOMENTARY = timedelta(minutes=5)
+UNCHANGED = timedelta(days=7)  # who has not come back by then will not say so: a meter taken away, an event lost
 NEVER = datetime(1, 1, 1, tzinfo=UTC)
 ROWS = polars_schema(OUTAGES)
 MEMBER = pl.Schema(
@@ -56,7 +57,8 @@ def advance(failures: pl.DataFrame, members: pl.DataFrame, bounds: pl.DataFrame)
     """Puts power failures into groups and tells the outages among them.
 
     A failure belongs to a group of its transformer when it lies within two minutes of the group's first, or when the
-    group is an outage that was not over at its time. Groups do not merge.
+    group is an outage that was not over at its time. Groups do not merge. An outage in which nothing changed for a week
+    takes no further failure and is forgotten; it stays active in the table.
 
     Args:
         failures: changes of alarms of one type: columns of the table alarms, transformer_id, feeder_id.
@@ -111,7 +113,8 @@ def _takes(rows: list[dict[str, Any]], down_at: datetime) -> bool:
     begin_at = rows[0]["begin_at"]
     is_outage = rows[0]["outage_id"] is not None
     was_open = is_outage and any(row["up_at"] is None or row["up_at"] >= down_at for row in rows)
-    return bool(abs(down_at - begin_at) <= WITHIN or (was_open and down_at >= begin_at))
+    changed_at = max(row["up_at"] or row["down_at"] for row in rows)
+    return bool(abs(down_at - begin_at) <= WITHIN or (was_open and begin_at <= down_at <= changed_at + UNCHANGED))
 
 
 def _member(change: dict[str, Any], key: Key) -> dict[str, Any]:
@@ -126,10 +129,10 @@ def _member(change: dict[str, Any], key: Key) -> dict[str, Any]:
 
 
 def _is_past(rows: list[dict[str, Any]], bound: datetime | None) -> bool:
-    """Whether a group can have no further member: too small for an outage, or over."""
+    """Whether a group can have no further member: too small for an outage, or over, or long without a change."""
     is_open = rows[0]["outage_id"] is not None and any(row["up_at"] is None for row in rows)
     newest_at = max(row["updated_at"] for row in rows)
-    return not is_open and newest_at + WITHIN < (bound or NEVER)
+    return bool(newest_at + (UNCHANGED if is_open else WITHIN) < (bound or NEVER))
 
 
 def _row(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -144,6 +147,7 @@ def _row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if restored_at:
         kind = (OutageKind.SUSTAINED if restored_at - began_at > MOMENTARY else OutageKind.MOMENTARY).value
     meters = sorted({row["meter_id"] for row in rows})
+    still_down = {row["meter_id"] for row in rows if row["up_at"] is None}
     return {
         **{name: rows[0][name] for name in ("outage_id", "transformer_id", "feeder_id", "run_id")},
         "state": (AlarmState.CLEARED if is_over else AlarmState.ACTIVE).value,
@@ -151,7 +155,7 @@ def _row(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "restored_at": restored_at,
         "kind": kind,
         "meter_count": len(meters),
-        "restored_count": len({row["meter_id"] for row in rows if row["up_at"] is not None}),
+        "restored_count": len(meters) - len(still_down),
         "meter_minutes": sum(lasted, timedelta()) / timedelta(minutes=1),
         "meters": meters,
         "revision": len(rows) + len(ends),

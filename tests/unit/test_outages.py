@@ -101,7 +101,29 @@ def test_a_power_up_or_a_repetition_of_what_nobody_knows_changes_nothing() -> No
     assert len(stream.members) == 1
 
 
-def test_what_is_over_is_forgotten_when_the_bound_has_passed_it_and_an_open_outage_never() -> None:
+def test_a_meter_that_came_back_and_failed_again_is_not_restored() -> None:
+    failures = [down("m1", 0), down("m2", 0), down("m3", 0)]
+    (row,) = outages(*failures, up(failures[0], 120))
+    assert (row["meter_count"], row["restored_count"]) == (3, 1)
+    (row,) = outages(*failures, up(failures[0], 120), down("m1", 180))
+    assert (row["meter_count"], row["restored_count"], row["state"]) == (3, 0, "active")
+
+
+def test_an_outage_of_which_one_meter_never_came_back_does_not_take_the_failures_of_later_weeks() -> None:
+    failures = [down("m1", 0), down("m2", 0), down("m3", 0)]
+    week = 7 * 86_400
+    stream = Stream()
+    stream.batch(*failures, *[up(failure, 600) for failure in failures[:2]])
+    stream.batch(down("m4", 600 + week))
+    assert stream.rows[-1]["meters"] == ["m1", "m2", "m3", "m4"], "it is open: nothing else is known"
+    late = 600 + 2 * week + 1
+    stream.batch(down("m1", late), down("m2", late), down("m5", late))
+    assert [row["meters"] for row in stream.newest().values()] == [["m1", "m2", "m3", "m4"], ["m1", "m2", "m5"]]
+    stream.batch(bound=late + 1)
+    assert sorted(stream.members["meter_id"]) == ["m1", "m2", "m5"]
+
+
+def test_what_is_over_is_forgotten_when_the_bound_has_passed_it_and_an_open_outage_is_not() -> None:
     failures = [down("m1", 0), down("m2", 0), down("m3", 0)]
     stream = Stream()
     stream.batch(*failures, down("m9", 0, transformer_id="T2"))

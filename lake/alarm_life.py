@@ -42,7 +42,7 @@ class Result(NamedTuple):
     """What `lives` returns.
 
     Attributes:
-        alarms: one row per change, columns `ALARMS`; the newest row of an alarm_id is its state.
+        alarms: one row per change, columns `ALARMS`; the last row of an alarm_id is its state.
         open: the new state, columns `OPEN`.
         once: the new state, columns `ONCE`.
         events: the events with their meaning, `is_told_again`, `bucket` and `why`.

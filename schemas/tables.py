@@ -92,7 +92,8 @@ SUSPICIOUS_METERS = _columns(
 )  # fmt: skip
 """Changes: since `window_start` the phase is out of step with its transformer's others, or in step again."""
 ALARMS = pa.schema(_nullable("alarm"))
-"""Columns as in avro/alarm. One row per change: of the rows of an alarm_id the newest updated_at is its state."""
+"""Columns as in avro/alarm. One row per change: of the rows of an alarm_id its state is the cleared one, where there is
+one, else that with the most repeats; a change that came out of order may have the newer updated_at."""
 ALARM_ACKNOWLEDGEMENTS = pa.schema([*_nullable("acknowledgement"), *KAFKA_PLACE])
 """As they were given; of several for one alarm the first counts."""
 ALARM_COUNTS = _columns(

@@ -72,6 +72,8 @@ def main(
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupted)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup: it goes on
+        signal.signal(signal.SIGHUP, _interrupted)
     with exits():
         if log and not format:
             msg = f"a log needs its FORMAT: one of {', '.join(formats())}"
@@ -307,7 +309,7 @@ def _summary(ledger: Ledger, offsets: dict[str, int], truth: Path | None, began:
         facts.add_row("Worst voltage", f"{meter_id} {phase}: {mv / 1000:.1f} V ({pct:+.1f} %) at {at:%Y-%m-%d %H:%M}Z")
     alarms = lake.execute(
         """WITH newest AS (SELECT * FROM alarms QUALIFY row_number() OVER (
-            PARTITION BY alarm_id ORDER BY updated_at DESC, repeat_count DESC, state DESC) = 1)
+            PARTITION BY alarm_id ORDER BY cleared_at IS NULL, repeat_count DESC, updated_at DESC) = 1)
         SELECT alarm_type, severity, count(*), count(*) FILTER (state = 'active') FROM newest
         GROUP BY ALL ORDER BY 3 DESC, alarm_type"""
     ).fetchall()

@@ -38,8 +38,16 @@ COUNTED = pa.schema([pa.field("unit", pa.string()), pa.field("task", pa.int64())
 BOUNDS = pl.Schema(
     {"run_id": pl.String(), "bound_before": pl.Datetime("us", "UTC"), "bound_after": pl.Datetime("us", "UTC")}
 )
-CLOCK = pl.Schema({"run_id": pl.String(), "newest_at": pl.Datetime("us", "UTC"), "bound_at": pl.Datetime("us", "UTC")})
-"""State of a job that closes windows: a partition's newest arrival of each run, and the bound of the batch."""
+CLOCK = pl.Schema(
+    {
+        "run_id": pl.String(),
+        "newest_at": pl.Datetime("us", "UTC"),
+        "has_come": pl.Boolean(),
+        "bound_at": pl.Datetime("us", "UTC"),
+    }
+)
+"""State of a job that closes windows: a partition's newest arrival of each run, whether the batch had one, and the
+bound of the batch."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Moment:
     Attributes:
         settings: of the streaming jobs.
         bounds: per run_id `bound_before`, up to which the batch before closed its windows, and `bound_after`, up to
-            which this one does: the newest arrival before this batch less the allowed lateness.
+            which this one does (`lake.streaming.bounds`).
     """
 
     settings: "StreamSettings"
@@ -64,10 +72,9 @@ def clock(rows: pl.DataFrame, known: pl.DataFrame, moment: Moment) -> pl.DataFra
         known: the clock before.
         moment: whose bounds become the next batch's `bound_before`.
     """
-    arrivals = rows.select("run_id", newest_at="arrival_at")
-    newest = (
-        pl.concat([known.select("run_id", "newest_at"), arrivals]).group_by("run_id").agg(pl.col("newest_at").max())
-    )
+    arrivals = rows.select("run_id", newest_at="arrival_at", has_come=pl.lit(True))
+    before = known.select("run_id", "newest_at", has_come=pl.lit(False))
+    newest = pl.concat([before, arrivals]).group_by("run_id").agg(pl.col("newest_at").max(), pl.col("has_come").any())
     bound = moment.bounds.select("run_id", bound_at="bound_after")
     return newest.join(bound, on="run_id", how="left", nulls_equal=True).select(CLOCK.names())
 

@@ -1,9 +1,10 @@
 """Readings → alarms that no meter raises itself. Pure functions over Polars frames.
 
-Voltage: outside its jurisdiction's band (domain reference, section 4) for a minute or more; it clears when the voltage
-is back inside by a hysteresis. Implausible load: more power than the connection's fuses let through. Reverse energy:
-the export registers rise of a meter that had exported nothing when they were first seen. Silence: no reading for
-several intervals, on the arrival clock of its run. A condition that holds on raises no second alarm (section 5).
+Voltage: outside its jurisdiction's band (domain reference, section 4), and for a minute or more not back inside by a
+hysteresis, by which it also clears. Implausible load: more power than the connection's fuses let through. Reverse
+energy: the export registers of one box rise, of a meter that had exported nothing when they were first seen. Silence:
+no reading for several intervals, on the arrival clock of its run. A condition that holds on raises no second alarm
+(section 5).
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ SILENT_INTERVALS = 4
 SILENT_AT_LEAST = timedelta(minutes=15)
 LOADS = ["import_w", *[f"import_{phase.lower()}_w" for phase in PHASES]]
 EXPORTS = ["export_t1_wh", "export_t2_wh"]
-NEEDED = ["meter_id", "observed_at", "arrival_at", "run_id", *VOLTAGES, *LOADS, *EXPORTS]
+NEEDED = ["meter_id", "observed_at", "arrival_at", "run_id", "equipment_id", *VOLTAGES, *LOADS, *EXPORTS]
 KNOWN = ["meter_id", "phases", "nominal_mv", "fuse_a", "jurisdiction", "interval_s"]
 METER_SILENT, SILENCE = "meter_silent", Severity.ERROR
 METER = pl.Schema(
@@ -34,12 +35,14 @@ METER = pl.Schema(
         "run_id": pl.String(),
         "observed_at": STAMP,
         "arrival_at": STAMP,
+        "equipment_id": pl.String(),
         "export_wh": pl.Int64(),
         "is_generator": pl.Boolean(),
         "silent_at": STAMP,
     }
 )
-"""State: the newest reading of each meter, whether it exported before, and since when it is silent."""
+"""State: the newest reading of each meter, its box and what that told last of its export registers, whether it exported
+when they were first seen, and since when it is silent."""
 LEVEL = pl.Schema(
     {
         "meter_id": pl.String(),
@@ -122,7 +125,11 @@ def advance(
         bounds: per run_id `bound_after`, which says how far the arrivals of the run have come for certain.
     """
     before = meters.select(
-        "meter_id", newest_at="observed_at", before_export_wh="export_wh", was_generator="is_generator"
+        "meter_id",
+        newest_at="observed_at",
+        before_box="equipment_id",
+        held_wh="export_wh",
+        was_generator="is_generator",
     )
     marked = readings.join(before, on="meter_id", how="left", maintain_order="left").with_columns(
         is_late=(pl.col("observed_at") <= pl.col("newest_at")).fill_null(False)
@@ -137,7 +144,10 @@ def advance(
 
 def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
     """The readings in order, with what the conditions speak of: limits, load, registers before."""
-    is_next = pl.col("meter_id") == pl.col("meter_id").shift(1)
+    named = pl.when(pl.col("equipment_id") != "").then("equipment_id")
+    box = pl.coalesce(named.forward_fill().over("meter_id"), "before_box", named.drop_nulls().first().over("meter_id"))
+    told_wh = pl.col("export_wh").forward_fill()
+    of_box = ["meter_id", "box"]
     phase_loads = pl.sum_horizontal(LOADS[1:], ignore_nulls=True)
     has_load = pl.any_horizontal(pl.col(LOADS[1:]).is_not_null())
     measured = (
@@ -145,9 +155,12 @@ def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
         .with_columns(
             export_wh=pl.when(pl.any_horizontal(pl.col(EXPORTS).is_not_null())).then(pl.sum_horizontal(EXPORTS)),
             load_w=pl.coalesce("import_w", pl.when(has_load).then(phase_loads)),
+            box=box,
         )
+        .with_columns(held_wh=pl.when((pl.col("box") == pl.col("before_box")).fill_null(True)).then("held_wh"))
         .with_columns(
-            before_export_wh=pl.when(is_next).then(pl.col("export_wh").shift(1)).otherwise("before_export_wh"),
+            before_export_wh=pl.coalesce(told_wh.shift(1).over(of_box), "held_wh"),
+            held_wh=pl.coalesce(told_wh.over(of_box), "held_wh"),
             is_generator=pl.coalesce("was_generator", (pl.col("export_wh") > 0).drop_nulls().first().over("meter_id")),
         )
         .join(registry, on="meter_id", how="left", maintain_order="left")
@@ -205,16 +218,17 @@ def _change(row: dict[str, Any], level: dict[str, Any], severity: Severity, clea
 def _newest(rows: pl.DataFrame, readings: pl.DataFrame, meters: pl.DataFrame) -> pl.DataFrame:
     """The meters after the readings, columns `METER` and `heard_at`, the first arrival of this batch."""
     last = rows.unique("meter_id", keep="last", maintain_order=True).select(
-        "meter_id", "run_id", "observed_at", "export_wh", "is_generator"
+        "meter_id", "run_id", "observed_at", "is_generator", equipment_id="box", export_wh="held_wh"
     )
     originals = readings.filter(pl.col("seen").is_null())
     heard = originals.group_by("meter_id").agg(heard_at=pl.col("arrival_at").min(), newest=pl.col("arrival_at").max())
-    kept = ["run_id", "observed_at", "export_wh", "is_generator"]
+    kept = ["run_id", "observed_at", "equipment_id", "export_wh", "is_generator"]
+    has_moved = pl.col("observed_at_now").is_not_null()
     return (
         meters.join(last, on="meter_id", how="full", coalesce=True, suffix="_now", maintain_order="left_right")
         .join(heard, on="meter_id", how="left", maintain_order="left")
         .with_columns(
-            *[pl.coalesce(f"{name}_now", name).alias(name) for name in kept],
+            *[pl.when(has_moved).then(f"{name}_now").otherwise(name).alias(name) for name in kept],
             arrival_at=pl.max_horizontal("arrival_at", "newest"),
         )
     )

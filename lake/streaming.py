@@ -62,19 +62,29 @@ JAVA_OPTIONS = "-XX:TieredStopAtLevel=1"
 """No record goes through the JVM, so its best compiler takes longer than it saves (docs/bench.md)."""
 
 
-class StreamSettings(Settings):
+class ClockSettings(Settings):
+    """When a meter's clock is impossible, for the stream and for the night.
+
+    Attributes:
+        max_ahead_s: how far a meter's clock may be ahead of the arrival before it is impossible.
+        max_behind_s: how far behind; a meter that was offline sends readings of months ago.
+    """
+
+    max_ahead_s: int = Field(36 * 3600, ge=0)
+    max_behind_s: int = Field(400 * 24 * 3600, ge=0)
+
+
+class StreamSettings(ClockSettings):
     """Settings of the streaming jobs.
 
     Attributes:
         kafka_bootstrap: host:port of a Kafka broker.
         trigger_s: seconds between batches.
         max_offsets_per_trigger: most records of a batch, catch-up included; bounds memory.
-        allowed_lateness_s: how far behind the newest arrival of its run a record may come, s on the arrival clock.
+        allowed_lateness_s: how far behind the arrivals of its run a record may come, s on the arrival clock.
         merge_files: how many small files a query may leave of a table's day, before they become one.
         recent_records: offsets per Kafka partition within which a redelivered record is recognised; several times what
             the broker leaves unacknowledged.
-        max_ahead_s: how far a meter's clock may be ahead of the arrival before it is impossible.
-        max_behind_s: how far behind; a meter that was offline sends readings of months ago.
         flush: on the way out take what Kafka has by then, then close what is open.
         close_all: set by a flush: every window is over.
         accept_loss: go on where Kafka no longer has what was not read yet.
@@ -88,8 +98,6 @@ class StreamSettings(Settings):
     allowed_lateness_s: int = Field(1_800, ge=0)
     merge_files: int = Field(64, ge=2)
     recent_records: int = Field(10_000, ge=0)
-    max_ahead_s: int = Field(36 * 3600, ge=0)
-    max_behind_s: int = Field(400 * 24 * 3600, ge=0)
     flush: bool = False
     close_all: bool = False
     accept_loss: bool = False
@@ -354,15 +362,19 @@ class Runner:
 def bounds(clocks: Iterable[pl.DataFrame], allowed_lateness_s: float, planned_at: datetime) -> pl.DataFrame:
     """Up to when windows are over, columns `BOUNDS`, by the clocks that the batch before left, columns `CLOCK`.
 
+    Of the partitions that the batch had records of, the one that stands furthest back says how far a run has come:
+    while a backlog is taken in, they do not stand at the same hour, and what one still has to bring is not late. A
+    partition that had none has no more to bring, or its meters are silent.
+
     Args:
         clocks: of all partitions.
-        allowed_lateness_s: what comes this much later than the newest arrival still counts.
+        allowed_lateness_s: what comes this much later still counts.
         planned_at: when the batch was planned: an arrival after it is of a bridge whose clock was wrong, and no clock.
             A replay's arrivals are of the time that it replays.
     """
     is_real, newest_at = pl.col("run_id").is_null(), pl.col("newest_at")
     sane = pl.when(is_real).then(pl.min_horizontal(newest_at, pl.lit(planned_at))).otherwise(newest_at)
-    after = sane.max() - timedelta(seconds=allowed_lateness_s)
+    after = sane.filter(pl.col("has_come")).min() - timedelta(seconds=allowed_lateness_s)
     known = pl.concat([pl.DataFrame(schema=CLOCK), *clocks])
     newest = known.group_by("run_id").agg(bound_before=pl.col("bound_at").max(), bound_after=after)
     return newest.with_columns(bound_after=pl.max_horizontal("bound_before", "bound_after")).cast(BOUNDS)

@@ -86,7 +86,7 @@ def advance(
 ) -> Advance:
     """Closes the windows that are over, then puts a batch of readings into the others.
 
-    A window is over when its run's bound (newest arrival − allowed lateness, before the batch) has reached its end.
+    A window is over when its run's bound (arrivals before the batch − allowed lateness) has reached its end.
 
     Args:
         readings: meter_id, observed_at, run_id, topic, partition, offset, voltages.

@@ -1,7 +1,7 @@
 """Alarms from what meters say: one alarm per meter and type, raised, repeated, cleared; and outages, and counts.
 
 Reads: meter-events-v1; alarm-commands-v1 (acknowledgements); registry (transformer, feeder).
-Writes: alarms (one row per change; the newest updated_at of an alarm_id is its state), topic alarms-v1 (the same rows),
+Writes: alarms (one row per change; see the table for which is an alarm's state), topic alarms-v1 (the same rows),
 outages (power failures of several meters under one transformer), alarm_counts (per quarter hour, type, transformer and
 feeder), event_counts (the same of events whose code is counted and raises nothing), alarm_acknowledgements (the first
 of an alarm counts), dead_letters (commands that cannot be decoded), quarantined_events (no table has the code, or a
@@ -92,7 +92,7 @@ def together(handed: Frames, registry: pl.DataFrame, state: Frames, moment: Mome
 
 JOB = StreamingJob(
     name=NAME,
-    version=4,
+    version=5,
     topics=(EVENTS, COMMANDS),
     writes={
         "alarms": "raised_at",

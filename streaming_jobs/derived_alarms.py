@@ -1,7 +1,7 @@
 """Alarms that no meter raises itself: voltage out of its band, implausible load, reverse energy, silence.
 
 Reads: meter-readings-v1; registry (nominal voltage, jurisdiction, fuse, phases, interval, transformer, feeder).
-Writes: alarms (one row per change; the newest updated_at of an alarm_id is its state), topic alarms-v1 (the same rows),
+Writes: alarms (one row per change; see the table for which is an alarm's state), topic alarms-v1 (the same rows),
 alarm_counts (per quarter hour, type, transformer and feeder), quarantined_readings (impossible clock), late_readings.
 Key: alarm_id = f(meter, type, begin).
 Lateness: a reading that is older than the newest of its meter is late; it only ends a silence.
@@ -63,7 +63,7 @@ def together(handed: Frames, registry: pl.DataFrame, state: Frames, moment: Mome
 
 JOB = StreamingJob(
     name=NAME,
-    version=1,
+    version=2,
     topics=(READINGS,),
     writes={
         "alarms": "raised_at",

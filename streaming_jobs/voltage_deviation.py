@@ -5,7 +5,7 @@ Writes: voltage_windows, each once, when it is over; voltage_rollups, the same p
 suspicious_meters, when a meter's phase falls out of step with its transformer's others or comes back;
 voltage_events, sags and swells by the meters' own counters; quarantined_readings; late_readings.
 Key: meter_id, phase, window_start; level, group_id, phase, window_start; meter_id, phase, kind, observed_at.
-Lateness: a window is over when the newest arrival of its run is past its end by the allowed lateness, or at a flush; a
+Lateness: a window is over when the arrivals of its run are past its end by the allowed lateness, or at a flush; a
 reading for a window that is over goes to late_readings. The windows of a run are over for all its meters at once, so a
 roll-up is whole; what comes after a flush makes a second one. A counter that is older than the newest one seen counts
 nothing: its rise is in the newer one's.
@@ -80,7 +80,7 @@ def together(handed: Frames, registry: pl.DataFrame, state: Frames, moment: Mome
 
 JOB = StreamingJob(
     name=NAME,
-    version=3,
+    version=4,
     topics=(READINGS,),
     writes={
         "voltage_windows": "window_start",

@@ -65,7 +65,7 @@ def deltas(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment: Mo
 
 
 def windows(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
-    """Ten minutes of each phase, closed when the newest arrival is past their end by the lateness, or by a flush."""
+    """Ten minutes of each phase, closed when arrivals are past their end by the lateness, or by a flush."""
     valid = only_valid(rows)
     bound = pl.lit(moment.bounds.get_column("bound_after").max(), STAMP)
     is_over = (window_start() + WINDOW <= bound).fill_null(False)

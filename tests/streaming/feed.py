@@ -83,11 +83,12 @@ class Feed:
         self.files = 0
         write_registry()
 
-    def add(self, *batches: list[tuple[str, bytes]], topic: Topic = READINGS) -> None:
+    def add(self, *batches: list[tuple[str, bytes]], topic: Topic = READINGS, apart: str | None = None) -> None:
+        """Batches for partition 0; the meter that is `apart` has partition 1."""
         for batch in batches:
             rows = []
             for key, value in batch:
-                row = (key.encode(), value, topic.name, 0, self.offset, KAFKA_AT)
+                row = (key.encode(), value, topic.name, int(key == apart), self.offset, KAFKA_AT)
                 rows.append(dict(zip(KAFKA.names, row, strict=True)))
                 self.offset += 1
             path = self.folder / f"{self.files:04d}.parquet"

@@ -6,7 +6,7 @@ from pyspark.sql import SparkSession
 
 from lake.streaming import Runner
 from streaming_jobs import consumption_deltas, voltage_deviation
-from tests.streaming.feed import SETTINGS, Feed, batches, lake, pair, rows, run
+from tests.streaming.feed import SETTINGS, Feed, at, batches, lake, pair, reading, rows, run
 
 JOB = voltage_deviation.JOB
 OVER = [("m1", "00:50", 2), ("m2", "00:50", 2)]
@@ -67,6 +67,29 @@ def test_after_a_flush_the_query_goes_on_and_a_restart_closes_nothing_that_nobod
     Runner(JOB, SETTINGS).flush()
     assert windows() == sorted([*OVER, *OPEN, ("m1", "01:10", 1), ("m2", "01:10", 1)])
     assert sum(line[5] for line in rows("accounting")) == 2  # what came again after its window was closed
+
+
+def test_while_a_backlog_is_taken_in_a_partition_that_stands_hours_behind_another_is_not_late(
+    spark: SparkSession, home: Path
+) -> None:
+    def ten_minutes(meter_id: str, hour: int) -> list[tuple[str, bytes]]:
+        return [reading(meter_id, at(f"{hour:02d}:{minute:02d}"), voltage_l1_mv=230_000) for minute in (0, 5, 10)]
+
+    feed = Feed()
+    feed.add(*[[*ten_minutes("m1", 6 * n), *ten_minutes("m2", n)] for n in range(4)], apart="m2")
+    runner = run(spark, feed, JOB)
+    already = windows()
+    assert ("m2", "01:00", 2) in already, "what is over for all is closed before the flush"
+    runner.flush()
+    hours = [("m1", 6 * n) for n in range(4)] + [("m2", n) for n in range(4)]
+    assert windows() == sorted(
+        [
+            (meter_id, f"{hour:02d}:{minute}", count)
+            for meter_id, hour in hours
+            for minute, count in (("00", 2), ("10", 1))
+        ]
+    )
+    assert rows("late_readings") == []
 
 
 def test_a_job_with_nothing_open_is_flushed_without_a_row(spark: SparkSession, home: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lake.by_partition import CLOCK
+from lake.by_partition import CLOCK, Moment, clock
 from lake.delta_engine import STAMP
-from lake.streaming import bounds
+from lake.streaming import StreamSettings, bounds
 from lake.voltage import VOLTAGES, WINDOWS, Advance, advance, windows
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -232,16 +232,40 @@ def test_the_windows_do_not_depend_on_how_batches_are_cut(samples: list[tuple[in
     assert found.equals(windows(pl.DataFrame(rows, schema=SAMPLES | JUDGED_BY)))
 
 
+def bound_after(*clocks: list[tuple[str | None, datetime, bool, datetime | None]]) -> dict[str | None, datetime]:
+    """By run, a minute of lateness allowed, of a batch that was planned in minute 5."""
+    frames = [pl.DataFrame(rows, CLOCK, orient="row") for rows in clocks]
+    return dict(bounds(frames, 60, at(5)).select("run_id", "bound_after").iter_rows())
+
+
 def test_an_arrival_of_the_future_holds_no_clock_but_that_of_a_replay() -> None:
     """The clock of a bridge was in 2036 for a message: windows are over by the batch's own time."""
-    clocks = [
-        pl.DataFrame([(None, at(3), None), ("r1", datetime(2050, 1, 1, tzinfo=UTC), None)], CLOCK, orient="row"),
-        pl.DataFrame([(None, datetime(2036, 1, 1, tzinfo=UTC), None)], CLOCK, orient="row"),
-    ]
-    found = bounds(clocks, 60, at(5)).sort("run_id")
-    assert found.select("run_id", "bound_after").rows() == [
-        (None, at(4)),
-        ("r1", datetime(2049, 12, 31, 23, 59, tzinfo=UTC)),
-    ]
-    sane = bounds(clocks[:1], 60, at(5)).sort("run_id")
-    assert sane.get_column("bound_after")[0] == at(2)
+    future = datetime(2036, 1, 1, tzinfo=UTC)
+    assert bound_after([(None, future, True, None), ("r1", future, True, None)]) == {
+        None: at(4),
+        "r1": future - timedelta(minutes=1),
+    }
+    assert bound_after([(None, at(3), True, None)], [(None, future, True, None)]) == {None: at(2)}
+
+
+def test_the_partition_that_stands_furthest_back_says_how_far_a_run_has_come() -> None:
+    """A backlog is taken in: one partition is hours ahead of another, and nothing of the other is late for that."""
+    fast, slow = ("r1", at(300), True, at(60)), ("r1", at(90), True, at(60))
+    assert bound_after([fast], [slow]) == {"r1": at(89)}
+    through = ("r1", at(90), False, at(60))
+    assert bound_after([fast], [through]) == {"r1": at(299)}, "the batch had nothing of it: it holds nobody"
+    assert bound_after([("r1", at(300), False, at(60))], [through]) == {"r1": at(60)}, "time passes with arrivals"
+    assert bound_after([fast], [("r1", at(30), True, at(60))]) == {"r1": at(60)}, "what is over stays over"
+    assert bound_after([fast, (None, at(2), True, None)], [slow]) == {"r1": at(89), None: at(1)}
+
+
+def test_a_partitions_clock_says_whether_the_batch_had_anything_of_a_run() -> None:
+    moment = Moment(StreamSettings(kafka_bootstrap="none:0"), pl.DataFrame([("r1", None, at(1))], BOUNDS, orient="row"))
+    nothing = pl.DataFrame(schema=CLOCK)
+    said = {"run_id": pl.String, "arrival_at": STAMP}
+    rows = pl.DataFrame([("r1", at(5)), ("r1", at(4)), (None, at(9))], said, orient="row")
+    first = clock(rows, nothing, moment)
+    assert sorted(first.rows(), key=str) == [("r1", at(5), True, at(1)), (None, at(9), True, None)]
+    second = clock(rows.filter(pl.col("run_id").is_null()), first, moment)
+    assert sorted(second.rows(), key=str) == [("r1", at(5), False, at(1)), (None, at(9), True, None)]
+    assert second.schema == CLOCK == clock(rows.clear(), nothing, moment).schema

@@ -134,7 +134,7 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
         .agg(*[F.max(name).alias(name) for name in [*COUNTS, *TIMES, *others]])
     )
     expected = F.floor(day_s() / F.col("interval_s"))
-    is_known = F.col("expected").isNotNull()  # greatest and least pass over nulls
+    is_known = F.col("expected") > 0  # greatest and least pass over nulls; of a longer interval no day expects one
     is_meter = F.col("meter_id").isNotNull()
     return (
         with_silent(counted, registry.select("meter_id"), registry, date, "interval_s")

@@ -148,7 +148,8 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
 
 
 def _volts(millivolts: str) -> Column:
-    return (F.col(millivolts).cast("decimal(12,0)") / 1000).cast("decimal(12,3)")
+    """Null for what no meter measures, which its millivolts show."""
+    return (F.col(millivolts).try_cast("decimal(12,0)") / 1000).cast("decimal(12,3)")
 
 
 JOB = BatchJob(name=Path(__file__).stem, version=1, reads={"readings": 0}, transform=transform)

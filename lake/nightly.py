@@ -29,8 +29,9 @@ from lake.decoding import spark_schema
 from lake.publishing import publish_report
 from lake.reading import read_registry, read_table, utc_days
 from lake.session import spark_session, uri
-from lake.streaming import StreamSettings
+from lake.streaming import ClockSettings
 from schemas.errors import ConfigError, ContractBroken, exits
+from schemas.settings import load
 from schemas.tables import TABLES, files_kept, report_path, table_path
 
 SHARDS = 32
@@ -47,8 +48,8 @@ class BatchJob:
     Attributes:
         name: its module's name: report, CLI word.
         version: raised when columns of the report change their meaning; part of the report's name.
-        reads: lake table or report → how many days before the local day it needs. Of a table the UTC days that the
-            local day can touch are read too, of a report the day itself. None: the whole of a small table.
+        reads: lake table or report → how many days before the local day it needs. Of a table the UTC days that these
+            local days can touch are read, of a report the days themselves. None: the whole of a small table.
         transform: (tables by name, registry, local day) → the report's rows; pure, runs on static frames too.
     """
 
@@ -127,8 +128,8 @@ def impossible_clock(max_ahead_s: int, max_behind_s: int) -> Column:
 
 def only_believable(readings: DataFrame) -> DataFrame:
     """Readings whose clock can be right; the stream has quarantined the others."""
-    defaults = StreamSettings.model_fields
-    is_impossible = impossible_clock(defaults["max_ahead_s"].default, defaults["max_behind_s"].default)
+    limits = load(ClockSettings)
+    is_impossible = impossible_clock(limits.max_ahead_s, limits.max_behind_s)
     return readings.where(~F.coalesce(is_impossible, F.lit(False)))
 
 
@@ -178,10 +179,10 @@ def per_shard(rows: DataFrame, engine: Callable[[pl.DataFrame], pl.DataFrame], o
 def _read(session: SparkSession, name: str, date: datetime.date, days_before: int | None) -> DataFrame:
     if days_before is None:
         return read_table(session, name)
-    earlier = [date - datetime.timedelta(days=days) for days in range(days_before, 0, -1)]
+    days = [date - datetime.timedelta(days=back) for back in range(days_before, -1, -1)]
     if name in TABLES:
-        return read_table(session, name, sorted({*earlier, *utc_days(date)}))
-    folders = [report_path(name) / f"date={day.isoformat()}" for day in [*earlier, date]]
+        return read_table(session, name, sorted({each for day in days for each in utc_days(day)}))
+    folders = [report_path(name) / f"date={day.isoformat()}" for day in days]
     parts = [uri(part) for folder in folders for part in folder.glob("*.parquet")]
     if not parts:
         msg = f"report {name} has nothing for {date.isoformat()}: run its job for that date first"

@@ -33,6 +33,8 @@ def read_table(session: SparkSession, table: str, dates: list[date] | None = Non
     return session.read.schema(schema).parquet(*parts)
 
 
+MOST = {"nominal_mv": 1_000_000_000, "fuse_a": 1_000_000, "interval_s": 366 * 86_400}
+"""A number of the registry that is not above 0, or above this, is a slip: it counts as unknown."""
 RegistryFiles = tuple[tuple[str, int], ...]
 """The registry's files, each with the time of its last change."""
 
@@ -49,17 +51,19 @@ def newest_registry(files: RegistryFiles) -> pl.DataFrame:
     schema = polars_schema(TABLES["registry"])
     if not files:
         return pl.DataFrame(schema=schema)
-    rows = pl.read_parquet([path for path, _ in files], columns=schema.names())
+    can_be = [pl.when(pl.col(name).is_between(1, most)).then(name).alias(name) for name, most in MOST.items()]
+    rows = pl.read_parquet([path for path, _ in files], columns=schema.names()).with_columns(can_be)
     order = ["meter_id", "valid_from", "usage_point_id"]
     newest = rows.sort(order, descending=[False, True, False], nulls_last=[True, True, False])
     return newest.unique("meter_id", keep="first", maintain_order=True)
 
 
 def read_registry(session: SparkSession) -> DataFrame:
-    """The newest row of each meter in the registry."""
+    """The newest row of each meter in the registry; numbers that cannot be are null (`MOST`)."""
     newest = Window.partitionBy("meter_id").orderBy(F.col("valid_from").desc_nulls_last(), "usage_point_id")
     ranked = read_table(session, "registry").withColumn("rank", F.row_number().over(newest))
-    return ranked.where(F.col("rank") == 1).drop("rank")
+    can_be = {name: F.when(F.col(name).between(1, most), F.col(name)) for name, most in MOST.items()}
+    return ranked.where(F.col("rank") == 1).drop("rank").withColumns(can_be)
 
 
 def busiest_day(stamps: pa.ChunkedArray, time_zone: str) -> date:

@@ -14,6 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from batch_jobs import discovered
 from lake.nightly import BatchJob, in_order, publish, silent
+from lake.reading import newest_registry, read_registry, registry_files
 from schemas.errors import ConfigError, ContractBroken, RetryLater
 from schemas.tables import TABLES, files_moved, glob_of, home, report_path, report_run, table_path
 
@@ -22,10 +23,10 @@ MIDNIGHT = datetime.datetime(2024, 6, 10, tzinfo=datetime.UTC)
 ROOT = Path(__file__).parents[2]
 
 
-def keep(table: str, day: datetime.date, rows: list[dict[str, Any]]) -> None:
+def keep(table: str, day: datetime.date, rows: list[dict[str, Any]], part: int = 0) -> None:
     folder = table_path(table) / f"date={day.isoformat()}"
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, TABLES[table]), folder / "part-0.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, TABLES[table]), folder / f"part-{part}.parquet")
 
 
 @pytest.fixture
@@ -98,6 +99,45 @@ def test_an_unknown_time_zone_in_the_registry_is_named(
     keep("registry", DAY, [{"meter_id": "a", "time_zone": "Europe/Nowhere"}])
     with pytest.raises(ConfigError, match="Europe/Nowhere"):
         publish(spark, discovered()[0], DAY)
+
+
+def test_a_night_passes_over_what_no_registry_and_no_meter_can_mean(spark: SparkSession, lake: Path) -> None:
+    slips = [
+        {"meter_id": "a", "interval_s": 0, "nominal_mv": 0, "fuse_a": -5},
+        {"meter_id": "b", "interval_s": 604_800, "nominal_mv": 2**62, "fuse_a": 2**62},
+    ]
+    keep("registry", DAY, [{"phases": "L1", "time_zone": "UTC", **slip} for slip in slips])
+    at, place = MIDNIGHT + datetime.timedelta(hours=12, minutes=7), {"topic": "t", "partition": 0, "offset": 1}
+    wild = {"meter_id": "a", "observed_at": at, "arrival_at": at, "voltage_l1_mv": 2 * 10**12}
+    keep("readings", DAY, [wild | place], part=1)
+    known = [("a", None, None, None), ("b", None, None, 604_800)]
+    columns = ["meter_id", "nominal_mv", "fuse_a", "interval_s"]
+    assert sorted(newest_registry(registry_files()).select(columns).rows()) == known
+    assert sorted(tuple(row) for row in read_registry(spark).select(columns).collect()) == known
+    for job in discovered():
+        assert publish(spark, job, DAY) > 0
+
+    def said(report: str, names: str) -> list[tuple[Any, ...]]:
+        where = "where meter_id is not null order by meter_id"
+        return duckdb.sql(f"select meter_id, {names} from '{glob_of(report_path(report))}' {where}").fetchall()
+
+    assert said("daily_consumption_v1", "import_wh, expected_readings") == [("a", 2_400, None), ("b", 2_400, 0)]
+    assert said("data_quality_v1", "expected, missing, completeness_pct") == [("a", *[None] * 3), ("b", 0, None, None)]
+    assert said("voltage_compliance_v1", "max_mv, max_v")[0] == ("a", 2 * 10**12, None)
+
+
+def test_a_profile_has_the_first_hour_of_its_four_weeks_which_is_of_an_earlier_utc_day(
+    spark: SparkSession, lake: Path
+) -> None:
+    keep("registry", DAY, [{"meter_id": "a", "time_zone": "Europe/Amsterdam"}])
+    begin = datetime.datetime(2024, 5, 13, 22, tzinfo=datetime.UTC)
+    quarters = [{"interval_start": begin + datetime.timedelta(minutes=15 * n)} for n in range(4)]
+    known = {"meter_id": "a", "register": "import_t1", "energy_wh": 25, "covered_s": 900, "quality": "measured"}
+    keep("interval_readings", begin.date(), [quarter | known for quarter in quarters])
+    job = next(job for job in discovered() if job.name == "load_profile")
+    publish(spark, job, DAY)
+    hours = f"select hours, mean_wh from '{glob_of(report_path(job.report))}' where hour_of_day = 0"
+    assert duckdb.sql(hours).fetchall() == [(1, 100)]
 
 
 def nothing(tables: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date) -> DataFrame:

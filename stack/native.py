@@ -218,7 +218,8 @@ class NativeStack:
                 for name in reversed(ALL):
                     if self._stop_part(name, STOP_GRACE_S[name]):
                         stopped.append(name)
-                        self._on_progress(f"{name} stopped")
+                        with contextlib.suppress(OSError):  # the terminal may be gone
+                            self._on_progress(f"{name} stopped")
         if asked and not (self.home / "run" / "streaming.flushed").exists():
             raise RetryLater(NOT_FLUSHED)
         return stopped
@@ -309,7 +310,7 @@ class NativeStack:
                     try:
                         self.start([name])
                         report(f"{name} runs again")
-                    except MeterstreamError as error:
+                    except (MeterstreamError, OSError) as error:  # a full disk, no more processes: it may pass
                         report(str(error))
                     due[name] = 0.0
                     alive_since[name] = time.monotonic()
@@ -716,11 +717,12 @@ def _alive_workers(master_ui_port: int) -> int | None:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C and SIGTERM back while processes are being stopped: half a stop would leave some behind."""
+    """Holds back what ends a command while processes are being stopped: half a stop would leave some behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ends}
     try:
         yield
     finally:

@@ -46,7 +46,7 @@ WHY = {
     FaultKind.SPIKE: "no fuse is known, or it is little enough to be true: nothing after it can be told",
     FaultKind.UNIT_SLIP: "no fuse is known, or it is little enough to be true: nothing after it can be told",
     FaultKind.RESET: "the first value is above what the fuse lets through: nothing after it can be told",
-    FaultKind.ROLLOVER: "the step is above what the fuse lets through, or begins far from the register's end",
+    FaultKind.ROLLOVER: "the step is above what the fuse lets through, or begins far from the end of the register",
 }
 """Kinds of faults of which the truth cannot always say what is due, and why."""
 

@@ -189,7 +189,7 @@ def _step(last: dict[str, Any], row: dict[str, Any], limits: Limits) -> tuple[De
         is_gap = limits.interval_s is not None and span_s > GAP_FACTOR * limits.interval_s
         return (DeltaReason.GAP if is_gap else DeltaReason.OK), value - before
     near = UNKNOWN_LIMIT_WH if limit is None else limit
-    nearly = limits.step_wh(min(span_s, max(NEARLY_FULL_S, limits.interval_s or 0)))
+    nearly = limits.step_wh(max(NEARLY_FULL_S, limits.interval_s or 0))
     full = 10 ** max(len(str(before)), MIN_REGISTER_DIGITS)
     if value >= 0 and full - before + value <= near and full - before <= (near if nearly is None else nearly):
         return DeltaReason.ROLLOVER, full - before + value

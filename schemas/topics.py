@@ -38,7 +38,7 @@ class Topic:
     partitions: int = 4
     retention_ms: int = 7 * 24 * HOUR_MS
     dead_letters: str | None = "dead-letters-v1"
-    config: dict[str, str] = field(default_factory=lambda: COMPRESSED, hash=False)
+    config: dict[str, str] = field(default_factory=COMPRESSED.copy, hash=False)
 
 
 READINGS = Topic("meter-readings-v1", "reading")

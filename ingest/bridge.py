@@ -3,12 +3,12 @@
 A message is acknowledged when Kafka's delivery report for it and for all that were received before it has come. Poison
 goes to the dead letters first and is acknowledged then, so it cannot block the window. What was not acknowledged comes
 again: from NATS newer messages first, the old ones when its `ack_wait` runs out. So a session that is taken up again is
-first collected for that long and sorted, and order per meter is as if nothing had happened.
+first collected for that long and sorted, and order per meter is as if nothing had happened (decisions 3 and 12).
 """
 
 import os
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,10 +17,10 @@ from typing import Any
 import paho.mqtt.client as mqtt
 import structlog
 from confluent_kafka import KafkaError, Message, Producer
-from paho.mqtt.enums import CallbackAPIVersion
 
 from ingest.decode import Routed, dead_letter, routed
-from schemas.errors import ContractBroken, InvalidMessage, RetryLater
+from mqtt_io.client import LoopClient, turn
+from schemas.errors import InvalidMessage, RetryLater
 from schemas.settings import Settings
 from schemas.tables import home
 from schemas.topics import DEAD_LETTERS
@@ -30,6 +30,8 @@ log = structlog.get_logger()
 LOOP_S = 0.02  # longest wait for a packet: bounds how long a delivery report waits for its acknowledgement
 RECONNECT_S = 1.0
 DRAIN_S = 10.0  # at a stop: how long Kafka may take for what is in flight; what is left comes again
+QUIET_S = 1.0  # a taken-up session is not sorted while redelivered messages come
+REMEMBERED = 10_000  # acknowledged messages by which a redelivered one is known: several windows of the broker
 BRAKE_WINDOW = 1_000  # messages over which the share of poison is taken
 PROGRESS_S = 10.0
 LONGEST_RECORD_BYTES = 1_250_000  # a dead letter has whatever the MQTT broker takes (max_payload), and its topic
@@ -44,7 +46,7 @@ class BridgeSettings(Settings):
         mqtt_port: its port.
         shards: hex digits of the shards that this process owns; all of them if empty.
         accept_run_ids: False where no replay may send.
-        settle_s: how long a taken-up session is collected before it is sorted: the broker's ack_wait and some.
+        settle_s: how long a taken-up session is collected before it is sorted: the broker's ack_wait and a fifth.
         poison_share: the brake: stop when more than this share of the last thousand messages is poison.
     """
 
@@ -55,17 +57,140 @@ class BridgeSettings(Settings):
     mqtt_password: str | None = None
     shards: str = ""
     accept_run_ids: bool = True
-    settle_s: float = 3.5
+    settle_s: float = 12.0
     poison_share: float = 0.5
 
 
 @dataclass
 class Pending:
-    """A message between its receipt and its acknowledgement."""
+    """A message between its receipt and its acknowledgement; `print` tells its bytes from others."""
 
     mid: int
-    epoch: int
+    print: int
     is_safe: bool = False
+
+
+class Subscription:
+    """One filter, in a session of its own, with the messages that are not acknowledged yet.
+
+    NATS gives a session one window for all its subscriptions, and each of them one of that size: what is too much for
+    the session is left out, and comes when `ack_wait` runs out, behind newer messages of its meter.
+
+    Args:
+        name: of the session.
+        pattern: what it subscribes to.
+        settings: of the bridge.
+        take: topic and payload → the record for Kafka.
+        send: hands a record to Kafka, which says through the pending message when it is safe.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pattern: str,
+        settings: BridgeSettings,
+        take: Callable[[str, bytes], Routed],
+        send: Callable[[Routed, Pending], None],
+    ) -> None:
+        self.pattern = pattern
+        self.failure: str | None = None
+        self.is_ready = False
+        self.open: deque[Pending] = deque()
+        self._settings = settings
+        self._take, self._send = take, send
+        self._in_flight: set[int] = set()
+        self._carried: OrderedDict[int, None] = OrderedDict()
+        self._settled_at: float | None = None
+        self._collected: list[tuple[Routed, Pending]] = []
+        self._clean = home() / "run" / f"{name}.clean"
+        self._due = 0.0
+        self.client = LoopClient(name, clean_session=False, manual_ack=True, reconnect_on_failure=False)
+        if settings.mqtt_username:
+            self.client.username_pw_set(settings.mqtt_username, settings.mqtt_password)
+        self.client.on_connect = self._on_connect
+        self.client.on_subscribe = self._on_subscribe
+        self.client.on_message = self._on_message
+
+    def connect(self) -> None:
+        """Connects where there is no connection; tried once a second."""
+        if self.client.socket() is not None or time.monotonic() < self._due:
+            return
+        self.is_ready, self._due = False, time.monotonic() + RECONNECT_S
+        try:
+            self.client.connect(self._settings.mqtt_host, self._settings.mqtt_port, keepalive=30)
+        except OSError as error:
+            log.warning("MQTT broker does not answer", port=self._settings.mqtt_port, error=str(error))
+
+    def settle(self) -> None:
+        """Sends what was collected since the session was taken up, in the order of each meter."""
+        if self._settled_at is None or time.monotonic() < self._settled_at:
+            return
+        self._settled_at = None
+        collected, self._collected = self._collected, []
+        for record, pending in sorted(collected, key=lambda item: item[0].order):
+            self._send(record, pending)
+
+    def acknowledge(self) -> None:
+        """Acknowledges the contiguous prefix that is safe, in the order of receipt."""
+        while self.open and self.open[0].is_safe:
+            pending = self.open.popleft()
+            self._in_flight.discard(pending.mid)
+            self._carried[pending.print] = None
+            self.client.ack(pending.mid, 1)
+        while len(self._carried) > REMEMBERED:
+            self._carried.popitem(last=False)
+
+    def leave(self) -> None:
+        """Ends the connection; where all is acknowledged the next process need not wait for what comes again."""
+        is_clean = self.is_ready and not self.open and self.client.socket() is not None
+        self.client.disconnect()
+        self.client.loop_write()
+        if is_clean:
+            self._clean.write_text("")
+
+    def _on_connect(self, client: mqtt.Client, _: Any, flags: mqtt.ConnectFlags, code: Any, *rest: Any) -> None:
+        if code.is_failure:
+            self.failure = f"MQTT broker refused: {code}"
+            return
+        for held in (self.open, self._in_flight, self._collected):
+            held.clear()
+        is_clean = self._clean.exists()
+        self._clean.unlink(missing_ok=True)
+        comes_again = flags.session_present and not is_clean
+        self._settled_at = time.monotonic() + self._settings.settle_s if comes_again else None
+        if comes_again:
+            log.info("session taken up: first collects what comes again", seconds=self._settings.settle_s)
+        client.subscribe(self.pattern, 1)
+
+    def _on_subscribe(self, client: mqtt.Client, _: Any, mid: int, codes: list[Any], *rest: Any) -> None:
+        if any(code.is_failure for code in codes):
+            self.failure = f"MQTT broker refused the subscription: {codes}"
+            return
+        self.is_ready = True
+
+    def _on_message(self, client: mqtt.Client, _: Any, message: mqtt.MQTTMessage) -> None:
+        if message.mid in self._in_flight:
+            return  # the broker's ack_wait ran out while we still have it
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            topic = "(not UTF-8)"
+        payload = bytes(message.payload)
+        pending = Pending(message.mid, hash((topic, payload)))
+        if message.dup:
+            if self._settled_at is not None:
+                self._settled_at = max(self._settled_at, time.monotonic() + QUIET_S)
+            elif pending.print in self._carried:  # it was on its way again when our acknowledgement came
+                client.ack(message.mid, 1)
+                return
+        record = self._take(topic, payload)
+        if message.qos:
+            self._in_flight.add(message.mid)
+            self.open.append(pending)
+        if self._settled_at is not None:
+            self._collected.append((record, pending))
+        else:
+            self._send(record, pending)
 
 
 class Bridge:
@@ -75,13 +200,9 @@ class Bridge:
         self.settings = settings
         self._stopping = False
         self._failure: str | None = None
-        self._epoch = 0
-        self._window: deque[Pending] = deque()
-        self._in_flight: set[int] = set()
-        self._settled_at: float | None = None
-        self._collected: list[tuple[Routed, Pending]] = []
         self._verdicts: deque[bool] = deque(maxlen=BRAKE_WINDOW)
         self._poisoned = 0
+        self._is_told = False
         self.received = 0
         self.dead_letters = 0
         self._ready = home() / "run" / "ingest.ready"
@@ -99,23 +220,11 @@ class Bridge:
                 "log_level": 4,
             }
         )
-        name = f"meterstream-bridge-{settings.shards or 'all'}"
-        self._client = mqtt.Client(
-            CallbackAPIVersion.VERSION2,
-            client_id=name,
-            clean_session=False,
-            manual_ack=True,
-            reconnect_on_failure=False,
-        )
-        if settings.mqtt_username:
-            self._client.username_pw_set(settings.mqtt_username, settings.mqtt_password)
-        self._client.on_connect = self._on_connect
-        self._client.on_subscribe = self._on_subscribe
-        self._client.on_message = self._on_message
-
-    @property
-    def _filters(self) -> list[str]:
-        return [f"meters/{shard}/#" for shard in self.settings.shards] or ["meters/#"]
+        patterns = {shard: f"meters/{shard}/#" for shard in settings.shards} or {"all": "meters/#"}
+        self._subscriptions = [
+            Subscription(f"meterstream-bridge-{name}", pattern, settings, self._taken, self._send)
+            for name, pattern in patterns.items()
+        ]
 
     def stop(self, *_: Any) -> None:
         """Asks the loop to end; a signal handler."""
@@ -128,69 +237,50 @@ class Bridge:
             RetryLater: Kafka refused for good, or too much is poison; start again when that is mended.
         """
         told_at = time.monotonic()
-        self._connect()
+        self._ready.parent.mkdir(parents=True, exist_ok=True)
         try:
             while not self._stopping:
-                if self._client.loop(LOOP_S) != mqtt.MQTT_ERR_SUCCESS and not self._stopping:
-                    log.warning("MQTT broker is away, connecting again")
-                    self._ready.unlink(missing_ok=True)
-                    time.sleep(RECONNECT_S)
-                    self._connect()
-                self._settle()
+                for subscription in self._subscriptions:
+                    subscription.connect()
+                turn([subscription.client for subscription in self._subscriptions], LOOP_S)
                 self._producer.poll(0)
-                self._acknowledge()
-                if self._failure:
-                    raise RetryLater(self._failure)
+                for subscription in self._subscriptions:
+                    subscription.settle()
+                    subscription.acknowledge()
+                self._tell_ready()
+                failure = self._failure or next(filter(None, (each.failure for each in self._subscriptions)), None)
+                if failure:
+                    raise RetryLater(failure)
                 if time.monotonic() - told_at > PROGRESS_S:
                     told_at = time.monotonic()
-                    log.info("bridge", received=self.received, dead_letters=self.dead_letters, open=len(self._window))
+                    waiting = sum(len(subscription.open) for subscription in self._subscriptions)
+                    log.info("bridge", received=self.received, dead_letters=self.dead_letters, open=waiting)
         finally:
             self._ready.unlink(missing_ok=True)
             self._producer.flush(DRAIN_S)
-            self._acknowledge()
-            self._client.loop(LOOP_S)
-            self._client.disconnect()
+            for subscription in self._subscriptions:
+                subscription.acknowledge()
+                subscription.leave()
             log.info("bridge stopped", received=self.received, dead_letters=self.dead_letters)
 
-    def _connect(self) -> None:
-        while not self._stopping:
-            try:
-                self._client.connect(self.settings.mqtt_host, self.settings.mqtt_port, keepalive=30)
-            except OSError as error:
-                log.warning("MQTT broker does not answer", port=self.settings.mqtt_port, error=str(error))
-                time.sleep(RECONNECT_S)
-            else:
-                return
-
-    def _on_connect(self, client: mqtt.Client, _: Any, flags: mqtt.ConnectFlags, code: Any, *rest: Any) -> None:
-        if code.is_failure:
-            self._failure = f"MQTT broker refused: {code}"
+    def _tell_ready(self) -> None:
+        """Says that it is ready, in a file, while all subscriptions stand."""
+        is_ready = all(subscription.is_ready and subscription.client.socket() for subscription in self._subscriptions)
+        if is_ready == self._is_told:
             return
-        self._epoch += 1
-        self._window.clear()
-        self._in_flight.clear()
-        self._collected.clear()
-        self._settled_at = time.monotonic() + self.settings.settle_s if flags.session_present else None
-        client.subscribe([(name, 1) for name in self._filters])
+        self._is_told = is_ready
+        if is_ready:
+            self._ready.write_text(str(os.getpid()))
+            patterns = [subscription.pattern for subscription in self._subscriptions]
+            log.info("bridge ready", mqtt=patterns, kafka=self.settings.kafka_bootstrap)
+        else:
+            self._ready.unlink(missing_ok=True)
+            log.warning("MQTT broker is away, connecting again")
 
-    def _on_subscribe(self, client: mqtt.Client, _: Any, mid: int, codes: list[Any], *rest: Any) -> None:
-        if any(code.is_failure for code in codes):
-            self._failure = f"MQTT broker refused the subscription: {codes}"
-            return
-        self._ready.parent.mkdir(parents=True, exist_ok=True)
-        self._ready.write_text(str(os.getpid()))
-        log.info("bridge ready", mqtt=self._filters, kafka=self.settings.kafka_bootstrap)
-
-    def _on_message(self, client: mqtt.Client, _: Any, message: mqtt.MQTTMessage) -> None:
-        if message.mid in self._in_flight:
-            return  # the broker's ack_wait ran out while we still have it
+    def _taken(self, topic: str, payload: bytes) -> Routed:
+        """The record of a message, or the dead letter that it is."""
         self.received += 1
         now = datetime.now(UTC)
-        payload = bytes(message.payload)
-        try:
-            topic = message.topic
-        except UnicodeDecodeError:
-            topic = "(not UTF-8)"
         try:
             record = routed(topic, payload, now, self.settings.accept_run_ids)
         except InvalidMessage as error:
@@ -198,23 +288,7 @@ class Bridge:
             self.dead_letters += 1
             log.warning("dead letter", topic=topic, reason=str(error.reason), detail=error.detail)
         self._brake(record.topic == DEAD_LETTERS.name)
-        pending = Pending(message.mid, self._epoch)
-        if message.qos:
-            self._in_flight.add(message.mid)
-            self._window.append(pending)
-        if self._settled_at is not None:
-            self._collected.append((record, pending))
-        else:
-            self._send(record, pending)
-
-    def _settle(self) -> None:
-        """Sends what was collected since the session was taken up, in the order of each meter."""
-        if self._settled_at is None or time.monotonic() < self._settled_at:
-            return
-        self._settled_at = None
-        collected, self._collected = self._collected, []
-        for record, pending in sorted(collected, key=lambda item: item[0].order):
-            self._send(record, pending)
+        return record
 
     def _send(self, record: Routed, pending: Pending) -> None:
         while True:
@@ -233,16 +307,6 @@ class Bridge:
                 self._failure = f"Kafka did not take a record: {error}"
 
         return delivered
-
-    def _acknowledge(self) -> None:
-        """Acknowledges the contiguous prefix that is safe, in the order of receipt."""
-        while self._window and self._window[0].is_safe:
-            pending = self._window.popleft()
-            if pending.epoch != self._epoch:
-                msg = "a message of an older connection is in the window"
-                raise ContractBroken(msg)
-            self._in_flight.discard(pending.mid)
-            self._client.ack(pending.mid, 1)
 
     def _brake(self, is_poison: bool) -> None:
         if len(self._verdicts) == BRAKE_WINDOW:

@@ -9,7 +9,6 @@ import gc
 import json
 import time
 from collections import deque
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import structlog
 from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, Message, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from lake.decoding import KAFKA
 from schemas.errors import RetryLater, StateLost
-from schemas.topics import Topic
 
 RANGES = pa.schema(
     [
@@ -36,7 +33,6 @@ RANGES = pa.schema(
 AT_ONCE = 500
 """Records that are taken over together: few enough for the processor's cache (10,000 cost 1.5 times as much)."""
 LOOK_S = 0.1
-NO_LEADER_S = 30.0
 SILENT_S = 60.0  # Kafka restarts within that
 CONSUMER = {
     "group.id": "meterstream",  # asked for by the client; nothing is committed
@@ -97,27 +93,6 @@ def next_offsets(text: str | None) -> dict[tuple[str, int], int]:
         for topic, partitions in json.loads(str(text)).items()
         for partition, offset in partitions.items()
     }
-
-
-def newest_offsets(bootstrap: str, topics: Iterable[Topic]) -> dict[tuple[str, int], int]:
-    """Topic and partition → the offset that its next record gets.
-
-    Raises:
-        RetryLater: Kafka does not say. Just started, it may not know a partition's leader: it is asked for a while.
-    """
-    admin, until = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0}), time.monotonic() + NO_LEADER_S
-    names = {topic.name for topic in topics}
-    while True:
-        try:
-            known = admin.list_topics(timeout=10).topics
-            places = [TopicPartition(name, number) for name in names & set(known) for number in known[name].partitions]
-            asked = admin.list_offsets({place: OffsetSpec.latest() for place in places}, request_timeout=10.0)  # type: ignore[no-untyped-call]
-            return {(place.topic, place.partition): answer.result().offset for place, answer in asked.items()}
-        except KafkaException as error:
-            if time.monotonic() > until:
-                msg = f"Kafka at {bootstrap} does not say what it has: {error.args[0].str()}"
-                raise RetryLater(msg) from error
-        time.sleep(0.2)
 
 
 def fetched(place: Range, bootstrap: str, accept_loss: bool) -> pa.Table:

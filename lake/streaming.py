@@ -26,6 +26,7 @@ from pydantic import Field
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
+from kafka_io.offsets import newest_offsets
 from lake import metrics
 from lake.by_partition import (
     BOUNDS,
@@ -42,7 +43,7 @@ from lake.by_partition import (
 from lake.by_partition import run as run_partitions
 from lake.checkpoint import KAFKA_IS_AWAY, LOST_IN_KAFKA, STATE_LOST, from_the_beginning, lost_in_kafka, require_whole
 from lake.decoding import spark_schema
-from lake.kafka_ranges import RANGES, checkpointed, newest_offsets, planned
+from lake.kafka_ranges import RANGES, checkpointed, planned
 from lake.merging import Merger
 from lake.publishing import BatchKey, publish_small, remove_parts, rename_in, swap_in
 from lake.reading import newest_registry, registry_files

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,15 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as AnyProgress
 from rich.table import Table
 
 from replay.dirt import read_dirt, seconds
 from replay.fleet import PREFIX
 from replay.importers import formats, import_log
-from replay.run import Ledger, Order, play
+from replay.pace import Pace, answers
+from replay.run import Ledger, Order, Standing, play
 from replay.simulate import DEFAULT_GRID
 from replay.simulate import simulate as build_simulation
 from replay.sinks import KafkaSink, MqttSink, NullSink, Sink
@@ -237,6 +238,13 @@ def run(
     processes: Annotated[int, typer.Option(help="How many share the meters.", min=1)] = 1,
     connections: Annotated[int, typer.Option(help="MQTT connections of each process.", min=1)] = 1,
     dirt: Annotated[Path | None, typer.Option(help="Faults to inject: a YAML file, see docs/replay.md.")] = None,
+    pace: Annotated[
+        Pace,
+        typer.Option(
+            help="steady: the run's clock waits for a way that is slower; open: it does not, and the ledger says how "
+            "late each record was (load tests)."
+        ),
+    ] = Pace.STEADY,
     clock: Annotated[str, typer.Option(help="run: a fleet on one clock; original: the log as it is.")] = "run",
     run_id: Annotated[str | None, typer.Option(help="A name for the run; made up if absent.")] = None,
     meter_prefix: Annotated[str, typer.Option(help="Of the meters' ids: m gives m0000001, m0000002 …")] = PREFIX,
@@ -262,7 +270,7 @@ def run(
             tape=tape, run_id=run_id or new_run_id(), to=to, meters=meters, seed=seed, speed=speed_of(speed),
             start=start and start.replace(tzinfo=UTC), own_clock=_is_original(clock), duration=_duration(duration),
             loop=loop, burst=burst, processes=processes, dirt=tuple(read_dirt(dirt)) if dirt else (),
-            prefix=meter_prefix, again=again,
+            prefix=meter_prefix, again=again, pace=pace,
         )  # fmt: skip
         ledger = played(order, connections)
         if as_json:
@@ -284,6 +292,12 @@ def _lines(ledger: Ledger, processes: int) -> Iterator[str]:
         yield (
             f"  late by {ledger.late_mean_s} s on average, 99 % within {ledger.late_p99_s} s, {ledger.late_max_s} s "
             "at most"
+        )
+    if ledger.speed and ledger.slip_s:
+        waited = [f"{what} {waited_s} s" for what, waited_s in ledger.waited_s.items() if waited_s >= 0.1]
+        yield (
+            f"  its clock waited {ledger.slip_s} s for the way ({', '.join(waited) or 'for the replay itself'}): speed "
+            f"{ledger.speed_reached:,.0f} instead of {ledger.speed:,.0f}"
         )
     if ledger.faults:
         kinds = ", ".join(f"{count} {kind}" for kind, count in ledger.faults.items())
@@ -420,17 +434,26 @@ def played(order: Order, connections: int = 1) -> Ledger:
         ConfigError: an argument is none that we know.
         RetryLater: the other side does not answer, or did not take all.
     """
-    columns = (TextColumn("{task.description}"), TextColumn("{task.fields[told]}"), TimeElapsedColumn())
-    with Progress(SpinnerColumn(), *columns, console=problems) as bar:
-        task = bar.add_task("replay", total=None, told="")
+    way = _kafka()
+    if order.to == "mqtt" and order.is_steady and answers(way):
+        order = replace(order, way=way)
+    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[told]}"), TimeElapsedColumn())
+    left = (TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))
+    with Progress(TextColumn("replay"), *columns, *left, console=problems) as bar:
+        task = bar.add_task("replay", total=1.0, told="")
         began = time.monotonic()
 
-        def show(records: int, late_s: float) -> None:
-            rate = records / max(time.monotonic() - began, 1e-3)
-            late = f", late by {late_s:.1f} s" if late_s > 1 else ""
-            bar.update(task, told=f"{records:,} records, {rate:,.0f}/s{late}")
+        def show(standing: Standing) -> None:
+            rate = standing.records / max(time.monotonic() - began, 1e-3)
+            late = f", late by {standing.late_s:.1f} s" if standing.late_s > 1 else ""
+            slip = f", has waited {standing.slip_s:.0f} s" if standing.slip_s > 1 else ""
+            bar.update(task, completed=standing.share, told=f"{standing.records:,} records, {rate:,.0f}/s{late}{slip}")
 
         return play(order, _sink(order.to, connections), show)
+
+
+def _kafka() -> str:
+    return os.environ.get("METERSTREAM_KAFKA_BOOTSTRAP", "127.0.0.1:9092")
 
 
 def _sink(to: str, connections: int) -> Callable[[], Sink]:
@@ -439,7 +462,7 @@ def _sink(to: str, connections: int) -> Callable[[], Sink]:
             host = os.environ.get("METERSTREAM_MQTT_HOST", "127.0.0.1")
             return partial(MqttSink, host, int(os.environ.get("METERSTREAM_MQTT_PORT", "1883")), connections)
         case "kafka":
-            return partial(KafkaSink, os.environ.get("METERSTREAM_KAFKA_BOOTSTRAP", "127.0.0.1:9092"))
+            return partial(KafkaSink, _kafka())
         case "null":
             return NullSink
         case _:

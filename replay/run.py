@@ -1,7 +1,7 @@
 """Playing a tape: pacing, sending, and the ledger of what was sent.
 
-Open loop: a record is due when the run's clock says so, however late the one before was; how late it is handed over is
-measured for every record against its own due time. sent_at is the run's clock when it is sent; flat out, its due time.
+A record is due when the run's clock says so (`replay.pace`); how late it is handed over is measured for every record
+against its own due time. sent_at is the run's clock when it is sent; flat out, its due time.
 
 The run's time is cut into slices, the fleet into blocks of meters; processes share the fleet, each its own meters. None
 of that changes what a meter sends.
@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableSequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -32,7 +32,8 @@ import pyarrow.parquet as pq
 from xxhash import xxh3_128_digest
 
 from replay.dirt import FAULTS, Dirt, Entry, Raw
-from replay.fleet import PREFIX, STAMP, Fleet, Floats, Integers, fleet, from_microseconds
+from replay.fleet import PREFIX, STAMP, Fleet, Integers, fleet, from_microseconds
+from replay.pace import SECOND, Pace, RunClock, Way
 from replay.sinks import Sink
 from replay.tape import read_tape
 from schemas.codec import arrow_schema, encode_batch
@@ -47,11 +48,12 @@ FARTHEST_US = 10 * 60 * 1_000_000
 """Meters and processes keep this close together on the run's clock: a third of what the jobs allow as late."""
 LAST_WORDS_S = 1.0  # what a process said before it died is heard by then
 SHARED_RECORDS = BLOCK_RECORDS  # fewer in a slice of that length cost less than meeting after it
-SECOND = 1_000_000
 ENDING = (signal.SIGINT, signal.SIGTERM)
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 FACTS = [name for name in REGISTRY.names if name not in ("meter_id", "valid_from", "valid_to")]
 """What the registry says of a meter at all times."""
+SharedCounts = MutableSequence[int]
+"""Records that the other side has acknowledged, by process."""
 UNSTAMPED = ("sent_at", "received_at", "run_id")
 """What of a record the digest leaves out."""
 
@@ -76,6 +78,8 @@ class Order:
         dirt: faults to inject.
         prefix: of the meters' ids.
         again: add to what this data folder has of the same meters already.
+        pace: whether the run's clock waits for the way.
+        way: host:port of the Kafka behind the MQTT broker, where a steady run can see what has come through.
     """
 
     tape: Path
@@ -93,6 +97,13 @@ class Order:
     dirt: tuple[Entry, ...] = ()
     prefix: str = PREFIX
     again: bool = False
+    pace: Pace = Pace.STEADY
+    way: str | None = None
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the run's clock waits for the way."""
+        return self.pace == Pace.STEADY
 
     def fleet(self) -> Fleet:
         """The fleet; the same in every process."""
@@ -122,6 +133,11 @@ class Ledger:
             due within a tick goes out at its end.
         late_p99_s: 99 of 100 records were less late.
         late_max_s: the latest one.
+        pace: steady or open.
+        slip_s: seconds of wall time that a steady run's clock has waited.
+        speed_reached: run clock per wall clock from begin to end.
+        waited_s: seconds spent waiting, by what for: mqtt or kafka (the sender's window was full), bridge (too much was
+            between MQTT broker and Kafka).
         digest: hash of every meter's byte stream without run_id, sent_at and received_at; it does not depend on how
             meters interleave.
         is_whole: False when the run was stopped before its end.
@@ -149,6 +165,10 @@ class Ledger:
     late_mean_s: float = 0.0
     late_p99_s: float = 0.0
     late_max_s: float = 0.0
+    pace: str = Pace.OPEN.value
+    slip_s: float = 0.0
+    speed_reached: float = 0.0
+    waited_s: dict[str, float] = field(default_factory=dict)
     digest: str = ""
     is_whole: bool = False
 
@@ -165,6 +185,8 @@ class Sent:
         late: lateness in milliseconds → records.
         acknowledged: records that are safe on the other side.
         cpu_s: of this process.
+        slip_s: of its clock.
+        waited_s: by what for.
     """
 
     low: int
@@ -174,14 +196,32 @@ class Sent:
     late: dict[int, int] = field(default_factory=dict)
     acknowledged: int = 0
     cpu_s: float = 0.0
+    slip_s: float = 0.0
+    waited_s: dict[str, float] = field(default_factory=dict)
 
     def total(self, kind: str) -> int:
         """Records of a kind."""
         return int(self.counts[kind].sum())
 
 
-Progress = Callable[[int, float], None]
-"""Records handed over so far, and the present lateness in seconds."""
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands.
+
+    Attributes:
+        records: handed over so far.
+        share: of the run's time, 0 to 1.
+        late_s: present lateness, wall time.
+        slip_s: what its clock has waited.
+    """
+
+    records: int
+    share: float
+    late_s: float
+    slip_s: float
+
+
+Progress = Callable[[Standing], None]
 
 
 def run_folder(run_id: str) -> Path:
@@ -295,7 +335,7 @@ def play(order: Order, open_sink: Callable[[], Sink], on_progress: Progress = la
         run_id=order.run_id, tape=order.tape.name, meters=len(crew), speed=order.speed, seed=order.seed, to=order.to,
         clock="original" if order.own_clock else "run", processes=order.processes,
         first_at=crew.first_at.isoformat(), last_at=crew.last_at.isoformat(), started_at=datetime.now(UTC).isoformat(),
-        faults=dict(counted),
+        faults=dict(counted), pace=order.pace.value,
     )  # fmt: skip
     processes = order.processes if _is_dense(order, crew) else 1
     ledger.processes = processes
@@ -305,7 +345,7 @@ def play(order: Order, open_sink: Callable[[], Sink], on_progress: Progress = la
         ids = crew.meter_ids(np.arange(len(crew)))
         began = time.monotonic()
         if processes == 1:
-            game = Game(order, crew, dirt, began, lambda: stop.is_asked)
+            game = Game(order, crew, dirt, RunClock(order.speed, began, order.is_steady), lambda: stop.is_asked)
             sent, failure = _play_meters(game, 0, len(crew), open_sink, on_progress)
             parts = [sent]
         else:
@@ -365,6 +405,11 @@ def _settle(ledger: Ledger, parts: list[Sent]) -> None:
         sum(part.total(kind) for part in parts) for kind in ("readings", "events", "poison")
     )
     ledger.records_per_s = round(ledger.records / max(ledger.seconds, 1e-3), 1)
+    ledger.slip_s = round(max((part.slip_s for part in parts), default=0.0), 3)
+    for name in sorted({name for part in parts for name in part.waited_s}):
+        ledger.waited_s[name] = round(max(part.waited_s.get(name, 0.0) for part in parts), 3)
+    until_us = max((int(part.until.max(initial=0)) for part in parts), default=0)
+    ledger.speed_reached = round(until_us / SECOND / max(ledger.seconds, 1e-3), 1)
     ledger.cpu_s = round(time.process_time() + sum(part.cpu_s for part in parts), 3)
     total = np.zeros(2, np.uint64)
     late: dict[int, int] = {}
@@ -400,21 +445,21 @@ class Game:
         order: of the run.
         crew: the whole fleet.
         dirt: its faults.
-        began: monotonic wall time of the run's begin.
+        clock: the run's.
         is_stopped: whether to end after the block at hand.
     """
 
     order: Order
     crew: Fleet
     dirt: Dirt | None
-    began: float
+    clock: RunClock
     is_stopped: Callable[[], bool]
 
-    def late_s(self, due: Integers) -> Floats:
-        """By how many seconds of wall time records are late now; nobody is before the time, or flat out."""
-        if not self.order.speed:
-            return np.zeros(len(due))
-        return np.maximum(0.0, time.monotonic() - self.began - due / (SECOND * self.order.speed))
+    @property
+    def length_us(self) -> int:
+        """Of the run, microseconds of its clock."""
+        whole = (self.crew.last_at - self.crew.first_at) // timedelta(microseconds=1)
+        return max(whole, self.dirt.last_due() + 1 if self.dirt else 0)
 
 
 def _play_meters(
@@ -424,6 +469,8 @@ def _play_meters(
     open_sink: Callable[[], Sink],
     on_progress: Progress,
     meet: Callable[[], None] = lambda: None,
+    acknowledged: "SharedCounts | None" = None,
+    number: int = 0,
 ) -> tuple[Sent, MeterstreamError | None]:
     """Sends the records of the meters low … high − 1.
 
@@ -434,23 +481,31 @@ def _play_meters(
         open_sink: where to.
         on_progress: called a few times a second.
         meet: called after each slice, to keep processes together.
+        acknowledged: by each process of the run, where there are several.
+        number: of this one; the first waits for the way, and the others for it.
     """
-    sent = _nothing(low, high)
+    sent, clock, order = _nothing(low, high), game.clock, game.order
     failure: MeterstreamError | None = None
     sink: Sink | None = None
     try:
         sink = open_sink()
+        counts: SharedCounts = [0] if acknowledged is None else acknowledged
+        way = Way(order.way) if order.is_steady and order.way and number == 0 else None
         for stretch in _slices(game, low, high):
-            _wait_for(game, stretch.end_us)
+            counts[number] = sink.acknowledged
+            if way:
+                way.wait(lambda: sum(counts), game.is_stopped)
+                sent.waited_s["bridge"] = way.waited_s
+            clock.wait_for(stretch.end_us, game.is_stopped)
             for block in stretch.cut():
                 if game.is_stopped():
                     break
                 _send(block, game, sink, sent)
             if game.is_stopped():
                 break
-            on_progress(
-                sum(sent.total(kind) for kind in sent.counts), float(game.late_s(np.array([stretch.end_us]))[0])
-            )
+            handed_over = sum(sent.total(kind) for kind in sent.counts)
+            late_s = float(clock.late_s(np.array([stretch.end_us]))[0])
+            on_progress(Standing(handed_over, stretch.end_us / game.length_us, late_s, clock.slip_s))
             meet()
     except MeterstreamError as error:
         failure = error
@@ -462,16 +517,9 @@ def _play_meters(
         except MeterstreamError as error:
             failure = failure or error
         sent.acknowledged = sink.acknowledged
+        sent.waited_s[order.to] = sink.waited_s
+    sent.slip_s = clock.slip_s
     return sent, failure
-
-
-def _wait_for(game: Game, due: int) -> None:
-    """Waits until it is time for what is due then."""
-    if not game.order.speed:
-        return
-    moment = game.began + due / SECOND / game.order.speed
-    while (left := moment - time.monotonic()) > 0 and not game.is_stopped():
-        time.sleep(min(left, 0.25))
 
 
 @dataclass(frozen=True)
@@ -511,12 +559,11 @@ def _slices(game: Game, low: int, high: int) -> Iterator[Block]:
     """The run's time, cut so that a paced run goes out in ticks, and one flat out in slices that fit into memory."""
     order, crew = game.order, game.crew
     meters = np.arange(low, high)
-    whole = (crew.last_at - crew.first_at) // timedelta(microseconds=1)
-    whole = max(whole, game.dirt.last_due() + 1 if game.dirt else 0)
+    whole = game.length_us
     is_shared = len(meters) < len(crew)
     if order.speed:
         step = round((TICK_S + TICK_PER_METER_S * len(crew)) * order.speed * SECOND)
-        step = min(step, FARTHEST_US) if is_shared else step
+        step = min(step, FARTHEST_US) if is_shared or order.is_steady else step
     else:
         records = sum(int(crew.counts(kind, meters).sum()) for kind in crew.kinds)
         step = FARTHEST_US if is_shared else max(FARTHEST_US, whole * BLOCK_RECORDS // max(records, 1))
@@ -559,7 +606,7 @@ def _send(block: Block, game: Game, sink: Sink, sent: Sent) -> None:
             begin = end
         sink.send(kind, ids[begin:], payloads[begin:])
         if game.order.speed:
-            late = np.concatenate([game.late_s(due), game.late_s(np.array([raw.due for raw in among], np.int64))])
+            late = game.clock.late_s(np.concatenate([due, np.array([raw.due for raw in among], np.int64)]))
             for milliseconds, records in zip(*np.unique(np.rint(late * 1_000), return_counts=True), strict=True):
                 sent.late[int(milliseconds)] = sent.late.get(int(milliseconds), 0) + int(records)
 
@@ -646,7 +693,7 @@ def _bare(rows: pl.DataFrame, entity: str) -> pa.Table:
 def _stamped(bare: pa.Table, due: Integers, game: Game) -> pa.Table:
     """The same with the stamps of the run."""
     order = game.order
-    lateness = np.rint(game.late_s(due) * ((order.speed or 0) * SECOND)).astype(np.int64)
+    lateness = np.rint(game.clock.late_s(due) * ((order.speed or 0) * SECOND)).astype(np.int64)
     stamps = {
         "sent_at": from_microseconds(due + lateness + game.crew.first_us),
         "run_id": pl.repeat(order.run_id, len(due), eager=True),
@@ -667,8 +714,9 @@ def _share(
     edges = np.linspace(0, meters, order.processes + 1).astype(int).tolist()
     told: Any = context.Queue()
     barrier, is_stopped = context.Barrier(order.processes), context.Event()
+    counts = context.Array("q", order.processes, lock=False)
     workers = [
-        context.Process(target=_work, args=(order, number, low, high, open_sink, is_stopped, barrier, told))
+        context.Process(target=_work, args=(order, number, low, high, open_sink, is_stopped, barrier, counts, told))
         for number, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True))
     ]
     # they inherit this for life: Ctrl-C goes to all of a terminal's processes, and the parent says when to stop
@@ -678,7 +726,7 @@ def _share(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     parts: dict[int, Sent] = {}
     failure: MeterstreamError | None = None
-    done = dict.fromkeys(range(order.processes), 0)
+    done = dict.fromkeys(range(order.processes), Standing(0, 0.0, 0.0, 0.0))
     died: dict[int, float] = {}
     try:
         while len(parts) < order.processes:
@@ -703,14 +751,24 @@ def _share(
                 is_stopped.set()
                 barrier.abort()
             else:
-                done[number], late_s = what
-                on_progress(sum(done.values()), late_s)
+                done[number] = what
+                on_progress(_together(list(done.values())))
         for worker in workers:
             worker.join()
     finally:  # on a second Ctrl-C they end at once
         for worker in workers:
             worker.kill()
     return [parts[number] for number in sorted(parts)], failure
+
+
+def _together(standings: list[Standing]) -> Standing:
+    """Where a run stands by its processes: the one that is furthest back says how far it has come."""
+    return Standing(
+        sum(each.records for each in standings),
+        min(each.share for each in standings),
+        max(each.late_s for each in standings),
+        max(each.slip_s for each in standings),
+    )
 
 
 def _nothing(low: int, high: int) -> Sent:
@@ -734,28 +792,29 @@ def _work(
     open_sink: Callable[[], Sink],
     is_stopped: Event,
     barrier: Barrier,
+    counts: SharedCounts,
     told: Any,
 ) -> None:
     """One of several processes of a run; it ends when its parent does."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     shown = 0.0
 
-    def on_progress(records: int, late_s: float) -> None:
+    def on_progress(standing: Standing) -> None:
         nonlocal shown
         if time.monotonic() - shown > 0.2:
             shown = time.monotonic()
-            told.put((number, (records, late_s)))
+            told.put((number, standing))
 
     def meet() -> None:
-        if order.speed is None:
+        if order.speed is None or order.is_steady:
             barrier.wait()
 
     try:
         crew = order.fleet()
         dirt = order.faults(crew)
         barrier.wait()
-        game = Game(order, crew, dirt, time.monotonic(), is_stopped.is_set)
-        sent, failure = _play_meters(game, low, high, open_sink, on_progress, meet)
+        game = Game(order, crew, dirt, RunClock(order.speed, time.monotonic(), order.is_steady), is_stopped.is_set)
+        sent, failure = _play_meters(game, low, high, open_sink, on_progress, meet, counts, number)
     except MeterstreamError as error:
         sent, failure = _nothing(low, high), error
     except threading.BrokenBarrierError:  # another one ended before the run began, and says why

@@ -1,7 +1,6 @@
 """Where a replay sends: MQTT, Kafka or nowhere. What `acknowledged` counts is safe on the other side."""
 
 import contextlib
-import select
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -9,8 +8,8 @@ from typing import Any, Protocol
 
 import paho.mqtt.client as mqtt
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
-from paho.mqtt.enums import CallbackAPIVersion
 
+from mqtt_io.client import LoopClient, turn
 from schemas.errors import ConfigError, RetryLater
 from schemas.topics import KINDS, mqtt_topic
 
@@ -39,6 +38,10 @@ class Sink(Protocol):
     def acknowledged(self) -> int:
         """Records that are safe on the other side."""
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds that `send` was blocked because the other side was behind."""
+
     def send(self, kind: str, meter_ids: Sequence[str], payloads: Sequence[bytes], encoding: str = "avro") -> None:
         """Hands payloads over, each in the name of its meter; blocks while the other side is behind."""
 
@@ -51,6 +54,7 @@ class NullSink:
 
     def __init__(self) -> None:
         self.acknowledged = 0
+        self.waited_s = 0.0
 
     def send(self, kind: str, meter_ids: Sequence[str], payloads: Sequence[bytes], encoding: str = "avro") -> None:
         """Counts."""
@@ -64,6 +68,7 @@ class KafkaSink:
     """Straight into Kafka, past the broker and the bridge."""
 
     def __init__(self, bootstrap: str) -> None:
+        self.waited_s = 0.0
         self._sent = self._failed = 0
         self._failure: KafkaError | None = None
         self._producer = Producer(
@@ -97,8 +102,10 @@ class KafkaSink:
                 for key, value in zip(meter_ids[start:stop], payloads[start:stop], strict=True)
             ]
             while messages:
+                began = time.monotonic()
                 while len(self._producer) > KAFKA_QUEUED and not self._failure:
                     self._producer.poll(0.01)
+                self.waited_s += time.monotonic() - began
                 self._check()
                 messages = self._left(topic, messages)
                 self._producer.poll(0.01 if messages else 0)
@@ -152,6 +159,7 @@ class MqttSink:
             msg = f"--connections is 1 or more, not {connections}"
             raise ConfigError(msg)
         self.acknowledged = self._published = 0
+        self.waited_s = 0.0
         problem = f"no MQTT broker at {host}:{port}, which make up starts"
         try:
             self._clients = [self._connected(host, port, number) for number in range(connections)]
@@ -160,11 +168,10 @@ class MqttSink:
             raise RetryLater(msg) from error
         self._drive(self._is_up, problem, CONNECT_S)
 
-    def _connected(self, host: str, port: int, number: int) -> mqtt.Client:
-        client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=f"replay-{time.time_ns()}-{number}")
+    def _connected(self, host: str, port: int, number: int) -> LoopClient:
+        client = LoopClient(f"replay-{time.time_ns()}-{number}")
         client.max_inflight_messages_set(0)  # all at once: else paho goes through all of them at each acknowledgement
         client.on_publish = self._taken
-        client.on_socket_register_write = lambda *_: None  # or publish() would write each message by itself
         client.connect(host, port, keepalive=0)
         return client
 
@@ -173,7 +180,9 @@ class MqttSink:
         for meter_id, payload in zip(meter_ids, payloads, strict=True):
             if self._open >= QUEUED:
                 # what a lost connection sends again goes before anything new, or its meters' order would be lost
+                began = time.monotonic()
                 self._drive(lambda: self._is_up() and self._open <= QUEUED // 2, "the MQTT broker is behind")
+                self.waited_s += time.monotonic() - began
             client = self._clients[zlib.crc32(meter_id.encode()) % len(self._clients)]
             topic = mqtt_topic(meter_id, kind, encoding)
             while client.publish(topic, payload, qos=1).rc == mqtt.MQTT_ERR_QUEUE_SIZE:
@@ -217,13 +226,7 @@ class MqttSink:
                 time.sleep(RECONNECT_S)
                 with contextlib.suppress(OSError):
                     client.reconnect()
-        clients = {sock: client for client in self._clients if (sock := client.socket()) is not None}
-        writing = [sock for sock, client in clients.items() if client.want_write()]
-        readable, writable, _ = select.select(list(clients), writing, [], RECONNECT_S)
-        for sock in writable:
-            clients[sock].loop_write()
-        for sock in readable:
-            clients[sock].loop_read()
+        turn(self._clients, RECONNECT_S)
 
     def close(self) -> None:
         """Waits for every acknowledgement."""

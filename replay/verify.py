@@ -8,6 +8,7 @@ the lake's records byte by byte with the run's digest, and every injected fault 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from schemas.topics import COMMANDS, KINDS
 JUDGING = (DELTAS, VOLTAGE, ALARMS)
 """What these make of a record depends on what they had of its meter before, from whatever run."""
 NAMED_SEQS = 20  # missing records of one meter that are named
+WORTH_NAMING_S = 60.0  # lateness of a run on its own clock that is a cause of late records
 DIGEST_ROWS = 100_000  # records that are encoded at once
 Step = Callable[[str], None]
 """Told what is being done."""
@@ -152,6 +154,7 @@ class Verdict:
         faults: one row a fault: fault_id, kind, meter_id (the first), records, outcome, is_explained, detail.
         scores: precision and recall per reason and alarm type.
         findings: columns `FINDINGS`; empty when the run is proven.
+        expected: windows and alarms → how many what was sent makes, and how many of them are found so.
         notes: what could not be checked, and why.
         unfinished: which stages have not received all yet; empty when the books are closed.
     """
@@ -164,6 +167,7 @@ class Verdict:
     faults: pl.DataFrame
     scores: Scores
     findings: pl.DataFrame
+    expected: dict[str, tuple[int, int]]
     notes: list[str]
     unfinished: list[str]
 
@@ -193,6 +197,7 @@ class Verdict:
             "is_whole": self.is_whole,
             "unfinished": self.unfinished,
             "totals": self.totals,
+            "expected": {name: {"expected": made, "found": found} for name, (made, found) in self.expected.items()},
             "stages": {each.stage: vars(each) for each in self.stages},
             "faults": self.kinds(),
             "scores": self.scores.table.to_dicts(),
@@ -226,6 +231,7 @@ def _compared(run: Run, on_step: Step) -> Verdict:
         ("steps of registers", _steps),
         ("windows of voltage", _windows),
         ("rows kept apart", _apart),
+        ("late records", partial(_late, ledger=run.ledger)),
         ("alarms", _alarms),
         ("books", _books),
     ):
@@ -244,7 +250,7 @@ def _compared(run: Run, on_step: Step) -> Verdict:
     meters = _per_meter(lake, run, counts, every)
     verdict = Verdict(
         run_id, run.ledger.is_whole, {name: int(meters.get_column(name).sum()) for name in (*BALANCE, "reordered")},
-        books(lake, run_id), meters, _per_fault(faults), scored, every, _notes(lake, run, faults),
+        books(lake, run_id), meters, _per_fault(faults), scored, every, _expected(lake), _notes(lake, run, faults),
         _behind(lake, run.ledger),
     )  # fmt: skip
     for name, frame in (("verify", verdict.meters), ("verify-faults", verdict.faults)):
@@ -485,12 +491,15 @@ def _windows(lake: duckdb.DuckDBPyConnection) -> list[pl.DataFrame]:
     Table `voltage_account`: the same as `delta_account`.
     """
     lake.execute(
+        f"""CREATE TEMP TABLE sent_voltages AS
+        SELECT meter_id, observed_at, {VOLTAGE_COLUMNS}, {PLACE}, row_number() OVER same AS turn,
+            row({VOLTAGE_COLUMNS}) IS NOT DISTINCT FROM first_value(row({VOLTAGE_COLUMNS})) OVER same AS is_same
+        FROM {_possible(VOLTAGE)}
+        WINDOW same AS (PARTITION BY meter_id, observed_at ORDER BY partition, "offset")"""
+    )
+    lake.execute(
         f"""CREATE TEMP TABLE placed AS
-        SELECT meter_id, observed_at, {VOLTAGE_COLUMNS}, turn, is_same FROM (
-            SELECT *, row_number() OVER same AS turn,
-                row({VOLTAGE_COLUMNS}) IS NOT DISTINCT FROM first_value(row({VOLTAGE_COLUMNS})) OVER same AS is_same
-            FROM {_possible(VOLTAGE)}
-            WINDOW same AS (PARTITION BY meter_id, observed_at ORDER BY partition, "offset"))
+        FROM sent_voltages
         ANTI JOIN (FROM apart WHERE stage = '{VOLTAGE}' AND bucket = '{Bucket.LATE}') USING ({PLACE})"""
     )
     lake.execute(
@@ -541,6 +550,77 @@ def _apart(lake: duckdb.DuckDBPyConnection) -> list[pl.DataFrame]:
             GROUP BY stage, {PLACE} HAVING count(*) > 1) GROUP BY meter_id"""
         findings += [_told(lake, table, sql) for sql in (orphans, twice)]
     return findings
+
+
+def _late(lake: duckdb.DuckDBPyConnection, ledger: Ledger) -> list[pl.DataFrame]:
+    """Late records that no fault explains, nor their meter's own log: there an earlier record has a later stamp."""
+    if not _number(lake, f"SELECT count(*) FROM apart WHERE bucket = '{Bucket.LATE}'"):
+        return []
+    lake.execute(
+        " UNION ALL ".join(
+            f"""{"CREATE TEMP TABLE unexplained AS" if kind == "readings" else ""}
+            SELECT '{kind}' AS kind, meter_id, seq FROM (
+                SELECT meter_id, seq, {PLACE}, coalesce(observed_at < max(observed_at) OVER (
+                    PARTITION BY meter_id ORDER BY seq ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), false)
+                    AS is_behind
+                FROM run_{kind} ANTI JOIN (
+                    FROM apart WHERE kept_in = 'quarantined_{kind}') USING ({PLACE}))
+            SEMI JOIN (FROM apart WHERE kept_in = 'late_{kind}') USING ({PLACE})
+            SEMI JOIN (SELECT meter_id, seq, place % (1::BIGINT << 40) AS "offset"
+                FROM arrived WHERE topic = '{kind}') USING (meter_id, seq, "offset")
+            ANTI JOIN (FROM faults WHERE topic = '{kind}') USING (meter_id, seq)
+            ANTI JOIN shared USING (meter_id)
+            WHERE NOT is_behind"""
+            for kind in KINDS
+        )
+    )
+    found = [
+        _told(
+            lake,
+            f"late_{kind}",
+            f"""SELECT meter_id, count(*) || ' late, which no fault explains: seq ' || {_named("seq")} AS told
+            FROM unexplained WHERE kind = '{kind}' GROUP BY meter_id""",
+        )
+        for kind in KINDS
+    ]
+    late = lake.execute("SELECT count(*), count(DISTINCT meter_id) FROM unexplained").fetchone()
+    if late and late[0]:
+        told = f"{late[0]:,} records of {late[1]:,} meters are late and no fault explains it: {_why_late(ledger)}"
+        found.insert(0, _finding("late records", told))
+    return found
+
+
+def _why_late(ledger: Ledger) -> str:
+    """Why records of a run can be late, and what to do, by its ledger."""
+    behind_s = ledger.late_max_s * (ledger.speed or 0)
+    if behind_s > WORTH_NAMING_S:
+        return (
+            f"the run kept its clock and was up to {ledger.late_max_s:g} s behind it, which at speed {ledger.speed:g} "
+            f"are {behind_s / 3600:.1f} h for the meters; play it with --pace steady, or slower"
+        )
+    return (
+        "the run kept up with its clock, so look at what was reordered on the way (above), at --wait, and at the jobs' "
+        "METERSTREAM_ALLOWED_LATENESS_S"
+    )
+
+
+def _expected(lake: duckdb.DuckDBPyConnection) -> dict[str, tuple[int, int]]:
+    """Windows and alarms: how many what was sent makes, and how many of them are found so."""
+    windows = f"""SELECT count(*), count(*) FILTER (f.sample_count = m.n) FROM (
+            SELECT meter_id, upper(split_part(name, '_', 2)) AS phase,
+                time_bucket(INTERVAL 10 MINUTE, observed_at) AS window_start, count(*) AS n
+            FROM (UNPIVOT (FROM sent_voltages ANTI JOIN shared USING (meter_id) WHERE turn = 1) ON {VOLTAGE_COLUMNS}
+                INTO NAME name VALUE mv) GROUP BY ALL) m
+        LEFT JOIN run_windows f USING (meter_id, phase, window_start)"""
+    alarms = f"""WITH made AS (
+            SELECT meter_id, alarm_type, event_at, is_apart FROM original_events
+            WHERE alarm_type IS NOT NULL AND edge = '{Edge.RAISE}' AND run_id IS NOT NULL)
+        SELECT count(*), count(*) FILTER (NOT is_apart) FROM made"""
+    found = {}
+    for name, sql in (("windows", windows), ("alarms", alarms)):
+        row = lake.execute(sql).fetchone() or (0, 0)
+        found[name] = (int(row[0]), int(row[1]))
+    return found
 
 
 def _alarms(lake: duckdb.DuckDBPyConnection) -> list[pl.DataFrame]:
@@ -968,10 +1048,14 @@ def _notes(lake: duckdb.DuckDBPyConnection, run: Run, faults: pl.DataFrame) -> l
                 f"energy of {skipped} meters is not compared: a value that nothing can tell, or a log that begins anew"
             )
     kept = lake.execute(
-        "SELECT count(*), count(DISTINCT meter_id) FROM apart ANTI JOIN faults USING (meter_id)"
+        f"""SELECT count(*), count(DISTINCT meter_id) FROM apart ANTI JOIN faults USING (meter_id)
+        WHERE bucket = '{Bucket.QUARANTINED}'"""
     ).fetchone()
     if kept and kept[0]:
-        notes.append(f"{kept[0]} rows of late or quarantined records are of {kept[1]} meters without a fault")
+        notes.append(f"{kept[0]} rows of quarantined records are of {kept[1]} meters without a fault")
+    own = _number(lake, f"SELECT count(DISTINCT ({PLACE})) FROM apart WHERE bucket = '{Bucket.LATE}'")
+    if own:
+        notes.append(f"{own:,} records are late, those of faults and those that their own log has out of order too")
     row = lake.execute(
         """SELECT count(*), count(*) FILTER (sample_count IS NULL AND window_start > (
             SELECT max(arrival_at) - INTERVAL 45 MINUTE FROM run_readings)) FROM wrong_windows"""
@@ -997,6 +1081,10 @@ def told(verdict: Verdict, named: int) -> list[Table | str]:
         numbers = [getattr(line, name) for name in ("received", *[bucket.value for bucket in Bucket])]
         stages.add_row(line.stage, *[f"{number:,}" for number in numbers])
     found: list[Table | str] = [sums, stages]
+    found += [
+        f"{'[green]✓[/]' if made == there else '[red]✗[/]'} {name}: {there:,} of {made:,} expected"
+        for name, (made, there) in verdict.expected.items()
+    ]
     if verdict.unfinished:  # sums over tables of which each is at another record would be false
         found = [
             f"[red]✗[/] not finished yet: {escape('; '.join(verdict.unfinished))}",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import duckdb
 
-from lake.kafka_ranges import newest_offsets
+from kafka_io.offsets import newest_offsets
 from replay.verify import Books, books, broken_segments, energy, open_lake
 from schemas.topics import EVENTS, INGESTED, READINGS, TOPICS
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from replay.run import Ledger, Order, play, run_folder
+from replay.pace import Pace
+from replay.run import Ledger, Order, play, read_ledger, run_folder
 from replay.sinks import NullSink
 from schemas.codec import decode, decode_batch
 from schemas.errors import ConfigError, RetryLater
@@ -125,12 +126,53 @@ def test_a_tape_too_sparse_to_share_is_played_by_one_process(tape: Path) -> None
 
 def test_what_waits_for_the_end_of_a_tick_is_late_by_that_and_says_so(tape: Path) -> None:
     sink = Kept()
-    ledger = play(Order(tape, "r1", "null", 20, speed=36_000.0), lambda: sink)
-    readings = decode_batch([payload for kind, *_, payload in sink.sent if kind == "readings"], "reading").records
-    since = pl.Series(readings["sent_at"].combine_chunks()) - pl.Series(readings["observed_at"].combine_chunks())
+    ledger = play(Order(tape, "r1", "null", 20, speed=36_000.0, pace=Pace.OPEN), lambda: sink)
+    since = delays(sink)
     assert (since >= timedelta(0)).all()
     assert (since >= timedelta(minutes=50)).any(), "a tick of 0.1 s is an hour of the run"
     assert ledger.late_max_s >= 50 * 60 / 36_000
+
+
+def delays(sink: Kept) -> pl.Series:
+    """Of every reading, by how much it was sent after its meter's stamp, on the run's clock."""
+    readings = decode_batch([payload for kind, *_, payload in sink.sent if kind == "readings"], "reading").records
+    return pl.Series(readings["sent_at"].combine_chunks()) - pl.Series(readings["observed_at"].combine_chunks())
+
+
+class Hindered(Kept):
+    """A sink whose other side stands still for a while, once."""
+
+    def send(self, kind: str, meter_ids: Sequence[str], payloads: Sequence[bytes], encoding: str = "avro") -> None:
+        before = len(self.sent)
+        super().send(kind, meter_ids, payloads, encoding)
+        if before < 1_000 <= len(self.sent):
+            time.sleep(1)
+            self.waited_s += 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_steady_runs_clock_waits_so_that_nothing_is_late(tape: Path, processes: int) -> None:
+    alone = delays(_played(tape, "alone", Kept))
+    ledger = play(Order(tape, "r1", "null", 20, speed=7_200.0, processes=processes), Hindered)
+    assert ledger.pace == "steady"
+    assert 0.9 <= ledger.slip_s <= ledger.seconds - 12 * 3600 / 7_200 + 0.5
+    assert ledger.waited_s == {"null": pytest.approx(1.0)}
+    assert ledger.speed_reached < 7_200
+    hindered = delays(_played(tape, "hindered", Hindered))
+    assert hindered.max() - alone.max() < timedelta(minutes=12), "a second is two hours of the run"  # type: ignore[operator]
+    assert ledger.digest == read_ledger("alone").digest == read_ledger("hindered").digest
+
+
+def _played(tape: Path, run_id: str, sink_of: type[Kept]) -> Kept:
+    sink = sink_of()
+    play(Order(tape, run_id, "null", 20, speed=7_200.0), lambda: sink)
+    return sink
+
+
+def test_an_open_run_keeps_its_clock_and_says_how_late_it_was(tape: Path) -> None:
+    ledger = play(Order(tape, "r1", "null", 20, speed=7_200.0, pace=Pace.OPEN), Hindered)
+    assert (ledger.pace, ledger.slip_s) == ("open", 0.0)
+    assert ledger.late_max_s >= 0.8
 
 
 class Slow(NullSink):

@@ -20,6 +20,7 @@ from lake.seen_before import with_seen
 from replay.__main__ import app
 from replay.dirt import Entry
 from replay.outcomes import RULES
+from replay.pace import Pace
 from replay.run import Order, play, run_folder
 from replay.verify import Verdict, verify
 from schemas.closed_lists import Bucket, FaultKind, FaultOutcome, Poison
@@ -29,7 +30,7 @@ from schemas.tables import TABLES, polars_schema, table_path
 from schemas.topics import DEAD_LETTERS, KINDS, mqtt_topic, shard
 from streaming_jobs.alarms import IDENTITY
 from streaming_jobs.consumption_deltas import VALUES
-from tests.unit.test_run import Kept
+from tests.unit.test_run import Hindered, Kept
 from tests.wire import small_tape
 
 METERS = 30
@@ -148,15 +149,16 @@ class Chain:
         samples = readings.select(columns).clear()
         judged_by = self.known.select("meter_id", "nominal_mv", "jurisdiction")
         closed = pl.DataFrame(schema={"meter_id": pl.String, "run_id": pl.String, "window_start": delta_engine.STAMP})
+        before: datetime | None = None
         newest: datetime | None = None
         late = timedelta(minutes=30)
         for number, (right, wrong) in enumerate(self.cut(readings, batches)):
-            arrived = [each for each in (newest, right.get_column("arrival_at").max()) if isinstance(each, datetime)]
-            bounds = pl.DataFrame(
-                {"run_id": ["r1"], "bound_before": [newest], "bound_after": [max(arrived, default=None)]},
+            bounds = pl.DataFrame(  # what a batch finds is over is what had arrived before it
+                {"run_id": ["r1"], "bound_before": [before], "bound_after": [newest]},
                 schema={"run_id": pl.String, "bound_before": delta_engine.STAMP, "bound_after": delta_engine.STAMP},
             ).with_columns(pl.col("bound_before", "bound_after") - late)
-            newest = max(arrived, default=None)
+            arrived = [each for each in (newest, right.get_column("arrival_at").max()) if isinstance(each, datetime)]
+            before, newest = newest, max(arrived, default=None)
             moved = voltage.advance(
                 right.select(columns), samples, closed, bounds, judged_by, 10_000, number == batches - 1
             )
@@ -210,8 +212,9 @@ def chain(
     monkeypatch.setenv("METERSTREAM_HOME", str(home))
     small_tape.write(home / "tape")
     sink = sink or Kept()
-    speed = 40_000.0 if isinstance(sink, Interrupted) else None
-    play(Order(home / "tape", "r1", "mqtt", METERS, speed=speed, dirt=tuple(dirt)), lambda: sink)
+    speed = {Interrupted: 40_000.0, Hindered: 7_200.0}.get(type(sink))
+    order = Order(home / "tape", "r1", "mqtt", METERS, speed=speed, dirt=tuple(dirt), pace=Pace.OPEN)
+    play(order, lambda: sink)
     if is_repeated:
         play(Order(home / "tape", "r2", "mqtt", METERS, dirt=tuple(dirt), again=True), lambda: sink)
     registry = next(table_path("registry").glob("date=*/*.parquet"))
@@ -244,6 +247,21 @@ def lake(homes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path / "home"))
 
     return take
+
+
+def test_records_that_the_run_made_late_are_named_with_the_cause_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain(tmp_path, 40, [], monkeypatch, Hindered())
+    verdict = verify("r1")
+    assert not verdict.is_balanced
+    whole = verdict.findings.filter(pl.col("meter_id").is_null()).get_column("told").to_list()
+    assert len(whole) == 1
+    assert "late and no fault explains it: the run kept its clock" in whole[0]
+    assert "--pace steady" in whole[0]
+    made, found = verdict.expected["windows"]
+    assert made > found > 0
+    assert verdict.totals["lost"] == 0
 
 
 def table(name: str) -> Path:

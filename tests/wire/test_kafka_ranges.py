@@ -9,9 +9,10 @@ import pytest
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from kafka_io.offsets import newest_offsets
 from lake import kafka_ranges
 from lake.decoding import KAFKA
-from lake.kafka_ranges import Range, fetched, newest_offsets, planned
+from lake.kafka_ranges import Range, fetched, planned
 from schemas.errors import RetryLater, StateLost
 from schemas.topics import READINGS
 from stack.demo import own_settings

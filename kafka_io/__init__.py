@@ -1,0 +1,1 @@
+"""Kafka clients of the project: what asks Kafka for what it has."""

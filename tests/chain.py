@@ -19,7 +19,7 @@ from replay.run import run_folder
 from schemas.topics import INGESTED
 from stack import proof
 from stack.containers import ContainerStack
-from stack.demo import Stack, drain, environment, own_settings, waiting_is_over
+from stack.demo import Stack, drain, environment, left_on_the_way, own_settings
 from stack.native import CLUSTER, NativeStack
 from tests.eventually import eventually
 from tests.wire import small_tape
@@ -111,7 +111,7 @@ def run_chain(kind: type[Stack], home: Path, monkeypatch: pytest.MonkeyPatch, ki
             assert not playing.done(), "the replay was over before the kill"
             kill(stack, killed)
         playing.result(240)
-        eventually(lambda: waiting_is_over(settings, SENT), 120)
+        eventually(lambda: left_on_the_way(settings, SENT) == (0, 0), 120)
         if is_asked_at_the_end:
             stack.stop(flush=True)
         else:

@@ -17,7 +17,7 @@ from replay.run import run_folder
 from replay.tape import read_tape, write_tape
 from schemas.closed_lists import DeltaReason, FaultKind
 from schemas.tables import table_path
-from stack.demo import drain, environment, own_settings, waiting_is_over
+from stack.demo import drain, environment, left_on_the_way, own_settings
 from stack.native import NativeStack
 from tests.eventually import eventually
 from tests.wire import small_tape
@@ -99,7 +99,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             records = sum(
                 each["records"] for each in play(folder, {"mqtt": ["--meters", "60"], "kafka": ["--clock", "original"]})
             )
-            eventually(lambda: waiting_is_over(settings, records), 120)
+            eventually(lambda: left_on_the_way(settings, records) == (0, 0), 120)
             drain(stack)
         finally:
             stack.stop()

@@ -41,6 +41,7 @@ from schemas.errors import ConfigError, MeterstreamError, RetryLater
 from schemas.tables import REGISTRY, home, polars_schema, table_path
 
 TICK_S = 0.1  # wall time between two bursts of a paced run
+AHEAD_S = 1.0  # of wall time that a steady run makes at once: each time costs 30 ms, however few the records
 TICK_PER_METER_S = 1e-6  # looking for what is due costs 0.2 s per million meters
 BLOCK_RECORDS = 20_000  # records that are in memory at once: some MB
 BLOCK_METERS = 100_000  # rows of registry and truth that are in memory at once
@@ -496,11 +497,14 @@ def _play_meters(
             if way:
                 way.wait(lambda: sum(counts), game.is_stopped)
                 sent.waited_s["bridge"] = way.waited_s
-            clock.wait_for(stretch.end_us, game.is_stopped)
-            for block in stretch.cut():
+            blocks = list(stretch.cut())
+            ticks = _ticks(game, stretch) if order.is_steady and len(blocks) == 1 else None
+            if ticks is None:
+                clock.wait_for(stretch.end_us, game.is_stopped)
+            for block in blocks:
                 if game.is_stopped():
                     break
-                _send(block, game, sink, sent)
+                _send(block, game, sink, sent, ticks)
             if game.is_stopped():
                 break
             handed_over = sum(sent.total(kind) for kind in sent.counts)
@@ -556,14 +560,21 @@ class Block:
 
 
 def _slices(game: Game, low: int, high: int) -> Iterator[Block]:
-    """The run's time, cut so that a paced run goes out in ticks, and one flat out in slices that fit into memory."""
+    """The run's time, cut so that a paced run goes out in ticks, and one flat out in slices that fit into memory.
+
+    A steady run is cut into stretches of several ticks, as many as fit into memory: it makes them before their time.
+    """
     order, crew = game.order, game.crew
     meters = np.arange(low, high)
     whole = game.length_us
     is_shared = len(meters) < len(crew)
     if order.speed:
-        step = round((TICK_S + TICK_PER_METER_S * len(crew)) * order.speed * SECOND)
-        step = min(step, FARTHEST_US) if is_shared or order.is_steady else step
+        step = _tick_us(game)
+        if order.is_steady:
+            fitting = BLOCK_RECORDS * whole // max(2 * crew.records, 1)
+            step = min(max(step, min(round(AHEAD_S * order.speed * SECOND), fitting)), FARTHEST_US)
+        elif is_shared:
+            step = min(step, FARTHEST_US)
     else:
         records = sum(int(crew.counts(kind, meters).sum()) for kind in crew.kinds)
         step = FARTHEST_US if is_shared else max(FARTHEST_US, whole * BLOCK_RECORDS // max(records, 1))
@@ -576,15 +587,36 @@ def _slices(game: Game, low: int, high: int) -> Iterator[Block]:
         first = last
 
 
-def _send(block: Block, game: Game, sink: Sink, sent: Sent) -> None:
-    """Hands a block's records over. They count as sent before that: a sink that fails may have taken any of them."""
+def _tick_us(game: Game) -> int:
+    """How long a tick of a paced run is on its clock."""
+    return round((TICK_S + TICK_PER_METER_S * len(game.crew)) * (game.order.speed or 0) * SECOND)
+
+
+def _ticks(game: Game, stretch: Block) -> Integers | None:
+    """Ends of a paced run's ticks in a stretch; what is due before one of them goes out then."""
+    if not game.order.speed:
+        return None
+    tick_us = max(1, _tick_us(game))
+    return np.append(np.arange(stretch.begin_us + tick_us, stretch.end_us, tick_us), stretch.end_us)
+
+
+def _send(block: Block, game: Game, sink: Sink, sent: Sent, ticks: Integers | None) -> None:
+    """Hands a block's records over. They count as sent before that: a sink that fails may have taken any of them.
+
+    Args:
+        block: what is to be sent.
+        game: what is played.
+        sink: where to.
+        sent: is told of them.
+        ticks: when, at the ends of which ticks; at once where there are none.
+    """
     ready: list[tuple[str, list[str], list[bytes], Integers]] = []
     for kind, rows in (("readings", _readings(block, game)), ("events", _events(block, game))):
         if rows is None or not len(rows):
             continue
         entity = kind.removesuffix("s")
         bare, due = _bare(rows, entity), rows.get_column("due").to_numpy()
-        payloads = encode_batch(entity, _stamped(bare, due, game))
+        payloads = encode_batch(entity, _stamped(bare, due, game, ticks))
         ready.append((kind, rows.get_column("meter_id").to_list(), payloads, due))
         sent.digest += digest_of(encode_batch(entity, bare))
         counted = np.bincount(rows.get_column("meter").to_numpy() - block.low, minlength=block.high - block.low)
@@ -596,19 +628,26 @@ def _send(block: Block, game: Game, sink: Sink, sent: Sent) -> None:
     sent.until[block.low - sent.low : block.high - sent.low] = block.end_us
     if raws and (not ready or ready[0][0] != "readings"):
         ready.insert(0, ("readings", [], [], np.array([], np.int64)))
-    for kind, ids, payloads, due in ready:
-        among = raws if kind == "readings" else []
-        begin = 0
-        for raw in among:  # each at its time among the others
-            end = bisect_right(due, raw.due)
-            sink.send(kind, ids[begin:end], payloads[begin:end])
-            sink.send(kind, [_name(game, raw)], [raw.payload], raw.encoding)
-            begin = end
-        sink.send(kind, ids[begin:], payloads[begin:])
-        if game.order.speed:
-            late = game.clock.late_s(np.concatenate([due, np.array([raw.due for raw in among], np.int64)]))
-            for milliseconds, records in zip(*np.unique(np.rint(late * 1_000), return_counts=True), strict=True):
-                sent.late[int(milliseconds)] = sent.late.get(int(milliseconds), 0) + int(records)
+    begun = [0] * len(ready)
+    for tick_us in (block.end_us,) if ticks is None else ticks.tolist():
+        if ticks is not None:
+            game.clock.wait_for(tick_us, game.is_stopped)
+        for place, (kind, ids, payloads, due) in enumerate(ready):
+            begin, last = begun[place], int(np.searchsorted(due, tick_us))
+            among = [raw for raw in raws if raw.due < tick_us] if kind == "readings" else []
+            raws = raws[len(among) :]
+            told = np.concatenate([due[begin:last], np.array([raw.due for raw in among], np.int64)])
+            for raw in among:  # each at its time among the others
+                end = bisect_right(due, raw.due)
+                sink.send(kind, ids[begin:end], payloads[begin:end])
+                sink.send(kind, [_name(game, raw)], [raw.payload], raw.encoding)
+                begin = end
+            sink.send(kind, ids[begin:last], payloads[begin:last])
+            begun[place] = last
+            if game.order.speed and len(told):
+                late = np.rint(game.clock.late_s(told) * 1_000)
+                for milliseconds, records in zip(*np.unique(late, return_counts=True), strict=True):
+                    sent.late[int(milliseconds)] = sent.late.get(int(milliseconds), 0) + int(records)
 
 
 def _name(game: Game, raw: Raw) -> str:
@@ -690,12 +729,15 @@ def _bare(rows: pl.DataFrame, entity: str) -> pa.Table:
     return pa.table(arrays, schema=schema)
 
 
-def _stamped(bare: pa.Table, due: Integers, game: Game) -> pa.Table:
-    """The same with the stamps of the run."""
+def _stamped(bare: pa.Table, due: Integers, game: Game, ticks: Integers | None) -> pa.Table:
+    """The same with the stamps of the run: sent_at is when they go out, at their tick's end where there are ticks."""
     order = game.order
-    lateness = np.rint(game.clock.late_s(due) * ((order.speed or 0) * SECOND)).astype(np.int64)
+    if ticks is None:
+        sent_us = due + np.rint(game.clock.late_s(due) * ((order.speed or 0) * SECOND)).astype(np.int64)
+    else:
+        sent_us = ticks[np.searchsorted(ticks, due, side="right")]
     stamps = {
-        "sent_at": from_microseconds(due + lateness + game.crew.first_us),
+        "sent_at": from_microseconds(sent_us + game.crew.first_us),
         "run_id": pl.repeat(order.run_id, len(due), eager=True),
     }
     if order.to == "kafka":

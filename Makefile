@@ -3,7 +3,8 @@ SHELL := /bin/sh
 MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
 
-.PHONY: help setup up down status logs demo nightly replay bench bench-latency bench-streams bench-soak test test-integration lint clean
+export SQL
+.PHONY: help setup up down status logs demo nightly replay sql bench bench-latency bench-streams bench-soak test test-integration lint clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -40,6 +41,9 @@ nightly: setup  ## The night's reports of a day: DATE=2026-01-31
 
 replay: setup  ## Replay: ARGS="run --tape … --meters 1000", ARGS=--help
 	@$(PYTHON) -m stack once replay $(if $(ARGS),$(ARGS),--help)
+
+sql: setup  ## Ask the lake: SQL="SELECT … FROM alarms", tables and reports by name
+	@$(PYTHON) -m stack sql $(if $(SQL),"$$SQL",--help)
 
 bench: setup  ## What the replay's sending costs, beside Kafka's own bench and others: ARGS=--help
 	@$(PYTHON) -m bench.replay $(ARGS)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import secrets
 import sys
 import time
@@ -31,6 +30,8 @@ from replay.sinks import KafkaSink, MqttSink, NullSink, Sink
 from replay.statistics import NARROWEST, TARGETS, Statistics, comparisons, statistics
 from replay.tape import Tape, has_tape, read_tape
 from schemas.errors import ConfigError, RetryLater, exits
+from schemas.settings import Settings, contradictions, load
+from schemas.tables import home
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode="markdown")
 UNWRAPPED = 10_000  # columns: where no terminal sets a width, tables and lines have the width that they need
@@ -350,8 +351,8 @@ def record_command(
     begin: Annotated[datetime | None, typer.Option("--from", help="Only what Kafka took from then on, UTC.")] = None,
     until: Annotated[datetime | None, typer.Option(help="Only what Kafka took before, UTC.")] = None,
     bootstrap: Annotated[
-        str, typer.Option(help="host:port of a Kafka broker.", envvar="METERSTREAM_KAFKA_BOOTSTRAP")
-    ] = "127.0.0.1:9092",
+        str | None, typer.Option(help="host:port of a Kafka broker, if not METERSTREAM_KAFKA_BOOTSTRAP or the stack's.")
+    ] = None,
 ) -> None:
     """Writes a tape of the readings and events that Kafka has at this moment, as they came.
 
@@ -369,7 +370,7 @@ def record_command(
             task = bar.add_task("", total=None)
             tape, newest = record(
                 to,
-                bootstrap,
+                bootstrap or _way().kafka_bootstrap,
                 run_id=run,
                 begin=begin and begin.replace(tzinfo=UTC),
                 until=until and until.replace(tzinfo=UTC),
@@ -434,9 +435,9 @@ def played(order: Order, connections: int = 1) -> Ledger:
         ConfigError: an argument is none that we know.
         RetryLater: the other side does not answer, or did not take all.
     """
-    way = _kafka()
-    if order.to == "mqtt" and order.is_steady and answers(way):
-        order = replace(order, way=way)
+    way = _way()
+    if order.to == "mqtt" and order.is_steady and answers(way.kafka_bootstrap):
+        order = replace(order, way=way.kafka_bootstrap)
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[told]}"), TimeElapsedColumn())
     left = (TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))
     with Progress(TextColumn("replay"), *columns, *left, console=problems) as bar:
@@ -449,20 +450,36 @@ def played(order: Order, connections: int = 1) -> Ledger:
             slip = f", has waited {standing.slip_s:.0f} s" if standing.slip_s > 1 else ""
             bar.update(task, completed=standing.share, told=f"{standing.records:,} records, {rate:,.0f}/s{late}{slip}")
 
-        return play(order, _sink(order.to, connections), show)
+        return play(order, _sink(order.to, way, connections), show)
 
 
-def _kafka() -> str:
-    return os.environ.get("METERSTREAM_KAFKA_BOOTSTRAP", "127.0.0.1:9092")
+class WaySettings(Settings):
+    """Where a replay's records go; by default to the stack of the home.
+
+    Attributes:
+        mqtt_host: MQTT broker.
+        mqtt_port: its port.
+        kafka_bootstrap: host:port of a Kafka broker.
+    """
+
+    mqtt_host: str = "127.0.0.1"
+    mqtt_port: int = 1883
+    kafka_bootstrap: str = "127.0.0.1:9092"
 
 
-def _sink(to: str, connections: int) -> Callable[[], Sink]:
+def _way() -> WaySettings:
+    """Where to; says where the environment means another stack than that of the home."""
+    for line in contradictions(WaySettings, home()):
+        problems.print(f"[yellow]![/] {line}", soft_wrap=True)
+    return load(WaySettings)
+
+
+def _sink(to: str, way: WaySettings, connections: int) -> Callable[[], Sink]:
     match to:
         case "mqtt":
-            host = os.environ.get("METERSTREAM_MQTT_HOST", "127.0.0.1")
-            return partial(MqttSink, host, int(os.environ.get("METERSTREAM_MQTT_PORT", "1883")), connections)
+            return partial(MqttSink, way.mqtt_host, way.mqtt_port, connections)
         case "kafka":
-            return partial(KafkaSink, _kafka())
+            return partial(KafkaSink, way.kafka_bootstrap)
         case "null":
             return NullSink
         case _:

@@ -1,17 +1,70 @@
-"""Reading a process's settings once: from flags, then from `METERSTREAM_…` in the environment."""
+"""Reading a process's settings once: flags, then the environment, then what the stack of the home was started with."""
 
-from typing import Any, TypeVar
+import json
+import os
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from schemas.errors import ConfigError
+from schemas.tables import home
+
+PREFIX = "METERSTREAM_"
+
+
+def started_file(folder: Path) -> Path:
+    """Where a home says what its stack was started with: JSON, setting → value."""
+    return folder / "run" / "started.json"
+
+
+def started_with(folder: Path) -> dict[str, Any]:
+    """What the stack of a home was started with; empty where there was none."""
+    try:
+        told = json.loads(started_file(folder).read_text())
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+class _Started(PydanticBaseSettingsSource):
+    """The settings that the stack of the home was started with."""
+
+    def __init__(self, kind: type["Settings"], folder: Path) -> None:
+        super().__init__(kind)
+        self._told = {name: value for name, value in started_with(folder).items() if name in kind.of_stack}
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return self._told.get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return self._told
 
 
 class Settings(BaseSettings):
-    """Root of each process's settings class."""
+    """Root of each process's settings class.
 
-    model_config = SettingsConfigDict(env_prefix="METERSTREAM_", extra="ignore", frozen=True)
+    Attributes:
+        of_stack: names of the settings that are taken from what the home's stack was started with.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True)
+    of_stack: ClassVar[frozenset[str]] = frozenset({"mqtt_port", "kafka_bootstrap"})
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then the environment, then the home."""
+        flags = init_settings.init_kwargs if isinstance(init_settings, InitSettingsSource) else {}
+        return init_settings, env_settings, _Started(cls, Path(flags.get("home") or home()))
 
 
 S = TypeVar("S", bound="Settings")
@@ -27,7 +80,18 @@ def load(kind: type[S], **flags: Any) -> S:
         return kind(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
         wrong = [
-            f"METERSTREAM_{'_'.join(map(str, e['loc'])).upper()} {'is not set' if e['type'] == 'missing' else e['msg']}"
+            f"{PREFIX}{'_'.join(map(str, e['loc'])).upper()} {'is not set' if e['type'] == 'missing' else e['msg']}"
             for e in error.errors()
         ]
         raise ConfigError("; ".join(wrong) + " (each is also a flag: see --help)") from error
+
+
+def contradictions(kind: type[Settings], folder: Path) -> list[str]:
+    """Where the environment says otherwise than the stack of a home was started with, a sentence each."""
+    told = started_with(folder)
+    asked = {name: os.environ.get(f"{PREFIX}{name.upper()}") for name in sorted(kind.of_stack & set(told))}
+    return [
+        f"{PREFIX}{name.upper()} is {value}, and the stack in {folder} was started with {told[name]}"
+        for name, value in asked.items()
+        if value is not None and value != str(told[name])
+    ]

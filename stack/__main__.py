@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from schemas.errors import ConfigError, RetryLater, exits
-from schemas.settings import load
+from schemas.settings import contradictions, load, started_with
+from schemas.tables import glob_of, report_path
 from stack import following
 from stack.containers import ContainerStack, engine
 from stack.jobs import JobMetrics, jobs, told
@@ -30,7 +31,7 @@ from stack.native import ALL, NAMES, SUPERVISOR, NativeStack, PartState, StackSe
 app = typer.Typer(
     help="The stack on this machine.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-console = Console(highlight=False)
+console, problems = Console(highlight=False), Console(highlight=False, stderr=True)
 
 Names = Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join(NAMES)}. All without.")]
 Mode = Annotated[str, typer.Option(envvar="MODE", help="docker, native, or auto: Docker where an engine answers.")]
@@ -54,20 +55,52 @@ def _guarded(work: Callable[[], None]) -> None:
         work()
 
 
-def _stack(mode: str = "native", cluster: bool = False, critical: bool = False) -> NativeStack | ContainerStack:
+def _stack(
+    mode: str = "auto", cluster: bool = False, critical: bool = False, is_asked: bool = False
+) -> NativeStack | ContainerStack:
+    """The stack of the home, as it was started, where it runs.
+
+    Args:
+        mode: docker, native or auto.
+        cluster: asked for.
+        critical: asked for.
+        is_asked: contradicting settings are an error; else they are said, and those of the running stack are taken.
+
+    Raises:
+        ConfigError: no such mode; or the environment says otherwise than what runs.
+    """
     if mode not in ("auto", "docker", "native"):
         msg = f"MODE is auto, docker or native, not {mode}"
         raise ConfigError(msg)
     settings = load(StackSettings)
+    folder = settings.home.resolve()
+    started = started_with(folder)
 
     def show(line: str) -> None:
         console.print(f"  {line}", markup=False)
 
-    native = NativeStack(settings, show, cluster, critical)
-    runs = mode == "auto" and any(state.pid for state in native.states())  # goes on as what it is
-    if mode == "docker" or (mode == "auto" and not runs and engine()):
+    native = NativeStack(settings, show)
+    runs = "native" if any(state.pid for state in native.states()) else None
+    if runs is None and started.get("mode") == "docker" and (mode == "docker" or engine()):
+        runs = "docker" if any(state.pid for state in ContainerStack(settings, show).states()) else None
+    if runs:
+        wrong = contradictions(StackSettings, folder)
+        if mode not in ("auto", runs):
+            wrong.append(f"MODE is {mode}, and the stack in {folder} was started with MODE={runs}")
+        if wrong and is_asked:
+            msg = "; ".join(wrong) + ": unset it, or make down first"
+            raise ConfigError(msg)
+        for line in wrong:
+            problems.print(f"[yellow]![/] {line}, which is what is looked at", soft_wrap=True)
+        kept = {name: value for name, value in started.items() if name in StackSettings.of_stack}
+        settings, mode = settings.model_copy(update=kept), runs
+        if not is_asked:
+            cluster, critical = cluster or bool(started.get("cluster")), critical or bool(started.get("critical"))
+    elif mode == "auto":  # the lake is where it was
+        mode = str(started.get("mode") or ("docker" if engine() else "native"))
+    if mode == "docker":
         return ContainerStack(settings, show, cluster, critical)
-    return native
+    return NativeStack(settings, show, cluster, critical)
 
 
 @app.command()
@@ -78,7 +111,7 @@ def up(names: Names = None, mode: Mode = "auto", cluster: Cluster = False, criti
     """
 
     def work() -> None:
-        stack = _stack(mode, cluster, critical)
+        stack = _stack(mode, cluster, critical, is_asked=True)
         in_containers = isinstance(stack, ContainerStack)
         console.print(f"{_named(stack)} ({'MODE=native' if in_containers else 'MODE=docker'} is the other way)")
         with console.status("Starting the stack"):
@@ -327,7 +360,7 @@ def once(
     """Run the night's batch or the replay once, where the stack has its lake."""
 
     def work() -> None:
-        stack = _stack(mode)
+        stack = _stack(mode, is_asked=True)
         if isinstance(stack, ContainerStack):
             sys.exit(stack.attached(service, arguments or []))
         module = {"nightly": "batch_jobs", "replay": "replay"}.get(service)
@@ -383,6 +416,41 @@ def critical(
                 console.print(f"{line}  (told after {told_ms:,.0f} ms)", markup=False, soft_wrap=True)
             if number == count:
                 return
+
+    _guarded(work)
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help="Of DuckDB; each table of the lake is a view of its name.")],
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON each, for machines.")] = False,
+) -> None:
+    """Ask the lake of the home: its tables, and its reports as they are called.
+
+    For example: .venv/bin/stack sql "SELECT meter_id, state, raised_at FROM alarms ORDER BY raised_at DESC LIMIT 10"
+
+    .venv/bin/stack sql "SELECT * FROM daily_consumption_v1 LIMIT 5"
+    """
+    import duckdb
+
+    from replay.verify import open_lake
+
+    def work() -> None:
+        os.environ["METERSTREAM_HOME"] = str(load(StackSettings).home.resolve())
+        with open_lake() as lake:
+            for report in sorted(path.name for path in report_path("").glob("*_v*")):
+                lake.execute(f"CREATE VIEW {report} AS FROM read_parquet('{glob_of(report_path(report))}')")
+            try:
+                rows = lake.sql(query)
+            except duckdb.Error as error:
+                raise ConfigError(str(error)) from error
+            if rows is None:
+                return
+            if not as_json:
+                rows.show(max_width=console.width)
+                return
+            for row in rows.fetchall():
+                typer.echo(json.dumps(dict(zip(rows.columns, row, strict=True)), default=str))
 
     _guarded(work)
 

@@ -11,8 +11,10 @@ from datetime import datetime
 from typing import Any
 
 from schemas.errors import ConfigError, RetryLater
+from schemas.settings import started_file
 from stack.native import (
     ALL,
+    CRITICAL,
     FLUSH_GRACE_S,
     FLUSHING,
     LOG_TAIL_LINES,
@@ -25,6 +27,7 @@ from stack.native import (
     StackSettings,
     StartFailed,
     asked_for,
+    remember,
 )
 
 START_TIMEOUT_S = 240.0
@@ -113,6 +116,7 @@ class ContainerStack:
             raise ConfigError(msg)
         running = {name for name in wanted if self.is_running(name)}
         before = time.monotonic()
+        remember(self.settings, "docker", self._cluster, CRITICAL in self.names)
         self._do(["up", "-d", *wanted], "the containers could not be started")
         for name in wanted:
             while (state := self._state(name).state) != "running":
@@ -153,6 +157,7 @@ class ContainerStack:
     def clean(self) -> None:
         """Removes the containers and all data."""
         self._do([*EVERY_PROFILE, "down", "--volumes", "--remove-orphans"], "the data could not be removed")
+        started_file(self.home).unlink(missing_ok=True)
 
     def stop_part(self, name: str, grace_s: float | None = None) -> None:
         """Stops one container; the engine leaves it stopped."""

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import psutil
 from confluent_kafka import KafkaError, KafkaException
@@ -31,7 +31,7 @@ from confluent_kafka.cimpl import NewTopic
 from pydantic import Field
 
 from schemas.errors import ConfigError, MeterstreamError, RetryLater
-from schemas.settings import Settings
+from schemas.settings import Settings, started_file, started_with
 from schemas.topics import TOPICS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +94,13 @@ class StackSettings(Settings):
         project: compose's; names containers and volumes, so that two stacks can live beside each other.
     """
 
+    of_stack: ClassVar[frozenset[str]] = frozenset(
+        {
+            "mqtt_port", "nats_port", "nats_monitor_port", "kafka_port", "kafka_controller_port", "spark_master_port",
+            "spark_master_ui_port", "metrics_port", "project",
+        }
+    )  # fmt: skip
+
     home: Path = ROOT / "data"
     listen: str = "127.0.0.1"
     kafka_inside: str | None = None
@@ -123,6 +130,33 @@ class StackSettings(Settings):
             "spark-master": ("spark_master_port", "spark_master_ui_port"),
         }
         return {f"METERSTREAM_{field.upper()}": getattr(self, field) for field in fields.get(name, ())}
+
+
+def remember(settings: StackSettings, mode: str, cluster: bool, critical: bool) -> None:
+    """Writes down what a stack is started with, for whoever asks for its home later.
+
+    Raises:
+        ConfigError: the home cannot be written.
+    """
+    told = {
+        **{name: getattr(settings, name) for name in sorted(StackSettings.of_stack)},
+        "kafka_bootstrap": settings.kafka_bootstrap,
+        "mode": mode,
+        "cluster": cluster,
+        "critical": critical,
+    }
+    folder = settings.home.resolve()
+    if started_with(folder) == told:
+        return
+    file = started_file(folder)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_suffix(".fresh")
+        fresh.write_text(json.dumps(told, indent=2) + "\n")
+        fresh.rename(file)
+    except OSError as error:
+        msg = f"{folder} cannot be written ({error.strerror}): METERSTREAM_HOME names another folder"
+        raise ConfigError(msg) from error
 
 
 @dataclass(frozen=True)
@@ -177,6 +211,9 @@ class NativeStack:
             for name in missing:
                 self._stop_part(name, 0.0)  # Spark's JVM outlives a killed driver, and must not meet the next one
             self._check(missing)
+            if missing:
+                runs = set(self.names) | {name for name in ALL if self._pid_file(name).exists()}
+                remember(self.settings, "native", bool(runs & set(CLUSTER)), CRITICAL in runs)
             started: list[str] = []
             try:
                 for name in wanted:

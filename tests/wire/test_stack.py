@@ -23,6 +23,7 @@ from stack.__main__ import app
 from stack.native import MARK, NativeStack, StackSettings, StartFailed
 from tests.brokers import Brokers
 from tests.eventually import eventually
+from tests.wire import small_tape
 
 BROKERS = ["nats", "kafka"]
 PORTS = ("mqtt_port", "nats_port", "nats_monitor_port", "kafka_port", "kafka_controller_port")
@@ -208,3 +209,59 @@ def test_down_works_without_the_supervisor_and_says_so_when_nothing_runs(own_sta
     again = command(own_stack, "down")
     assert "nothing was running." in again.communicate(timeout=30)[0]
     assert again.returncode == 0
+
+
+def elsewhere(stack, *arguments, **variables):
+    """A command in another shell, which knows the home and nothing else of the stack."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith("METERSTREAM_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "stack", *arguments],
+        env={**known, "METERSTREAM_HOME": str(stack.home), **variables},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_another_shell_that_knows_the_home_alone_finds_the_stack_and_its_ports(own_stack):
+    up = command(own_stack, "up", "nats")
+    assert up.wait(30) == 0, up.communicate()
+    _, out, _ = elsewhere(own_stack, "status", "--json")
+    nats = next(part for part in json.loads(out)["processes"] if part["name"] == "nats")
+    assert (nats["state"], nats["port"]) == ("running", own_stack.settings.mqtt_port)
+    _, out, _ = elsewhere(own_stack, "down", MODE="auto")
+    assert "nats stopped" in out
+    started = json.loads((own_stack.home / "run" / "started.json").read_text())
+    assert (started["mode"], started["mqtt_port"]) == ("native", own_stack.settings.mqtt_port)
+
+
+def test_settings_that_contradict_what_runs_are_said_and_refused_where_they_would_act(own_stack):
+    up = command(own_stack, "up", "nats")
+    assert up.wait(30) == 0, up.communicate()
+    told = f"METERSTREAM_MQTT_PORT is 1, and the stack in {own_stack.home} was started with "
+    code, _, err = elsewhere(own_stack, "up", "nats", METERSTREAM_MQTT_PORT="1")
+    assert code == 2 and told in err and "make down first" in err
+    code, out, err = elsewhere(own_stack, "status", "--json", METERSTREAM_MQTT_PORT="1")
+    assert told in err
+    assert json.loads(out)["processes"][0]["port"] == own_stack.settings.mqtt_port
+    code, _, err = elsewhere(own_stack, "up", "nats", MODE="docker")
+    assert code == 2 and "MODE is docker, and the stack in" in err
+
+
+def test_a_replay_goes_to_the_stack_of_the_home(own_stack, tmp_path):
+    own_stack.start(["nats"])
+    small_tape.write(tmp_path / "tape")
+    known = {name: value for name, value in os.environ.items() if not name.startswith("METERSTREAM_")}
+    replay = subprocess.run(
+        [sys.executable, "-m", "replay", "run", "--tape", str(tmp_path / "tape"), "--speed", "max", "--json"],
+        env={**known, "METERSTREAM_HOME": str(own_stack.home)},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert json.loads(replay.stdout)["is_whole"], replay.stderr
+
+
+def test_the_lake_of_the_home_answers_sql(tmp_path):
+    stack = fresh_stack(tmp_path)
+    code, out, _ = elsewhere(stack, "sql", "--json", "SELECT count(*) AS n FROM readings")
+    assert (code, out) == (0, '{"n": 0}\n')
+    code, _, err = elsewhere(stack, "sql", "SELECT * FROM nothing")
+    assert code == 2 and "nothing" in err

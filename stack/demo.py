@@ -44,7 +44,7 @@ from stack.containers import ContainerStack
 from stack.jobs import jobs, told
 from stack.native import ROOT, SUPERVISOR, NativeStack, StackSettings
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 SEED = 1
 SHORT_LIVED_JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 """For a driver that lives minutes: compiling for the long run took 40 % of its CPU time."""

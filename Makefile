@@ -4,7 +4,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
 
 export SQL
-.PHONY: help setup up down status logs demo nightly replay sql bench bench-latency bench-streams bench-soak test test-integration lint clean
+.PHONY: help setup up down status logs demo nightly replay sql bench bench-latency bench-streams bench-soak test test-long test-integration lint clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -58,13 +58,19 @@ bench-streams: setup  ## Streaming jobs beside Kafka Streams, Flink and others, 
 bench-soak: setup  ## Two hours of readings at half of what the jobs can take: does anything grow? ARGS=--help
 	@$(PYTHON) -m bench.soak $(ARGS)
 
-test: setup  ## All tests; METER_LOGS= names a folder of real logs
-	@mkdir -p data/tmp
-	@TMPDIR="$(CURDIR)/data/tmp" $(if $(METER_LOGS),METER_LOGS="$(abspath $(METER_LOGS))") $(PYTHON) -m pytest $(ARGS)
+# Two processes: on two cores half the time, and on one no loss.
+PYTEST = mkdir -p data/tmp && TMPDIR="$(CURDIR)/data/tmp" \
+  $(if $(METER_LOGS),METER_LOGS="$(abspath $(METER_LOGS))") $(PYTHON) -m pytest -n 2 --dist loadgroup
+
+test: setup  ## All tests that take seconds; METER_LOGS= names a folder of real logs
+	@$(PYTEST) $(ARGS)
+
+test-long: setup  ## Those that take minutes by their nature: kills, an hour of faults, starved processes
+	@$(PYTEST) -m long $(ARGS)
 
 test-integration: setup  ## The same suites in containers; needs a Docker engine. ARGS="-k brokers"
 	@mkdir -p data/tmp
-	@TMPDIR="$(CURDIR)/data/tmp" $(PYTHON) -m pytest tests/integration $(ARGS)
+	@TMPDIR="$(CURDIR)/data/tmp" $(PYTHON) -m pytest tests/integration -m "" $(ARGS)
 
 lint: setup  ## Style, format, types
 	$(PYTHON) -m ruff check .

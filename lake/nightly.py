@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Annotated
@@ -24,6 +25,7 @@ import typer
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lake.decoding import spark_schema
 from lake.publishing import publish_report
@@ -37,11 +39,13 @@ from schemas.tables import TABLES, files_kept, report_path, table_path
 SHARDS = 32
 """Groups of meters a night is cut into: one must fit into a task's memory, and each costs some milliseconds."""
 DEFAULT_ZONE = "UTC"
+AT_ONCE = 2
+"""Jobs of a night at the same time: while one waits for its plan or its Python workers another computes."""
 
 Transform = Callable[[Mapping[str, DataFrame], DataFrame, datetime.date], DataFrame]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BatchJob:
     """One nightly job.
 
@@ -64,19 +68,36 @@ class BatchJob:
         return f"{self.name}_v{self.version}"
 
 
+def graph(jobs: Iterable[BatchJob]) -> TopologicalSorter[BatchJob]:
+    """Which job comes after which: those whose reports it reads; prepared, and by name where nothing else tells.
+
+    Raises:
+        ContractBroken: jobs read each other in a circle.
+    """
+    by_report = {job.report: job for job in sorted(jobs, key=lambda job: job.name)}
+    found: TopologicalSorter[BatchJob] = TopologicalSorter()
+    for job in by_report.values():
+        found.add(job, *[by_report[read] for read in job.reads if read in by_report])
+    try:
+        found.prepare()
+    except CycleError as error:
+        msg = f"jobs read each other in a circle: {' → '.join(job.report for job in error.args[1])}"
+        raise ContractBroken(msg) from error
+    return found
+
+
 def in_order(jobs: Iterable[BatchJob]) -> list[BatchJob]:
     """The jobs so that each comes after those whose reports it reads, else by name.
 
     Raises:
         ContractBroken: jobs read each other in a circle.
     """
-    by_report = {job.report: job for job in sorted(jobs, key=lambda job: job.name)}
-    graph = {report: [read for read in job.reads if read in by_report] for report, job in by_report.items()}
-    try:
-        return [by_report[report] for report in TopologicalSorter(graph).static_order()]
-    except CycleError as error:
-        msg = f"jobs read each other in a circle: {' → '.join(error.args[1])}"
-        raise ContractBroken(msg) from error
+    left, found = graph(jobs), []
+    while left.is_active():
+        ready = sorted(left.get_ready(), key=lambda job: job.name)
+        found += ready
+        left.done(*ready)
+    return found
 
 
 def midnight(day: datetime.date, time_zone: Column) -> Column:
@@ -219,32 +240,52 @@ def silent(date: datetime.date) -> str | None:
 
 
 def run(jobs: Iterable[BatchJob], date: datetime.date, as_json: bool = False) -> None:
-    """Runs the jobs one after the other, in the order of what they read and write, and says rows and seconds of each.
+    """Runs the jobs, some at once, each after those whose reports it reads, and says rows and seconds of each.
 
     Raises:
         ConfigError: see `publish`.
     """
-    ordered = in_order(jobs)
+    left, waiting = graph(ordered := in_order(jobs)), len(ordered)
     console = Console(stderr=as_json, highlight=False)
     day = date.isoformat()
     if silence := silent(date):
         Console(stderr=True, highlight=False).print(silence, soft_wrap=True)
-    with console.status(f"{day}: starting Spark"):
+    columns = (TextColumn(f"  {day}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]} · left"))
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("night", total=waiting, told="starting Spark")
         session = spark_session("meterstream-night-" + "-".join(job.name for job in ordered))
-    try:
-        for job in ordered:
-            started = time.monotonic()
-            with console.status(f"{day}: {job.name}"):
-                rows = publish(session, job, date)
-            took_s = time.monotonic() - started
-            if as_json:
-                line = {"report": job.report, "date": day, "rows": rows, "seconds": round(took_s, 3)}
-                sys.stdout.write(json.dumps(line) + "\n")
-            else:
-                console.print(f"{day}  {job.report:<24} {rows:>10,} rows {took_s:>7.1f} s")
-        console.print(f"In {report_path('<report>') / f'date={day}'}/*.parquet", markup=False, soft_wrap=True)
-    finally:
-        session.stop()
+        try:
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                running: dict[Future[tuple[int, float]], BatchJob] = {}
+                while left.is_active():
+                    for job in sorted(left.get_ready(), key=lambda job: job.name):
+                        running[pool.submit(_timed, session, job, date)] = job
+                    bar.update(task, told=", ".join(job.name for job in list(running.values())[:AT_ONCE]))
+                    for done in wait(running, return_when=FIRST_COMPLETED).done:
+                        job = running.pop(done)
+                        try:
+                            rows, took_s = done.result()
+                        except BaseException:
+                            pool.shutdown(cancel_futures=True)
+                            raise
+                        left.done(job)
+                        bar.advance(task)
+                        if as_json:
+                            line = {"report": job.report, "date": day, "rows": rows, "seconds": round(took_s, 3)}
+                            sys.stdout.write(json.dumps(line) + "\n")
+                        else:
+                            console.print(f"{day}  {job.report:<24} {rows:>10,} rows {took_s:>7.1f} s")
+            console.print(f"In {report_path('<report>') / f'date={day}'}/*.parquet", markup=False, soft_wrap=True)
+        finally:
+            session.stop()
+
+
+def _timed(session: SparkSession, job: BatchJob, date: datetime.date) -> tuple[int, float]:
+    """Publishes one job's report. Returns rows and seconds."""
+    began = time.monotonic()
+    return publish(session, job, date), time.monotonic() - began
 
 
 def command(jobs: list[BatchJob]) -> None:

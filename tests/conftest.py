@@ -1,12 +1,34 @@
-"""One session for all tests that need Spark, static frames and real queries alike."""
+"""What all tests share: one Spark session a process, for static frames and real queries alike; lines of progress."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.progress import Progress
+
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+SPARK = ("tests/spark/", "tests/streaming/")
+"""Folders whose tests share the session: they run in one process, and first, as it takes longest."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--remember-seconds", action="store_true", help="Write tests/seconds.json anew.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Progress(config))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes the tests of a file stay together, and all that need Spark's session."""
+    items.sort(key=lambda item: not item.nodeid.startswith(SPARK))
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group("spark" if file.startswith(SPARK) else file))
 
 
 @pytest.fixture(scope="session")

@@ -82,7 +82,7 @@ def test_a_second_driver_of_a_job_is_told_so_before_it_touches_anything(
     with job_run("voltage_deviation") as is_alone:
         assert is_alone
         command = [sys.executable, "-m", "streaming_jobs.voltage_deviation", "--kafka-bootstrap", "localhost:1"]
-        found = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        found = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     told = f"error: voltage_deviation runs in another process with METERSTREAM_HOME={tmp_path}; stop that one first\n"
     assert (found.returncode, found.stderr) == (1, told)
 
@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_ends_a_driver_with_one_sentence_that_says_what_to_
         (checkpoint / file).write_text(text)
     command = [sys.executable, "-m", "streaming_jobs.voltage_deviation", "--kafka-bootstrap", "localhost:1"]
     env = {**os.environ, "METERSTREAM_HOME": str(tmp_path)}
-    found = subprocess.run(command, check=False, env=env, capture_output=True, text=True, timeout=60)
+    found = subprocess.run(command, check=False, env=env, capture_output=True, text=True, timeout=300)
     assert found.returncode == 1
     assert found.stderr.startswith("error: " + told.replace("{}", str(checkpoint)))
     assert len(found.stderr.splitlines()) == 1

@@ -237,7 +237,7 @@ def test_ctrl_c_ends_a_run_with_a_ledger_that_is_right(tape: Path, home: Path, p
         eventually((run_folder("r1") / "run.json").exists, 60)
         assert replay.poll() is None
         os.killpg(replay.pid, signal.SIGINT)
-        out, _ = replay.communicate(timeout=60)
+        out, _ = replay.communicate(timeout=300)
     assert replay.returncode == 130
     told = Ledger(**json.loads(out))
     assert not told.is_whole

@@ -113,7 +113,7 @@ def test_what_is_sent_while_it_runs_or_lies_dead_is_told_with_one_id_each(
     assert (shown.exit_code, len(shown.stdout.splitlines())) == (0, 300)
     assert re.search(r"  m[0-6] +power_failure AE1  \(told after [\d,]+ ms\)\n", shown.stdout)
     process.terminate()
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     assert not (Path(kafka.home) / "run" / "critical_events.ready").exists()
 
 
@@ -146,7 +146,7 @@ def test_a_nominal_voltage_that_becomes_known_counts_from_then_on(
     eventually(lambda: ("european", 121_000) in told(), 120)
     assert ("american", 121_000) not in told()
     process.terminate()
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     assert "ERROR" not in log.read_text(errors="replace"), "neither a new beginning nor a clean end is one"
 
 

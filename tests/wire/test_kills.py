@@ -152,7 +152,7 @@ class Driver:
         """Takes what Kafka has, flushes, ends. Returns the exit code."""
         with self.running() as process:
             self.ask_to_end(process)
-            return process.wait(240)
+            return process.wait(1_200)
 
     def ask_to_end(self, process: subprocess.Popen[bytes]) -> None:
         ready = self.home / "run" / "streaming.ready"
@@ -241,7 +241,7 @@ def kill_workers(process: subprocess.Popen[bytes]) -> None:
             worker.kill()
 
 
-def watch(process: subprocess.Popen[bytes], is_there: Callable[[], object], timeout_s: float = 240) -> bool:
+def watch(process: subprocess.Popen[bytes], is_there: Callable[[], object], timeout_s: float = 1_200) -> bool:
     """Waits until something is there. False where the process ended before."""
     deadline = time.monotonic() + timeout_s
     while not is_there():
@@ -260,11 +260,11 @@ def clean(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Driver:
     driver.environment["METERSTREAM_METRICS_PORT"] = str(port)
     with driver.running() as process:
         driver.ask_to_end(process)
-        until = time.monotonic() + 240
+        until = time.monotonic() + 1_200
         while process.poll() is None and time.monotonic() < until:
             driver.told += [jobs(text)] if (text := told(port)) else []
             time.sleep(0.2)
-        assert process.wait(1) == 0
+        assert process.wait(60) == 0
     return driver
 
 
@@ -321,7 +321,8 @@ def test_meters_with_wrong_clocks_change_nothing_of_the_others(clean: Driver) ->
     assert duckdb.sql(f"SELECT count(*) FROM '{late}' WHERE meter_id = 'm10'").fetchall() == [(0,)]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.long
+@pytest.mark.timeout(7_200)
 def test_ten_kills_one_at_each_phase_of_a_batch_and_of_a_flush_change_no_row(
     clean: Driver, kafka: str, tmp_path: Path
 ) -> None:
@@ -355,7 +356,7 @@ def test_ten_kills_one_at_each_phase_of_a_batch_and_of_a_flush_change_no_row(
     assert not any((driver.home / "staging").glob("*/*"))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.long
 def test_a_killed_worker_a_batch_that_fails_and_a_deleted_checkpoint_change_no_row(
     clean: Driver, kafka: str, tmp_path: Path
 ) -> None:
@@ -380,7 +381,7 @@ def test_a_killed_worker_a_batch_that_fails_and_a_deleted_checkpoint_change_no_r
         assert found[table] == rows, table
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.long
 def test_what_kafka_no_longer_has_stops_the_driver_with_the_repair_and_is_passed_over_when_told(
     clean: Driver, kafka: str, tmp_path: Path
 ) -> None:
@@ -392,7 +393,7 @@ def test_what_kafka_no_longer_has_stops_the_driver_with_the_repair_and_is_passed
     for deleted in client.delete_records(partitions).values():  # as retention does; all there is
         deleted.result(30)
     with driver.running() as process:
-        assert process.wait(120) == 1
+        assert process.wait(600) == 1
     told = (driver.home / "log").read_text(errors="replace")
     assert "Kafka no longer has records that this job has not read" in told
     assert "METERSTREAM_ACCEPT_LOSS=true" in told
@@ -401,7 +402,7 @@ def test_what_kafka_no_longer_has_stops_the_driver_with_the_repair_and_is_passed
     assert 0 < len(driver.rows()["readings"]) < len(clean.rows()["readings"])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.long
 def test_a_flush_ends_though_meters_go_on_and_what_comes_meanwhile_is_for_the_next_start(
     kafka: str, tmp_path: Path
 ) -> None:

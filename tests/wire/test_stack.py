@@ -180,18 +180,18 @@ def test_ctrl_c_while_starting_leaves_nothing(own_stack):
     process = command(own_stack, "up", *BROKERS)
     eventually(lambda: own_stack.is_running("kafka"), 20)
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130, process.communicate()
+    assert process.wait(150) == 130, process.communicate()
     assert left_of(own_stack.home) == []
 
 
 def test_up_leaves_a_supervisor_that_brings_back_what_was_killed(own_stack):
     up = command(own_stack, "up", "nats")
-    assert up.wait(30) == 0, up.communicate()
+    assert up.wait(150) == 0, up.communicate()
     killed = own_stack.pid("nats")
     os.kill(killed, signal.SIGKILL)
     eventually(lambda: own_stack.pid("nats") not in {None, killed}, 15)
     up = command(own_stack, "up", "kafka")  # and what is started later it looks after too
-    assert up.wait(90) == 0, up.communicate()
+    assert up.wait(450) == 0, up.communicate()
     killed = {own_stack.pid(name) for name in BROKERS}
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
@@ -200,14 +200,14 @@ def test_up_leaves_a_supervisor_that_brings_back_what_was_killed(own_stack):
 
 def test_down_works_without_the_supervisor_and_says_so_when_nothing_runs(own_stack):
     up = command(own_stack, "up", "nats")
-    assert up.wait(30) == 0, up.communicate()
+    assert up.wait(150) == 0, up.communicate()
     os.kill(own_stack.pid("supervisor"), signal.SIGKILL)
     down = command(own_stack, "down")
-    assert "nats stopped" in down.communicate(timeout=30)[0]
+    assert "nats stopped" in down.communicate(timeout=150)[0]
     assert left_of(own_stack.home) == []
     assert open_ports(own_stack.settings) == []
     again = command(own_stack, "down")
-    assert "nothing was running." in again.communicate(timeout=30)[0]
+    assert "nothing was running." in again.communicate(timeout=150)[0]
     assert again.returncode == 0
 
 
@@ -217,14 +217,14 @@ def elsewhere(stack, *arguments, **variables):
     done = subprocess.run(
         [sys.executable, "-m", "stack", *arguments],
         env={**known, "METERSTREAM_HOME": str(stack.home), **variables},
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
 
 def test_another_shell_that_knows_the_home_alone_finds_the_stack_and_its_ports(own_stack):
     up = command(own_stack, "up", "nats")
-    assert up.wait(30) == 0, up.communicate()
+    assert up.wait(150) == 0, up.communicate()
     _, out, _ = elsewhere(own_stack, "status", "--json")
     nats = next(part for part in json.loads(out)["processes"] if part["name"] == "nats")
     assert (nats["state"], nats["port"]) == ("running", own_stack.settings.mqtt_port)
@@ -236,7 +236,7 @@ def test_another_shell_that_knows_the_home_alone_finds_the_stack_and_its_ports(o
 
 def test_settings_that_contradict_what_runs_are_said_and_refused_where_they_would_act(own_stack):
     up = command(own_stack, "up", "nats")
-    assert up.wait(30) == 0, up.communicate()
+    assert up.wait(150) == 0, up.communicate()
     told = f"METERSTREAM_MQTT_PORT is 1, and the stack in {own_stack.home} was started with "
     code, _, err = elsewhere(own_stack, "up", "nats", METERSTREAM_MQTT_PORT="1")
     assert code == 2 and told in err and "make down first" in err
@@ -254,7 +254,7 @@ def test_a_replay_goes_to_the_stack_of_the_home(own_stack, tmp_path):
     replay = subprocess.run(
         [sys.executable, "-m", "replay", "run", "--tape", str(tmp_path / "tape"), "--speed", "max", "--json"],
         env={**known, "METERSTREAM_HOME": str(own_stack.home)},
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert json.loads(replay.stdout)["is_whole"], replay.stderr
 

@@ -134,6 +134,7 @@ def verify(folder: Path, run_id: str, *more: str) -> tuple[int, str]:
     return done.returncode, done.stdout.decode()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["mqtt", "kafka"])
 def test_every_fault_of_every_kind_is_explained(home: Path, way: str) -> None:
     code, text = verify(home, way, "--json")
@@ -152,6 +153,7 @@ def test_every_fault_of_every_kind_is_explained(home: Path, way: str) -> None:
     )
 
 
+@pytest.mark.long
 def test_a_row_that_is_removed_by_hand_is_found_and_its_meter_named(home: Path) -> None:
     part = max(table_path("readings").glob("date=2024-03-04/*.parquet"), key=lambda path: path.stat().st_size)
     rows = pl.read_parquet(part, hive_partitioning=False)

@@ -60,7 +60,7 @@ bench-soak: setup  ## Two hours of readings at half of what the jobs can take: d
 
 # Two processes: on two cores half the time, and on one no loss.
 PYTEST = mkdir -p data/tmp && TMPDIR="$(CURDIR)/data/tmp" \
-  $(if $(METER_LOGS),METER_LOGS="$(abspath $(METER_LOGS))") $(PYTHON) -m pytest -n 2 --dist loadgroup
+  $(if $(METER_LOGS),METER_LOGS="$(abspath $(METER_LOGS))") $(PYTHON) -m pytest -n 2 --no-loadscope-reorder
 
 test: setup  ## All tests that take seconds; METER_LOGS= names a folder of real logs
 	@$(PYTEST) $(ARGS)

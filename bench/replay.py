@@ -460,7 +460,7 @@ def _replay(
     command = [
         sys.executable, "-m", "replay", "run", "--tape", str(plan.tape.resolve()), "--meters", str(meters),
         "--duration", f"{plan.duration.total_seconds():.0f}s", "--speed", "max", "--to", to, "--run-id", run_id,
-        "--json", *more,
+        "--pace", "open", "--json", *more,
     ]  # fmt: skip
     home = plan.folder / run_id  # of its own: the meters of all runs have the same names
     took = _timed(plan, command, {**environment, "METERSTREAM_HOME": str(home)})

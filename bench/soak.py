@@ -51,7 +51,7 @@ progress = Console(stderr=True, highlight=False)
 def _replay(variables: dict[str, str], meters: int, prefix: str, *how: str) -> subprocess.Popen[bytes]:
     """Starts a replay into Kafka."""
     command = [sys.executable, "-m", "replay", "run", "--tape", str(GRID_TAPE), "--to", "kafka", "--seed", f"{SEED}"]
-    command += ["--meters", f"{meters}", "--meter-prefix", prefix, *how]
+    command += ["--meters", f"{meters}", "--meter-prefix", prefix, "--pace", "open", *how]
     return subprocess.Popen(command, env=variables, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 

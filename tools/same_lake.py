@@ -11,7 +11,7 @@ import duckdb
 
 OF_A_RUN = {
     "run_id", "batch", "topic", "partition", "offset", "kafka_topic", "kafka_partition", "kafka_offset", "received_at",
-    "sent_at", "arrival_at", "updated_at", "closed_at", "computed_at", "date",
+    "sent_at", "arrival_at", "updated_at", "closed_at", "computed_at", "date", "outage_id", "revision",
 }  # fmt: skip
 """Columns that two runs of one tape do not have in common."""
 COUNTED = ("received", "stored", "duplicate", "late", "quarantined", "invalid")
@@ -33,8 +33,11 @@ def rows_of(lake: duckdb.DuckDBPyConnection, table: str, glob: str) -> str:
     known = [row[0] for row in lake.execute(f"DESCRIBE FROM read_parquet('{glob}', union_by_name = true)").fetchall()]
     if table == "accounting":
         return f"SELECT stage, {', '.join(f'sum({name})' for name in COUNTED)} FROM read_parquet('{glob}') GROUP BY ALL"
+    newest = ""
+    if table == "outages":  # a row per batch in which one changed; the highest revision is its state
+        newest = " QUALIFY row_number() OVER (PARTITION BY outage_id ORDER BY revision DESC) = 1"
     kept = ", ".join(f'"{name}"' for name in known if name not in OF_A_RUN)
-    return f"SELECT {kept} FROM read_parquet('{glob}', union_by_name = true)"
+    return f"SELECT {kept} FROM read_parquet('{glob}', union_by_name = true){newest}"
 
 
 def differing(one: Path, other: Path) -> list[str]:

@@ -213,8 +213,8 @@ def chain(
     small_tape.write(home / "tape")
     sink = sink or Kept()
     speed = {Interrupted: 40_000.0, Hindered: 7_200.0}.get(type(sink))
-    order = Order(home / "tape", "r1", "mqtt", METERS, speed=speed, dirt=tuple(dirt), pace=Pace.OPEN)
-    play(order, lambda: sink)
+    pace = Pace.OPEN if isinstance(sink, Hindered) else Pace.STEADY
+    play(Order(home / "tape", "r1", "mqtt", METERS, speed=speed, dirt=tuple(dirt), pace=pace), lambda: sink)
     if is_repeated:
         play(Order(home / "tape", "r2", "mqtt", METERS, dirt=tuple(dirt), again=True), lambda: sink)
     registry = next(table_path("registry").glob("date=*/*.parquet"))

@@ -5,15 +5,15 @@ import os
 import signal
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import paho.mqtt.client as mqtt
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
+from kafka_io.offsets import newest_offsets
 from schemas.codec import decode, encode
 from schemas.dsmr import with_crc
-from schemas.topics import DEAD_LETTERS, READINGS, Topic, mqtt_topic
+from schemas.topics import DEAD_LETTERS, READINGS, TOPICS, Topic, mqtt_topic
 from stack import proof
 from stack.demo import environment, own_settings
 from stack.native import NativeStack
@@ -24,18 +24,37 @@ BEGIN = datetime(2024, 3, 4, tzinfo=UTC)
 TELEGRAM = "/ISK5\\2M550T-1012\r\n\r\n1-3:0.2.8(50)\r\n0-0:1.0.0(240304120000W)\r\n1-0:1.8.1(000001.234*kWh)\r\n!"
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeStack]:
+    settings = own_settings(tmp_path_factory.mktemp("stack"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(settings).items():
+            patch.setenv(name, value)
+        patch.setenv("METERSTREAM_POISON_SHARE", "0.2")
+        stack = NativeStack(settings)
+        try:
+            stack.start(PARTS)
+            yield stack
+        finally:
+            stack.stop()
+
+
 @pytest.fixture
-def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NativeStack]:
-    settings = own_settings(tmp_path)
-    for name, value in environment(settings).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("METERSTREAM_POISON_SHARE", "0.2")
-    stack = NativeStack(settings)
-    try:
-        stack.start(PARTS)
-        yield stack
-    finally:
-        stack.stop()
+def stack(shared: NativeStack) -> NativeStack:
+    """The same for all; a test looks at what came after its begin."""
+    shared.start(PARTS)
+    HAD.update(newest_offsets(shared.settings.kafka_bootstrap, TOPICS))
+    return shared
+
+
+HAD: dict[tuple[str, int], int] = {}
+"""Topic and partition → its end when the test began."""
+
+
+def came(stack: NativeStack, topic: Topic) -> int:
+    """Records that a topic has got since the test began."""
+    ends = newest_offsets(stack.settings.kafka_bootstrap, [topic])
+    return sum(end - HAD[place] for place, end in ends.items())
 
 
 class Meters:
@@ -71,8 +90,9 @@ class Meters:
 def in_topic(stack: NativeStack, topic: Topic) -> list[dict[str, object]]:
     """Every record of a topic, decoded, in the order of each partition."""
     consumer = Consumer({"bootstrap.servers": stack.settings.kafka_bootstrap, "group.id": "test"})
-    consumer.assign([TopicPartition(topic.name, number, 0) for number in range(topic.partitions)])
-    wanted = proof.end_offsets(stack.settings.kafka_bootstrap)[topic.name]
+    places = [(topic.name, number) for number in range(topic.partitions)]
+    consumer.assign([TopicPartition(*place, HAD[place]) for place in places])
+    wanted = came(stack, topic)
     found: list[dict[str, object]] = []
 
     def all_read() -> bool:
@@ -89,8 +109,7 @@ def in_topic(stack: NativeStack, topic: Topic) -> list[dict[str, object]]:
 
 
 def carried(stack: NativeStack, topic: Topic, count: int) -> list[dict[str, object]]:
-    bootstrap = stack.settings.kafka_bootstrap
-    eventually(lambda: proof.end_offsets(bootstrap)[topic.name] >= count, 90)
+    eventually(lambda: came(stack, topic) >= count, 90)
     eventually(lambda: proof.waiting_in_broker(stack.settings.nats_monitor_port) == 0, 60)
     return in_topic(stack, topic)
 
@@ -146,7 +165,7 @@ def test_a_killed_bridge_loses_nothing_and_keeps_the_order_of_every_meter(stack:
     for seq in range(3_000):
         meters.read(f"m{seq % 10}", seq // 10)
         if seq == 1_500:
-            eventually(lambda: proof.end_offsets(stack.settings.kafka_bootstrap)[READINGS.name] > 200, 30)
+            eventually(lambda: came(stack, READINGS) > 200, 30)
             os.kill(stack.pid("ingest") or 0, signal.SIGKILL)
     eventually(lambda: stack.dead(["ingest"]) == ["ingest"], 10)
     stack.start(["ingest"])
@@ -193,5 +212,5 @@ def test_too_much_poison_stops_the_bridge_before_it_empties_the_topic(stack: Nat
     meters.close()
     eventually(lambda: stack.dead(["ingest"]) == ["ingest"], 60)
     assert "poison" in stack.log_file("ingest").read_text()
-    assert proof.end_offsets(stack.settings.kafka_bootstrap)[DEAD_LETTERS.name] < 900
+    assert came(stack, DEAD_LETTERS) < 900
     assert proof.waiting_in_broker(stack.settings.nats_monitor_port) > 0

@@ -1,0 +1,76 @@
+"""A steady run and the way behind the MQTT broker: the real broker, bridge and Kafka."""
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from replay import pace
+from replay.run import Order, play
+from replay.sinks import MqttSink
+from schemas.errors import RetryLater
+from stack import proof
+from stack.demo import environment, left_on_the_way, own_settings
+from stack.native import NativeStack
+from tests.eventually import eventually
+from tests.wire import small_tape
+
+METERS = 300
+
+
+@pytest.fixture
+def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NativeStack]:
+    settings = own_settings(tmp_path)
+    for name, value in environment(settings).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(pace, "ON_THE_WAY", 400)
+    small_tape.write(tmp_path / "tape")
+    stack = NativeStack(settings)
+    try:
+        stack.start(["nats", "kafka", "ingest"])
+        yield stack
+    finally:
+        stack.stop()
+
+
+@contextlib.contextmanager
+def suspended(stack: NativeStack) -> Iterator[None]:
+    bridge = psutil.Process(stack.pid("ingest") or 0)
+    bridge.suspend()
+    try:
+        yield
+    finally:
+        bridge.resume()
+
+
+def order(stack: NativeStack, run_id: str, processes: int = 1, speed: float | None = 3_600.0) -> Order:
+    return Order(stack.home / "tape", run_id, "mqtt", METERS, speed=speed, processes=processes,
+                 way=stack.settings.kafka_bootstrap, prefix=f"{run_id}-")  # fmt: skip
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_clock_waits_for_what_the_bridge_has_not_carried(stack: NativeStack, processes: int) -> None:
+    sink = partial(MqttSink, "127.0.0.1", stack.settings.mqtt_port)
+    with ThreadPoolExecutor(1) as pool:
+        with suspended(stack):
+            playing = pool.submit(play, order(stack, f"r{processes}", processes), sink)
+            eventually(lambda: proof.waiting_in_broker(stack.settings.nats_monitor_port) > pace.ON_THE_WAY, 30)
+            held = proof.waiting_in_broker(stack.settings.nats_monitor_port)
+        ledger = playing.result(600)
+    assert held < 0.2 * ledger.records, "it went on without the bridge"
+    assert ledger.slip_s > 0
+    if processes == 1:  # of several only the parts' own clocks are told
+        assert ledger.waited_s["bridge"] > 0
+    eventually(lambda: left_on_the_way(stack.settings, ledger.records) == (0, 0), 60)
+
+
+def test_a_bridge_that_carries_nothing_ends_the_run_with_a_sentence(
+    stack: NativeStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "STALLED_S", 1.0)
+    with suspended(stack), pytest.raises(RetryLater, match=r"nothing has come through .* --pace open"):
+        play(order(stack, "r1", speed=None), partial(MqttSink, "127.0.0.1", stack.settings.mqtt_port))

@@ -3,9 +3,10 @@
 A message is acknowledged when Kafka's delivery report for it and for all that were received before it has come. Poison
 goes to the dead letters first and is acknowledged then, so it cannot block the window. What was not acknowledged comes
 again: from NATS newer messages first, the old ones when its `ack_wait` runs out. So a session that is taken up again is
-first collected for that long and sorted, and order per meter is as if nothing had happened (decisions 3 and 12).
+first collected for that long and sorted, and order per meter is as if nothing had happened (decisions 3 and 13).
 """
 
+import contextlib
 import os
 import time
 from collections import OrderedDict, deque
@@ -30,7 +31,9 @@ log = structlog.get_logger()
 LOOP_S = 0.02  # longest wait for a packet: bounds how long a delivery report waits for its acknowledgement
 RECONNECT_S = 1.0
 DRAIN_S = 10.0  # at a stop: how long Kafka may take for what is in flight; what is left comes again
-QUIET_S = 1.0  # a taken-up session is not sorted while redelivered messages come
+QUIET_S = 1.0  # a taken-up session is not sorted while redelivered messages come, nor a clean end believed
+SESSION = "meterstream-bridge-2"
+"""Of the sessions, with a generation: the broker keeps a session's ack_wait and window as they were at its begin."""
 REMEMBERED = 10_000  # acknowledged messages by which a redelivered one is known: several windows of the broker
 BRAKE_WINDOW = 1_000  # messages over which the share of poison is taken
 PROGRESS_S = 10.0
@@ -78,7 +81,7 @@ class Subscription:
 
     Args:
         name: of the session.
-        pattern: what it subscribes to.
+        pattern: what it subscribes to; None of an earlier release's session, which has its own.
         settings: of the bridge.
         take: topic and payload → the record for Kafka.
         send: hands a record to Kafka, which says through the pending message when it is safe.
@@ -87,39 +90,52 @@ class Subscription:
     def __init__(
         self,
         name: str,
-        pattern: str,
+        pattern: str | None,
         settings: BridgeSettings,
         take: Callable[[str, bytes], Routed],
         send: Callable[[Routed, Pending], None],
     ) -> None:
+        self.name = name
         self.pattern = pattern
         self.failure: str | None = None
         self.is_ready = False
+        self.is_new = False
         self.open: deque[Pending] = deque()
+        self.came_at = time.monotonic()
         self._settings = settings
         self._take, self._send = take, send
         self._in_flight: set[int] = set()
-        self._carried: OrderedDict[int, None] = OrderedDict()
+        self.carried: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._settled_at: float | None = None
         self._collected: list[tuple[Routed, Pending]] = []
-        self._clean = home() / "run" / f"{name}.clean"
+        self._mark = home() / "run" / f"{name}.clean"
+        self._was_clean = False
         self._due = 0.0
-        self.client = LoopClient(name, clean_session=False, manual_ack=True, reconnect_on_failure=False)
-        if settings.mqtt_username:
-            self.client.username_pw_set(settings.mqtt_username, settings.mqtt_password)
+        self.client = self._client(clean=False)
         self.client.on_connect = self._on_connect
         self.client.on_subscribe = self._on_subscribe
         self.client.on_message = self._on_message
+
+    def _client(self, clean: bool) -> LoopClient:
+        client = LoopClient(self.name, clean_session=clean, manual_ack=True, reconnect_on_failure=False)
+        if self._settings.mqtt_username:
+            client.username_pw_set(self._settings.mqtt_username, self._settings.mqtt_password)
+        return client
 
     def connect(self) -> None:
         """Connects where there is no connection; tried once a second."""
         if self.client.socket() is not None or time.monotonic() < self._due:
             return
-        self.is_ready, self._due = False, time.monotonic() + RECONNECT_S
+        self.is_ready = False
+        # all of it belongs to the connection that is gone: its numbers mean other messages on the next one
+        for held in (self.open, self._in_flight, self.carried, self._collected):
+            held.clear()
+        self._was_clean = self._was_clean or self._taken_mark()
         try:
             self.client.connect(self._settings.mqtt_host, self._settings.mqtt_port, keepalive=30)
         except OSError as error:
             log.warning("MQTT broker does not answer", port=self._settings.mqtt_port, error=str(error))
+        self._due = time.monotonic() + RECONNECT_S
 
     def settle(self) -> None:
         """Sends what was collected since the session was taken up, in the order of each meter."""
@@ -135,32 +151,56 @@ class Subscription:
         while self.open and self.open[0].is_safe:
             pending = self.open.popleft()
             self._in_flight.discard(pending.mid)
-            self._carried[pending.print] = None
+            self.carried[pending.mid, pending.print] = None
             self.client.ack(pending.mid, 1)
-        while len(self._carried) > REMEMBERED:
-            self._carried.popitem(last=False)
+        while len(self.carried) > REMEMBERED:
+            self.carried.popitem(last=False)
 
     def leave(self) -> None:
-        """Ends the connection; where all is acknowledged the next process need not wait for what comes again."""
-        is_clean = self.is_ready and not self.open and self.client.socket() is not None
+        """Ends the connection; where nothing is on its way any more, the next process need not wait for it."""
+        is_clean = self.is_ready and not self.open and time.monotonic() - self.came_at > QUIET_S
         self.client.disconnect()
         self.client.loop_write()
-        if is_clean:
-            self._clean.write_text("")
+        if is_clean and self.client.is_quiet_end:
+            with contextlib.suppress(OSError):  # without the mark it settles
+                self._mark.write_text("")
+
+    def remove(self) -> None:
+        """Removes the session from the broker; what it still holds is gone with it."""
+        self.client.disconnect()
+        self.client.loop_write()
+        client = self._client(clean=True)
+        with contextlib.suppress(OSError):  # the next start finds it again
+            client.connect(self._settings.mqtt_host, self._settings.mqtt_port)
+        until = time.monotonic() + DRAIN_S
+        while not client.is_connected() and client.socket() is not None and time.monotonic() < until:
+            turn([client], LOOP_S)
+        client.disconnect()
+        client.loop_write()
+
+    def _taken_mark(self) -> bool:
+        """Whether the last process left the mark; it is gone before anything can come."""
+        try:
+            self._mark.unlink()
+        except OSError:
+            return False
+        return True
 
     def _on_connect(self, client: mqtt.Client, _: Any, flags: mqtt.ConnectFlags, code: Any, *rest: Any) -> None:
         if code.is_failure:
             self.failure = f"MQTT broker refused: {code}"
             return
-        for held in (self.open, self._in_flight, self._collected):
-            held.clear()
-        is_clean = self._clean.exists()
-        self._clean.unlink(missing_ok=True)
-        comes_again = flags.session_present and not is_clean
-        self._settled_at = time.monotonic() + self._settings.settle_s if comes_again else None
+        self.is_new = not flags.session_present
+        comes_again = flags.session_present and not self._was_clean
+        self._was_clean = False
+        self.came_at = time.monotonic()
+        self._settled_at = self.came_at + self._settings.settle_s if comes_again else None
         if comes_again:
             log.info("session taken up: first collects what comes again", seconds=self._settings.settle_s)
-        client.subscribe(self.pattern, 1)
+        if self.pattern is not None:
+            client.subscribe(self.pattern, 1)
+        else:
+            self.is_ready = True
 
     def _on_subscribe(self, client: mqtt.Client, _: Any, mid: int, codes: list[Any], *rest: Any) -> None:
         if any(code.is_failure for code in codes):
@@ -171,18 +211,18 @@ class Subscription:
     def _on_message(self, client: mqtt.Client, _: Any, message: mqtt.MQTTMessage) -> None:
         if message.mid in self._in_flight:
             return  # the broker's ack_wait ran out while we still have it
+        self.came_at = time.monotonic()
         try:
             topic = message.topic
         except UnicodeDecodeError:
             topic = "(not UTF-8)"
         payload = bytes(message.payload)
         pending = Pending(message.mid, hash((topic, payload)))
-        if message.dup:
-            if self._settled_at is not None:
-                self._settled_at = max(self._settled_at, time.monotonic() + QUIET_S)
-            elif pending.print in self._carried:  # it was on its way again when our acknowledgement came
-                client.ack(message.mid, 1)
-                return
+        if message.dup and self._settled_at is not None:
+            self._settled_at = max(self._settled_at, self.came_at + QUIET_S)
+        if message.dup and (pending.mid, pending.print) in self.carried:
+            client.ack(message.mid, 1)  # it was on its way again when our acknowledgement came
+            return
         record = self._take(topic, payload)
         if message.qos:
             self._in_flight.add(message.mid)
@@ -222,9 +262,13 @@ class Bridge:
         )
         patterns = {shard: f"meters/{shard}/#" for shard in settings.shards} or {"all": "meters/#"}
         self._subscriptions = [
-            Subscription(f"meterstream-bridge-{name}", pattern, settings, self._taken, self._send)
+            Subscription(f"{SESSION}-{name}", pattern, settings, self._taken, self._send)
             for name, pattern in patterns.items()
         ]
+        self._caught_up_at: float | None = None
+        self._retiring: Subscription | None = Subscription(
+            f"meterstream-bridge-{settings.shards or 'all'}", None, settings, self._taken, self._send
+        )
 
     def stop(self, *_: Any) -> None:
         """Asks the loop to end; a signal handler."""
@@ -240,15 +284,18 @@ class Bridge:
         self._ready.parent.mkdir(parents=True, exist_ok=True)
         try:
             while not self._stopping:
-                for subscription in self._subscriptions:
-                    subscription.connect()
-                turn([subscription.client for subscription in self._subscriptions], LOOP_S)
+                every = [*self._subscriptions, *([self._retiring] if self._retiring else [])]
+                for subscription in every:
+                    if not self._stopping:
+                        subscription.connect()
+                turn([subscription.client for subscription in every], LOOP_S)
                 self._producer.poll(0)
-                for subscription in self._subscriptions:
+                for subscription in every:
                     subscription.settle()
                     subscription.acknowledge()
                 self._tell_ready()
-                failure = self._failure or next(filter(None, (each.failure for each in self._subscriptions)), None)
+                self._retire()
+                failure = self._failure or next(filter(None, (each.failure for each in every)), None)
                 if failure:
                     raise RetryLater(failure)
                 if time.monotonic() - told_at > PROGRESS_S:
@@ -258,10 +305,34 @@ class Bridge:
         finally:
             self._ready.unlink(missing_ok=True)
             self._producer.flush(DRAIN_S)
-            for subscription in self._subscriptions:
+            for subscription in [*self._subscriptions, *([self._retiring] if self._retiring else [])]:
                 subscription.acknowledge()
                 subscription.leave()
             log.info("bridge stopped", received=self.received, dead_letters=self.dead_letters)
+
+    def _retire(self) -> None:
+        """Removes an earlier release's session once it has brought all that came before ours began.
+
+        NATS keeps a session's ack_wait and window as they were when it began. Both sessions get what comes meanwhile:
+        it is carried twice, which the jobs count as duplicates, and nothing is missed. The old one has caught up when
+        it brings what the new one has, or nothing; what was left out on the way comes within `settle_s`.
+        """
+        old = self._retiring
+        if old is None or not old.is_ready:
+            return
+        if not old.is_new:
+            now = time.monotonic()
+            if self._caught_up_at is None and self._is_told:
+                new = {pending.print for each in self._subscriptions for pending in each.open}
+                new |= {print_ for each in self._subscriptions for _, print_ in each.carried}
+                is_idle = now - old.came_at > self.settings.settle_s
+                if is_idle or any(pending.print in new for pending in old.open):
+                    self._caught_up_at = now
+            if self._caught_up_at is None or old.open or now - self._caught_up_at < self.settings.settle_s:
+                return
+            log.info("removed the session of an earlier release", name=old.name)
+        self._retiring = None
+        old.remove()
 
     def _tell_ready(self) -> None:
         """Says that it is ready, in a file, while all subscriptions stand."""

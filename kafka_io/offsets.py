@@ -12,18 +12,21 @@ from schemas.topics import Topic
 NO_LEADER_S = 30.0
 
 
-def newest_offsets(kafka: str | AdminClient, topics: Iterable[Topic]) -> dict[tuple[str, int], int]:
+def newest_offsets(
+    kafka: str | AdminClient, topics: Iterable[Topic], patience_s: float | None = None
+) -> dict[tuple[str, int], int]:
     """Topic and partition → the offset that its next record gets.
 
     Args:
         kafka: host:port of a broker, or a client to ask by, for those who ask often.
         topics: of which.
+        patience_s: how long it is asked again; half a minute if None.
 
     Raises:
         RetryLater: Kafka does not say. Just started, it may not know a partition's leader: it is asked for a while.
     """
     admin = AdminClient({"bootstrap.servers": kafka, "log_level": 0}) if isinstance(kafka, str) else kafka
-    until = time.monotonic() + NO_LEADER_S
+    until = time.monotonic() + (NO_LEADER_S if patience_s is None else patience_s)
     names = {topic.name for topic in topics}
     while True:
         try:

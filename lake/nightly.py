@@ -259,24 +259,25 @@ def run(jobs: Iterable[BatchJob], date: datetime.date, as_json: bool = False) ->
         try:
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 running: dict[Future[tuple[int, float]], BatchJob] = {}
-                while left.is_active():
-                    for job in sorted(left.get_ready(), key=lambda job: job.name):
-                        running[pool.submit(_timed, session, job, date)] = job
-                    bar.update(task, told=", ".join(job.name for job in list(running.values())[:AT_ONCE]))
-                    for done in wait(running, return_when=FIRST_COMPLETED).done:
-                        job = running.pop(done)
-                        try:
+                try:
+                    while left.is_active():
+                        for job in sorted(left.get_ready(), key=lambda job: job.name):
+                            running[pool.submit(_timed, session, job, date)] = job
+                        bar.update(task, told=", ".join(job.name for job in list(running.values())[:AT_ONCE]))
+                        for done in wait(running, return_when=FIRST_COMPLETED).done:
+                            job = running.pop(done)
                             rows, took_s = done.result()
-                        except BaseException:
-                            pool.shutdown(cancel_futures=True)
-                            raise
-                        left.done(job)
-                        bar.advance(task)
-                        if as_json:
-                            line = {"report": job.report, "date": day, "rows": rows, "seconds": round(took_s, 3)}
-                            sys.stdout.write(json.dumps(line) + "\n")
-                        else:
-                            console.print(f"{day}  {job.report:<24} {rows:>10,} rows {took_s:>7.1f} s")
+                            left.done(job)
+                            bar.advance(task)
+                            if as_json:
+                                line = {"report": job.report, "date": day, "rows": rows, "seconds": round(took_s, 3)}
+                                sys.stdout.write(json.dumps(line) + "\n")
+                            else:
+                                console.print(f"{day}  {job.report:<24} {rows:>10,} rows {took_s:>7.1f} s")
+                except BaseException:  # Ctrl-C too: what has not begun does not begin, what has is cancelled
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    session.sparkContext.cancelAllJobs()
+                    raise
             console.print(f"In {report_path('<report>') / f'date={day}'}/*.parquet", markup=False, soft_wrap=True)
         finally:
             session.stop()

@@ -15,11 +15,16 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 READ_BYTES = 65_536  # some hundreds of readings
+PACKETS = 1_000  # of a turn: the caller has others to look after
+END_S = 5.0  # for the other side to take what waits, and to close
 DISCONNECT = 0xE0
 
 
 class LoopClient(mqtt.Client):
     """A client that lives in its caller's loop: see `turn`.
+
+    Attributes:
+        is_quiet_end: after a disconnection, whether the other side had sent nothing that was not handled.
 
     Args:
         client_id: of the session.
@@ -28,19 +33,22 @@ class LoopClient(mqtt.Client):
 
     def __init__(self, client_id: str, **options: Any) -> None:
         super().__init__(CallbackAPIVersion.VERSION2, client_id=client_id, **options)
-        for waker in (self._sockpairR, self._sockpairW):  # who wakes a thread; there is none
-            if waker is not None:
-                waker.close()
-        self._sockpairR = self._sockpairW = None
         self._ahead, self._place = b"", 0
         self._unsent = bytearray()
+        self.is_quiet_end = False
         self.on_socket_open = self._begin_anew
         self.on_socket_register_write = lambda *_: None  # else each packet would be written by itself
 
+    @property
+    def has_ahead(self) -> bool:
+        """Whether packets were read that are not handled; the socket does not tell of them."""
+        return self.socket() is not None and self._place < len(self._ahead)
+
     def read(self) -> None:
-        """Handles the packets that have come together; of what is read ahead the socket tells nobody."""
-        while self.loop_read() == MQTTErrorCode.MQTT_ERR_SUCCESS and self._place < len(self._ahead):
-            pass
+        """Handles packets that have come together, at most as many as a turn should take."""
+        for _ in range(PACKETS):
+            if self.loop_read() != MQTTErrorCode.MQTT_ERR_SUCCESS or not self.has_ahead:
+                return
 
     def want_write(self) -> bool:
         """Whether something waits for the socket."""
@@ -72,12 +80,27 @@ class LoopClient(mqtt.Client):
     def _sock_send(self, buf: bytes | bytearray) -> int:
         self._unsent += buf
         if buf[0] == DISCONNECT:  # paho closes the socket next
-            sock = self.socket()
-            if sock is not None:
-                sock.setblocking(True)
-            while self._unsent:
-                self._write()
+            self._end()
         return len(buf)
+
+    def _end(self) -> None:
+        """Sends what waits, and reads to the other side's end: closing with unread bytes would take back what was sent.
+
+        Raises:
+            TimeoutError: the other side takes nothing.
+        """
+        is_handled = not self.has_ahead
+        sock: Any = self.socket()
+        if sock is None:
+            return
+        sock.settimeout(END_S)
+        while self._unsent:
+            self._write()
+        came = super()._sock_recv(READ_BYTES)
+        self.is_quiet_end = is_handled and not came
+        until = time.monotonic() + END_S
+        while came and time.monotonic() < until:
+            came = super()._sock_recv(READ_BYTES)
 
     def _write(self) -> None:
         del self._unsent[: super()._sock_send(self._unsent)]
@@ -93,8 +116,9 @@ def turn(clients: Sequence[LoopClient], timeout_s: float) -> None:
         time.sleep(timeout_s)
         return
     writing = [sock for sock, client in known.items() if client.want_write()]
-    readable, writable, _ = select.select(list(known), writing, [], timeout_s)
-    for sock in readable:
+    ahead = [sock for sock, client in known.items() if client.has_ahead]
+    readable, writable, _ = select.select(list(known), writing, [], 0.0 if ahead else timeout_s)
+    for sock in {*readable, *ahead}:
         known[sock].read()
     for sock, client in known.items():
         if sock in writable or client.want_write():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import secrets
 import sys
 import time
@@ -30,6 +31,7 @@ from replay.sinks import KafkaSink, MqttSink, NullSink, Sink
 from replay.statistics import NARROWEST, TARGETS, Statistics, comparisons, statistics
 from replay.tape import Tape, has_tape, read_tape
 from schemas.errors import ConfigError, RetryLater, exits
+from schemas.settings import PREFIX as VARIABLE
 from schemas.settings import Settings, contradictions, load
 from schemas.tables import home
 
@@ -471,7 +473,11 @@ def _way() -> WaySettings:
     """Where to; says where the environment means another stack than that of the home."""
     for line in contradictions(WaySettings, home()):
         problems.print(f"[yellow]![/] {line}", soft_wrap=True)
-    return load(WaySettings)
+    given = {name for name in WaySettings.model_fields if f"{VARIABLE}{name.upper()}" in os.environ}
+    if "mqtt_host" not in given:
+        return load(WaySettings)
+    elsewhere = {"mqtt_port": 1883, "kafka_bootstrap": ""}  # not the home's, behind a broker that is not the home's
+    return load(WaySettings, **{name: value for name, value in elsewhere.items() if name not in given})
 
 
 def _sink(to: str, way: WaySettings, connections: int) -> Callable[[], Sink]:
@@ -479,7 +485,7 @@ def _sink(to: str, way: WaySettings, connections: int) -> Callable[[], Sink]:
         case "mqtt":
             return partial(MqttSink, way.mqtt_host, way.mqtt_port, connections)
         case "kafka":
-            return partial(KafkaSink, way.kafka_bootstrap)
+            return partial(KafkaSink, way.kafka_bootstrap or "127.0.0.1:9092")
         case "null":
             return NullSink
         case _:

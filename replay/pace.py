@@ -8,6 +8,7 @@ Where the way is slow shows in what was waited for: the sender's window (the MQT
 there directly), and, behind the broker, what has not come through the bridge yet.
 """
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable
@@ -50,12 +51,21 @@ class RunClock:
         slip_s: seconds of wall time that it has waited.
     """
 
-    def __init__(self, speed: float | None, began: float, is_steady: bool) -> None:
+    def __init__(self, speed: float | None, is_steady: bool) -> None:
         self.speed = speed
         self.is_steady = is_steady
         self.slip_s = 0.0
-        self._began = began
+        self.start()
         self._tolerance_s = min(TOLERANCE_S, TOLERANCE_US / SECOND / speed) if speed else 0.0
+
+    def start(self) -> None:
+        """Begins now."""
+        self._began = time.monotonic()
+
+    @property
+    def played_s(self) -> float:
+        """Wall time since the begin."""
+        return time.monotonic() - self._began
 
     def wait_for(self, due_us: int, is_stopped: Callable[[], bool]) -> None:
         """Waits until it is time for what is due then; a steady clock that is past it goes back to it.
@@ -88,13 +98,19 @@ class Way:
     Records of others that come in meanwhile, or that are delivered again, count as ours: then it waits less.
     """
 
-    def __init__(self, bootstrap: str) -> None:
+    def __init__(self, bootstrap: str, most: int = ON_THE_WAY) -> None:
         from confluent_kafka.admin import AdminClient
 
         self.waited_s = 0.0
+        self._most = most
         self._admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
-        self._begin = newest(self._admin)
+        self._begin = newest(self._admin, 30.0)
         self._carried = 0
+
+    def _look(self) -> None:
+        """Asks Kafka; one that is away has carried nothing meanwhile."""
+        with contextlib.suppress(RetryLater):
+            self._carried = newest(self._admin, 0.0) - self._begin
 
     def wait(self, acknowledged: Callable[[], int], is_stopped: Callable[[], bool]) -> None:
         """Waits while too much is on the way.
@@ -106,13 +122,13 @@ class Way:
         Raises:
             RetryLater: for minutes nothing came through.
         """
-        if acknowledged() - self._carried <= ON_THE_WAY // 2:
+        if acknowledged() - self._carried <= self._most // 2:
             return
-        self._carried = newest(self._admin) - self._begin
-        if acknowledged() - self._carried <= ON_THE_WAY:
+        self._look()
+        if acknowledged() - self._carried <= self._most:
             return
         began = moved = time.monotonic()
-        while (left := acknowledged() - self._carried) > ON_THE_WAY // 2 and not is_stopped():
+        while (left := acknowledged() - self._carried) > self._most // 2 and not is_stopped():
             if time.monotonic() - moved > STALLED_S:
                 msg = (
                     f"nothing has come through broker and bridge to Kafka for {STALLED_S:.0f} s, {left:,} records are "
@@ -120,21 +136,26 @@ class Way:
                 )
                 raise RetryLater(msg)
             time.sleep(LOOK_S)
-            before, self._carried = self._carried, newest(self._admin) - self._begin
+            before = self._carried
+            self._look()
             if self._carried != before:
                 moved = time.monotonic()
         self.waited_s += time.monotonic() - began
 
 
-def newest(admin: "AdminClient") -> int:
+def newest(admin: "AdminClient", patience_s: float) -> int:
     """Records that the topics of the bridge have received since they were made.
+
+    Args:
+        admin: client to ask by.
+        patience_s: how long it is asked again.
 
     Raises:
         RetryLater: Kafka does not say.
     """
     from kafka_io.offsets import newest_offsets
 
-    return sum(newest_offsets(admin, INGESTED).values())
+    return sum(newest_offsets(admin, INGESTED, patience_s).values())
 
 
 def answers(bootstrap: str) -> bool:

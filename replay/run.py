@@ -33,7 +33,7 @@ from xxhash import xxh3_128_digest
 
 from replay.dirt import FAULTS, Dirt, Entry, Raw
 from replay.fleet import PREFIX, STAMP, Fleet, Integers, fleet, from_microseconds
-from replay.pace import SECOND, Pace, RunClock, Way
+from replay.pace import ON_THE_WAY, SECOND, Pace, RunClock, Way
 from replay.sinks import Sink
 from replay.tape import read_tape
 from schemas.codec import arrow_schema, encode_batch
@@ -81,6 +81,7 @@ class Order:
         again: add to what this data folder has of the same meters already.
         pace: whether the run's clock waits for the way.
         way: host:port of the Kafka behind the MQTT broker, where a steady run can see what has come through.
+        on_the_way: records between the two at which it waits.
     """
 
     tape: Path
@@ -100,6 +101,15 @@ class Order:
     again: bool = False
     pace: Pace = Pace.STEADY
     way: str | None = None
+    on_the_way: int = ON_THE_WAY
+
+    def open_way(self) -> Way | None:
+        """What a steady run waits for behind the MQTT broker, where it can see that.
+
+        Raises:
+            RetryLater: Kafka does not answer.
+        """
+        return Way(self.way, self.on_the_way) if self.is_steady and self.way else None
 
     @property
     def is_steady(self) -> bool:
@@ -187,6 +197,7 @@ class Sent:
         acknowledged: records that are safe on the other side.
         cpu_s: of this process.
         slip_s: of its clock.
+        played_s: wall time from the clock's begin.
         waited_s: by what for.
     """
 
@@ -198,6 +209,7 @@ class Sent:
     acknowledged: int = 0
     cpu_s: float = 0.0
     slip_s: float = 0.0
+    played_s: float = 0.0
     waited_s: dict[str, float] = field(default_factory=dict)
 
     def total(self, kind: str) -> int:
@@ -346,8 +358,8 @@ def play(order: Order, open_sink: Callable[[], Sink], on_progress: Progress = la
         ids = crew.meter_ids(np.arange(len(crew)))
         began = time.monotonic()
         if processes == 1:
-            game = Game(order, crew, dirt, RunClock(order.speed, began, order.is_steady), lambda: stop.is_asked)
-            sent, failure = _play_meters(game, 0, len(crew), open_sink, on_progress)
+            game = Game(order, crew, dirt, RunClock(order.speed, order.is_steady), lambda: stop.is_asked)
+            sent, failure = _play_meters(game, 0, len(crew), open_sink, on_progress, way=order.open_way())
             parts = [sent]
         else:
             del crew, dirt
@@ -410,7 +422,8 @@ def _settle(ledger: Ledger, parts: list[Sent]) -> None:
     for name in sorted({name for part in parts for name in part.waited_s}):
         ledger.waited_s[name] = round(max(part.waited_s.get(name, 0.0) for part in parts), 3)
     until_us = max((int(part.until.max(initial=0)) for part in parts), default=0)
-    ledger.speed_reached = round(until_us / SECOND / max(ledger.seconds, 1e-3), 1)
+    played_s = max((part.played_s for part in parts), default=0.0)
+    ledger.speed_reached = round(until_us / SECOND / max(played_s, 1e-3), 1)
     ledger.cpu_s = round(time.process_time() + sum(part.cpu_s for part in parts), 3)
     total = np.zeros(2, np.uint64)
     late: dict[int, int] = {}
@@ -472,6 +485,8 @@ def _play_meters(
     meet: Callable[[], None] = lambda: None,
     acknowledged: "SharedCounts | None" = None,
     number: int = 0,
+    begin: Callable[[], object] = lambda: None,
+    way: Way | None = None,
 ) -> tuple[Sent, MeterstreamError | None]:
     """Sends the records of the meters low … high − 1.
 
@@ -484,6 +499,8 @@ def _play_meters(
         meet: called after each slice, to keep processes together.
         acknowledged: by each process of the run, where there are several.
         number: of this one; the first waits for the way, and the others for it.
+        begin: called when everything is open: from then on the clock runs.
+        way: what the first process waits for.
     """
     sent, clock, order = _nothing(low, high), game.clock, game.order
     failure: MeterstreamError | None = None
@@ -491,14 +508,15 @@ def _play_meters(
     try:
         sink = open_sink()
         counts: SharedCounts = [0] if acknowledged is None else acknowledged
-        way = Way(order.way) if order.is_steady and order.way and number == 0 else None
+        begin()
+        clock.start()
         for stretch in _slices(game, low, high):
             counts[number] = sink.acknowledged
             if way:
                 way.wait(lambda: sum(counts), game.is_stopped)
                 sent.waited_s["bridge"] = way.waited_s
             blocks = list(stretch.cut())
-            ticks = _ticks(game, stretch) if order.is_steady and len(blocks) == 1 else None
+            ticks = _ticks(game, stretch, len(blocks)) if order.is_steady and order.speed else None
             if ticks is None:
                 clock.wait_for(stretch.end_us, game.is_stopped)
             for block in blocks:
@@ -522,7 +540,7 @@ def _play_meters(
             failure = failure or error
         sent.acknowledged = sink.acknowledged
         sent.waited_s[order.to] = sink.waited_s
-    sent.slip_s = clock.slip_s
+    sent.slip_s, sent.played_s = clock.slip_s, clock.played_s
     return sent, failure
 
 
@@ -592,10 +610,13 @@ def _tick_us(game: Game) -> int:
     return round((TICK_S + TICK_PER_METER_S * len(game.crew)) * (game.order.speed or 0) * SECOND)
 
 
-def _ticks(game: Game, stretch: Block) -> Integers | None:
-    """Ends of a paced run's ticks in a stretch; what is due before one of them goes out then."""
-    if not game.order.speed:
-        return None
+def _ticks(game: Game, stretch: Block, blocks: int) -> Integers:
+    """Ends of a paced run's ticks in a stretch; what is due before one of them goes out then.
+
+    Several blocks go out one after the other, each at the stretch's end: the clock does not go back.
+    """
+    if blocks > 1:
+        return np.array([stretch.end_us])
     tick_us = max(1, _tick_us(game))
     return np.append(np.arange(stretch.begin_us + tick_us, stretch.end_us, tick_us), stretch.end_us)
 
@@ -853,10 +874,11 @@ def _work(
 
     try:
         crew = order.fleet()
-        dirt = order.faults(crew)
-        barrier.wait()
-        game = Game(order, crew, dirt, RunClock(order.speed, time.monotonic(), order.is_steady), is_stopped.is_set)
-        sent, failure = _play_meters(game, low, high, open_sink, on_progress, meet, counts, number)
+        game = Game(order, crew, order.faults(crew), RunClock(order.speed, order.is_steady), is_stopped.is_set)
+        way = order.open_way() if number == 0 else None
+        sent, failure = _play_meters(
+            game, low, high, open_sink, on_progress, meet, counts, number, barrier.wait, way
+        )  # fmt: skip
     except MeterstreamError as error:
         sent, failure = _nothing(low, high), error
     except threading.BrokenBarrierError:  # another one ended before the run began, and says why

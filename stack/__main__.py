@@ -127,6 +127,14 @@ def up(names: Names = None, mode: Mode = "auto", cluster: Cluster = False, criti
     _guarded(work)
 
 
+def _bootstrap() -> str:
+    """Where Kafka is; says where the environment means another than the home's stack has."""
+    settings = load(StackSettings)
+    for line in contradictions(StackSettings, settings.home.resolve()):
+        problems.print(f"[yellow]![/] {line}", soft_wrap=True)
+    return settings.kafka_bootstrap
+
+
 def _named(stack: NativeStack | ContainerStack) -> str:
     return "In containers" if isinstance(stack, ContainerStack) else "As native processes"
 
@@ -209,7 +217,7 @@ def alarms(
 
     def work() -> None:
         with Console(stderr=True).status("Reading the alarms"):
-            found = following.alarms(load(StackSettings).kafka_bootstrap)
+            found = following.alarms(_bootstrap())
         chosen = following.newest_first(found.values(), meter, all_)
         if as_json:
             for alarm in chosen[:limit]:
@@ -239,7 +247,7 @@ def acknowledge(
     """
 
     def work() -> None:
-        bootstrap = load(StackSettings).kafka_bootstrap
+        bootstrap = _bootstrap()
         whole_id, whose = following.acknowledge(bootstrap, alarm_id, meter, by, note)
         console.print(f"Acknowledged: alarm {whole_id} of {whose}, by {by}.", markup=False)
 
@@ -404,7 +412,7 @@ def critical(
     """
 
     def work() -> None:
-        bootstrap = load(StackSettings).kafka_bootstrap
+        bootstrap = _bootstrap()
         for number, event in enumerate(following.critical_events(bootstrap, from_start), 1):
             if as_json:
                 typer.echo(json.dumps(event, default=str))
@@ -436,21 +444,28 @@ def sql(
     from replay.verify import open_lake
 
     def work() -> None:
-        os.environ["METERSTREAM_HOME"] = str(load(StackSettings).home.resolve())
+        stack = _stack()
+        if isinstance(stack, ContainerStack):
+            msg = (
+                "the lake is in Docker's volume: docs/docker.md says how to copy it out, METERSTREAM_HOME names a copy"
+            )
+            raise ConfigError(msg)
+        os.environ["METERSTREAM_HOME"] = str(stack.home)
         with open_lake() as lake:
             for report in sorted(path.name for path in report_path("").glob("*_v*")):
-                lake.execute(f"CREATE VIEW {report} AS FROM read_parquet('{glob_of(report_path(report))}')")
+                if any(report_path(report).glob("date=*/*.parquet")):
+                    lake.execute(f"CREATE VIEW \"{report}\" AS FROM read_parquet('{glob_of(report_path(report))}')")
             try:
                 rows = lake.sql(query)
+                if rows is None:
+                    return
+                if as_json:
+                    for row in rows.fetchall():
+                        typer.echo(json.dumps(dict(zip(rows.columns, row, strict=True)), default=str))
+                else:
+                    rows.show(max_width=console.width)
             except duckdb.Error as error:
                 raise ConfigError(str(error)) from error
-            if rows is None:
-                return
-            if not as_json:
-                rows.show(max_width=console.width)
-                return
-            for row in rows.fetchall():
-                typer.echo(json.dumps(dict(zip(rows.columns, row, strict=True)), default=str))
 
     _guarded(work)
 

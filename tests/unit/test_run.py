@@ -169,6 +169,14 @@ def _played(tape: Path, run_id: str, sink_of: type[Kept]) -> Kept:
     return sink
 
 
+def test_blocks_of_one_moment_wait_for_each_other_and_are_not_late(tape: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replay.run.BLOCK_RECORDS", 7)
+    sink = Hindered()
+    ledger = play(Order(tape, "r1", "null", 20, speed=36_000.0, burst=True), lambda: sink)
+    assert 0.9 <= ledger.slip_s
+    assert delays(sink).max() < timedelta(minutes=15), "a second is ten hours of the run"  # type: ignore[operator]
+
+
 def test_an_open_run_keeps_its_clock_and_says_how_late_it_was(tape: Path) -> None:
     ledger = play(Order(tape, "r1", "null", 20, speed=36_000.0, pace=Pace.OPEN), Hindered)
     assert (ledger.pace, ledger.slip_s) == ("open", 0.0)

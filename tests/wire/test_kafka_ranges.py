@@ -9,7 +9,6 @@ import pytest
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from kafka_io import offsets
 from kafka_io.offsets import newest_offsets
 from lake import kafka_ranges
 from lake.decoding import KAFKA
@@ -124,7 +123,7 @@ def test_a_kafka_that_says_nothing_is_asked_again_later(monkeypatch: pytest.Monk
 
 
 def test_a_kafka_that_does_not_say_what_it_has_is_asked_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offsets, "NO_LEADER_S", 0.5)
+    monkeypatch.setattr("kafka_io.offsets.NO_LEADER_S", 0.5)
     with pytest.raises(RetryLater, match="Kafka at 127.0.0.1:1 does not say what it has: .*"):
         newest_offsets("127.0.0.1:1", [READINGS])
 

@@ -125,6 +125,29 @@ def test_a_lost_connection_leaves_no_socket_and_the_next_one_begins_anew(client:
 
 def test_a_disconnection_sends_what_waits_first(client: LoopClient, broker: Broker) -> None:
     client.ack(7, 1)
+    broker.connection.shutdown(socket.SHUT_WR)
     client.disconnect()
     client.loop_write()
     assert broker.read_until(6) == b"\x40\x02\x00\x07\xe0\x00"
+    assert client.is_quiet_end
+
+
+def test_a_disconnection_from_a_broker_that_takes_nothing_ends(
+    client: LoopClient, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mqtt_io.client.END_S", 0.1)
+    for _ in range(10):
+        client.publish("t", b"w" * 1_000_000, qos=1)
+    client.disconnect()
+    client.loop_write()
+    assert client.socket() is None
+
+
+def test_whether_anything_came_behind_the_last_handled_packet_is_known_at_the_end(
+    client: LoopClient, broker: Broker
+) -> None:
+    broker.connection.sendall(publication(1, b"too late"))
+    broker.connection.shutdown(socket.SHUT_WR)
+    client.disconnect()
+    client.loop_write()
+    assert not client.is_quiet_end

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
+from ingest.bridge import QUIET_S, SESSION
+from mqtt_io.client import LoopClient, turn
 from replay.sinks import MqttSink
 from schemas.codec import decode, encode
 from schemas.topics import READINGS
@@ -143,14 +145,56 @@ def test_ten_kills_of_a_starved_bridge_lose_nothing_and_keep_the_order(stack: Na
     assert found.redelivered <= 10 * 1_000, "more than the broker's window at each kill"
 
 
+def test_a_bridge_that_is_stopped_while_meters_go_on_keeps_the_order(stack: NativeStack) -> None:
+    publishing = threading.Thread(target=publish, args=(stack, 20_000))
+    publishing.start()
+    bootstrap = stack.settings.kafka_bootstrap
+    eventually(lambda: proof.end_offsets(bootstrap)[READINGS.name] > 3_000, 60)
+    stack.stop_part("ingest")
+    stack.start(["ingest"])
+    publishing.join()
+    found = arrived(stack, 120)
+    assert (found.distinct, found.reordered) == (20_000, 0)
+
+
+def test_the_session_of_an_earlier_release_brings_what_it_has_and_is_removed(
+    stack: NativeStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack.stop_part("ingest")
+
+    def session(is_new: bool) -> LoopClient:
+        connected: list[bool] = []
+        client = LoopClient("meterstream-bridge-all", clean_session=False)
+        client.on_connect = lambda _client, _data, flags, *_: connected.append(not flags.session_present)
+        client.connect("127.0.0.1", stack.settings.mqtt_port)
+        eventually(lambda: turn([client], 0.05) or connected, 10)
+        assert connected == [is_new]
+        return client
+
+    old, subscribed = session(is_new=True), threading.Event()
+    old.on_subscribe = lambda *_: subscribed.set()
+    old.subscribe("meters/#", 1)
+    eventually(lambda: turn([old], 0.05) or subscribed.is_set(), 10)
+    old.disconnect()
+    old.loop_write()
+    publish(stack, 1_000)
+    monkeypatch.setenv("METERSTREAM_SETTLE_S", "4")
+    stack.start(["ingest"])
+    eventually(lambda: "removed the session" in stack.log_file("ingest").read_text(), 60)
+    assert arrived(stack, 60).distinct == 1_000
+    session(is_new=True)
+
+
 def test_a_bridge_that_was_stopped_goes_on_at_once(stack: NativeStack) -> None:
     publish(stack, 1_000)
     arrived(stack, 60)
+    threading.Event().wait(QUIET_S)  # what comes in its last second may be on its way
     stack.stop_part("ingest")
     publish(stack, 1_000)
     assert proof.waiting_in_broker(stack.settings.nats_monitor_port) == 1_000
-    assert (stack.home / "run" / "meterstream-bridge-all.clean").exists()
+    mark = stack.home / "run" / f"{SESSION}-all.clean"
+    assert mark.exists()
     stack.start(["ingest"])
-    assert not (stack.home / "run" / "meterstream-bridge-all.clean").exists(), "a kill from here on is no clean end"
+    assert not mark.exists(), "a kill from here on is no clean end"
     assert arrived(stack, 60) == Arrived(1_000, 1_000, 0), "the same readings twice"
     assert "session taken up" not in stack.log_file("ingest").read_text()

@@ -1,16 +1,39 @@
 """What the MQTT broker and Kafka promise over their ports: one suite for processes and containers."""
 
+import contextlib
 import threading
 import uuid
+from collections.abc import Iterator
+from pathlib import Path
 
 import paho.mqtt.client as mqtt
+import pytest
 from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient
 
 from schemas.topics import READINGS, TOPICS
+from stack.demo import environment, own_settings
+from stack.native import NativeStack
 from tests.eventually import eventually
 
 TOPIC = "meters/0/m1/readings/avro"
+WAY = ["nats", "kafka", "ingest"]
+"""From MQTT to Kafka."""
+
+
+@contextlib.contextmanager
+def way(home: Path, **variables: str) -> Iterator[NativeStack]:
+    """MQTT broker, Kafka and bridge in a home of their own, and the environment that leads there."""
+    settings = own_settings(home)
+    stack = NativeStack(settings)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (environment(settings) | variables).items():
+            patch.setenv(name, value)
+        try:
+            stack.start(WAY)
+            yield stack
+        finally:
+            stack.stop()
 
 
 def client(stack, name):

@@ -15,34 +15,24 @@ from schemas.codec import decode, encode
 from schemas.dsmr import with_crc
 from schemas.topics import DEAD_LETTERS, READINGS, TOPICS, Topic, mqtt_topic
 from stack import proof
-from stack.demo import environment, own_settings
 from stack.native import NativeStack
+from tests.brokers import WAY, way
 from tests.eventually import eventually
 
-PARTS = ["nats", "kafka", "ingest"]
 BEGIN = datetime(2024, 3, 4, tzinfo=UTC)
 TELEGRAM = "/ISK5\\2M550T-1012\r\n\r\n1-3:0.2.8(50)\r\n0-0:1.0.0(240304120000W)\r\n1-0:1.8.1(000001.234*kWh)\r\n!"
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeStack]:
-    settings = own_settings(tmp_path_factory.mktemp("stack"))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment(settings).items():
-            patch.setenv(name, value)
-        patch.setenv("METERSTREAM_POISON_SHARE", "0.2")
-        stack = NativeStack(settings)
-        try:
-            stack.start(PARTS)
-            yield stack
-        finally:
-            stack.stop()
+    with way(tmp_path_factory.mktemp("stack"), METERSTREAM_POISON_SHARE="0.2") as stack:
+        yield stack
 
 
 @pytest.fixture
 def stack(shared: NativeStack) -> NativeStack:
     """The same for all; a test looks at what came after its begin."""
-    shared.start(PARTS)
+    shared.start(WAY)
     HAD.update(newest_offsets(shared.settings.kafka_bootstrap, TOPICS))
     return shared
 

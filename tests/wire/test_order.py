@@ -18,28 +18,19 @@ from replay.sinks import MqttSink
 from schemas.codec import decode, encode
 from schemas.topics import READINGS
 from stack import proof
-from stack.demo import environment, own_settings
 from stack.native import NativeStack
+from tests.brokers import way
 from tests.eventually import eventually
 from tests.starved import starved
 
 BEGIN = datetime(2024, 3, 4, tzinfo=UTC)
 METERS = 500
-PARTS = ["nats", "kafka", "ingest"]
 
 
 @pytest.fixture
-def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[NativeStack]:
-    settings = own_settings(tmp_path)
-    for name, value in environment(settings).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("METERSTREAM_SHARDS", getattr(request, "param", ""))
-    stack = NativeStack(settings)
-    try:
-        stack.start(PARTS)
+def stack(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[NativeStack]:
+    with way(tmp_path, METERSTREAM_SHARDS=getattr(request, "param", "")) as stack:
         yield stack
-    finally:
-        stack.stop()
 
 
 def publish(stack: NativeStack, count: int) -> None:

@@ -14,8 +14,9 @@ from replay.run import Order, play
 from replay.sinks import MqttSink
 from schemas.errors import RetryLater
 from stack import proof
-from stack.demo import environment, left_on_the_way, own_settings
+from stack.demo import left_on_the_way
 from stack.native import NativeStack
+from tests.brokers import way
 from tests.eventually import eventually
 from tests.wire import small_tape
 
@@ -25,17 +26,10 @@ LOOKS = 60  # of 0.05 s
 
 
 @pytest.fixture
-def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NativeStack]:
-    settings = own_settings(tmp_path)
-    for name, value in environment(settings).items():
-        monkeypatch.setenv(name, value)
+def stack(tmp_path: Path) -> Iterator[NativeStack]:
     small_tape.write(tmp_path / "tape")
-    stack = NativeStack(settings)
-    try:
-        stack.start(["nats", "kafka", "ingest"])
+    with way(tmp_path) as stack:
         yield stack
-    finally:
-        stack.stop()
 
 
 @contextlib.contextmanager
@@ -65,7 +59,7 @@ def standing_still(stack: NativeStack) -> int:
     return held[-1]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_the_clock_waits_for_what_the_bridge_has_not_carried(stack: NativeStack, processes: int) -> None:
     sink = partial(MqttSink, "127.0.0.1", stack.settings.mqtt_port)
     with ThreadPoolExecutor(1) as pool:

@@ -250,6 +250,8 @@ def run(jobs: Iterable[BatchJob], date: datetime.date, as_json: bool = False) ->
     day = date.isoformat()
     if silence := silent(date):
         Console(stderr=True, highlight=False).print(silence, soft_wrap=True)
+    if not as_json and len(ordered) > 1:
+        console.print(f"{len(ordered)} reports of {day}, {AT_ONCE} at a time", soft_wrap=True)
     columns = (TextColumn(f"  {day}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]} · left"))
     with Progress(
         *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal

@@ -339,8 +339,10 @@ def _undecidable(lake: duckdb.DuckDBPyConnection) -> pl.DataFrame:
 
 def scores_told(scored: Scores) -> list[Table | str]:
     """For people: the table, what is too low, and what the truth does not decide."""
-    table = Table("table", "reason", box=box.SIMPLE, padding=(0, 1))
-    for name in ("expected", "found", "right", "precision", "recall", "undecidable"):
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in ("table", "reason"):
+        table.add_column(name, no_wrap=True)
+    for name in ("expected", "found", "right", "precis.", "recall", "undec."):
         table.add_column(name, justify="right")
     for row in scored.table.iter_rows(named=True):
         numbers = [f"{row[name]:,}" for name in ("expected", "found", "right")]

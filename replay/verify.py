@@ -47,6 +47,7 @@ from schemas.topics import COMMANDS, KINDS
 JUDGING = (DELTAS, VOLTAGE, ALARMS)
 """What these make of a record depends on what they had of its meter before, from whatever run."""
 NAMED_SEQS = 20  # missing records of one meter that are named
+LATE_RECORDS = "late records"  # place of the finding that speaks of all of them
 WORTH_NAMING_S = 60.0  # lateness of a run on its own clock that is a cause of late records
 DIGEST_ROWS = 100_000  # records that are encoded at once
 Step = Callable[[str], None]
@@ -587,7 +588,7 @@ def _late(lake: duckdb.DuckDBPyConnection, ledger: Ledger) -> list[pl.DataFrame]
     late = lake.execute("SELECT count(*), count(DISTINCT meter_id) FROM unexplained").fetchone()
     if late and late[0]:
         told = f"{late[0]:,} records of {late[1]:,} meters are late and no fault explains it: {_why_late(ledger)}"
-        found.insert(0, _finding("late records", told))
+        found.insert(0, _finding(LATE_RECORDS, told))
     return found
 
 
@@ -1060,7 +1061,7 @@ def _notes(lake: duckdb.DuckDBPyConnection, run: Run, faults: pl.DataFrame) -> l
         notes.append(f"{kept[0]} rows of quarantined records are of {kept[1]} meters without a fault")
     late = _number(lake, f"SELECT count(DISTINCT ({PLACE})) FROM apart WHERE bucket = '{Bucket.LATE}'")
     if late:
-        notes.append(f"{late:,} records are late in all, for whatever reason")
+        notes.append(f"{late:,} records are late in all, those that faults or logs explain too")
     row = lake.execute(
         """SELECT count(*), count(*) FILTER (sample_count IS NULL AND window_start > (
             SELECT max(arrival_at) - INTERVAL 45 MINUTE FROM run_readings)) FROM wrong_windows"""
@@ -1108,7 +1109,12 @@ def told(verdict: Verdict, named: int) -> list[Table | str]:
     if not verdict.unfinished:
         found += scores_told(verdict.scores)
     whole = verdict.findings.filter(pl.col("meter_id").is_null())
-    meters = verdict.meters.filter(pl.col("wrong") != "")
+    is_told = pl.col("place").str.starts_with("late_") & bool(whole.get_column("place").eq(LATE_RECORDS).any())
+    meters = (  # what the whole run's finding on late records says of all of them is not said of each
+        verdict.findings.filter(pl.col("meter_id").is_not_null() & ~is_told)
+        .group_by("meter_id", maintain_order=True)
+        .agg(wrong=pl.format("{}: {}", "place", "told").str.join("; "))
+    )
     faults = verdict.faults.filter(~pl.col("is_explained")).select("fault_id", "kind", "detail")
     for lines in (
         [f"{place}: {what}" for place, what in whole.select("place", "told").iter_rows()],
@@ -1124,7 +1130,21 @@ def told(verdict: Verdict, named: int) -> list[Table | str]:
             "[green]✓[/] every record that was sent is accounted for, in every table and stage"
             + (f"; all {len(verdict.faults):,} faults are explained" if len(verdict.faults) else "")
         )
+    else:
+        found.append(f"[red]✗[/] run {escape(verdict.run_id)} does not hold: {escape(_first_reason(verdict))}")
     return found
+
+
+def _first_reason(verdict: Verdict) -> str:
+    """Why a run does not hold, in one sentence: the gravest of what is said above."""
+    whole = verdict.findings.filter(pl.col("meter_id").is_null())
+    if verdict.unfinished:
+        return f"not finished yet, {verdict.unfinished[0]}: wait (--wait SECONDS), or make up first"
+    if len(whole):
+        return str(whole.sort(pl.col("place") != LATE_RECORDS, maintain_order=True).row(0, named=True)["told"])
+    if len(verdict.findings):
+        return f"{verdict.findings.get_column('meter_id').n_unique():,} meters have something wrong, see above"
+    return "a fault is not explained, or a precision or recall is too low, see above"
 
 
 def _table(first: str, *others: str) -> Table:

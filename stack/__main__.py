@@ -1,5 +1,6 @@
 """Command line of the stack, in containers or as native processes: `python -m stack up|down|status|logs`."""
 
+import contextlib
 import getpass
 import json
 import os
@@ -26,7 +27,7 @@ from schemas.tables import glob_of, report_path
 from stack import following
 from stack.containers import ContainerStack, engine
 from stack.jobs import JobMetrics, jobs, told
-from stack.native import ALL, NAMES, SUPERVISOR, NativeStack, PartState, StackSettings, create_topics
+from stack.native import ALL, NAMES, SUPERVISOR, NativeStack, PartState, StackSettings, create_topics, waiting_in_broker
 
 app = typer.Typer(
     help="The stack on this machine.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -88,7 +89,7 @@ def _stack(
         if mode not in ("auto", runs):
             wrong.append(f"MODE is {mode}, and the stack in {folder} was started with MODE={runs}")
         if wrong and is_asked:
-            msg = "; ".join(wrong) + ": unset it, or make down first"
+            msg = "; ".join(wrong) + ": unset it, or make down first, then make up takes it"
             raise ConfigError(msg)
         for line in wrong:
             problems.print(f"[yellow]![/] {line}, which is what is looked at", soft_wrap=True)
@@ -185,6 +186,11 @@ def status(
                 console.print(LEGEND, style="dim")
             elif stack.is_running("streaming"):
                 console.print("The streaming jobs have told nothing yet.")
+            if stack.is_running("nats"):
+                with contextlib.suppress(RetryLater):
+                    console.print(
+                        f"The MQTT broker holds {waiting_in_broker(stack.settings.nats_monitor_port):,} messages."
+                    )
         if any(state.state != "running" for state in states):
             raise typer.Exit(1)
 
@@ -268,7 +274,7 @@ def _jobs_table(found: list[JobMetrics]) -> Table:
             "-" if job.lag_records is None else f"[{'red' if is_behind else 'green'}]{lag:,}[/]",
             f"{rate:,.0f}",
             "-" if job.batch_seconds is None else f"{job.batch_seconds:.2f}",
-            "-" if job.batch_ended is None else f"-{max(0.0, time.time() - job.batch_ended):.0f} s",
+            "-" if job.batch_ended is None else f"{max(0.0, time.time() - job.batch_ended):.0f} s ago",
             "-" if job.state_rows is None else f"{job.state_rows:,}",
             f"{job.late:,}",
             f"{job.quarantined:,}",
@@ -454,7 +460,9 @@ def sql(
         with open_lake() as lake:
             for report in sorted(path.name for path in report_path("").glob("*_v*")):
                 if any(report_path(report).glob("date=*/*.parquet")):
-                    lake.execute(f"CREATE VIEW \"{report}\" AS FROM read_parquet('{glob_of(report_path(report))}')")
+                    files = f"FROM read_parquet('{glob_of(report_path(report))}')"
+                    for name in (report, report.rpartition("_v")[0]):  # the newest version, without its number
+                        lake.execute(f'CREATE OR REPLACE VIEW "{name}" AS {files}')
             try:
                 rows = lake.sql(query)
                 if rows is None:

@@ -27,6 +27,7 @@ from stack.native import (
     StackSettings,
     StartFailed,
     asked_for,
+    let_through,
     remember,
 )
 
@@ -145,6 +146,8 @@ class ContainerStack:
         if flush and "streaming" in running:
             if self._state("streaming").state != "running":
                 raise RetryLater(NOT_READY)
+            if {"nats", "ingest"} <= set(running):
+                let_through(self.settings, self._on_progress)
             self._do(["kill", "-s", "SIGUSR1", "streaming"], "the jobs could not be asked to flush")
             self._on_progress(FLUSHING)
             self.stop_part("streaming", FLUSH_GRACE_S)

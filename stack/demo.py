@@ -245,7 +245,7 @@ def carry(settings: StackSettings, sent: int) -> None:
     """
     before, moved = (-1, -1), time.monotonic()
     with _bar("the bridge carries what the broker holds") as show:
-        while (left := left_on_the_way(settings, sent)) != (0, 0):
+        while (left := _left(settings, sent, before)) != (0, 0):
             if left != before:
                 before, moved = left, time.monotonic()
             elif time.monotonic() - moved > STALLED_S:
@@ -253,6 +253,14 @@ def carry(settings: StackSettings, sent: int) -> None:
                 raise RetryLater(msg + str(home() / "logs"))
             show(sent - max(left), sent)
             time.sleep(0.25)
+
+
+def _left(settings: StackSettings, sent: int, before: tuple[int, int]) -> tuple[int, int]:
+    """What is left, or what was before, while one of the two that know is being started again."""
+    try:
+        return left_on_the_way(settings, sent)
+    except RetryLater:
+        return before
 
 
 def left_on_the_way(settings: StackSettings, sent: int) -> tuple[int, int]:
@@ -312,8 +320,10 @@ def _summary(ledger: Ledger, offsets: dict[str, int], truth: Path | None, began:
     lines = proof.books(lake)
     refused = lake.execute(
         """SELECT 'dead letter' AS place, reason, count(*) FROM dead_letters GROUP BY ALL
-        UNION ALL SELECT 'quarantine of ' || stage, reason, count(*) FROM quarantined_readings GROUP BY ALL
-        UNION ALL SELECT 'quarantine of ' || stage, reason, count(*) FROM quarantined_events GROUP BY ALL
+        UNION ALL SELECT 'quarantine of ' || count(DISTINCT stage) || ' jobs', reason,
+            count(DISTINCT (topic, partition, "offset")) FROM (
+                SELECT stage, reason, topic, partition, "offset" FROM quarantined_readings UNION ALL
+                SELECT stage, reason, topic, partition, "offset" FROM quarantined_events) GROUP BY reason
         ORDER BY ALL"""
     ).fetchall()
     stored = next((line.stored for line in lines if line.stage == "readings_lake"), 0)
@@ -322,7 +332,7 @@ def _summary(ledger: Ledger, offsets: dict[str, int], truth: Path | None, began:
     facts.add_row(
         "Records sent", f"{ledger.records:,} in {ledger.seconds:.0f} s, {ledger.records_per_s:,.0f}/s over MQTT"
     )
-    facts.add_row("Records stored", f"{stored:,} ({ledger.readings:,} readings and {ledger.events:,} events were sent)")
+    facts.add_row("In the lake", f"{stored:,} ({ledger.readings:,} readings and {ledger.events:,} events were sent)")
     if ledger.faults:
         facts.add_row("Bad on purpose", ", ".join(f"{kind} × {count}" for kind, count in ledger.faults.items()))
     for place, reason, count in refused:

@@ -30,9 +30,10 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 from pydantic import Field
 
+from kafka_io.offsets import newest_offsets
 from schemas.errors import ConfigError, MeterstreamError, RetryLater
 from schemas.settings import Settings, started_file, started_with
-from schemas.topics import TOPICS
+from schemas.topics import INGESTED, TOPICS
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config"
@@ -60,7 +61,9 @@ FLUSH_GRACE_S = 900.0
 """Time to take all that Kafka has, and to close what is open."""
 NOT_READY = "the streaming jobs are starting, and cannot flush yet: wait for make status to say running"
 NOT_FLUSHED = "the streaming jobs did not take all that Kafka has: make up, and down with FLUSH=1 again; see make logs"
-FLUSHING = "streaming takes what Kafka has and closes what is open: half a minute, or more"
+FLUSHING = "streaming takes what Kafka has and closes what is open"
+STANDSTILL_S = 60.0
+"""How long the bridge may carry nothing before a flush goes on without the rest."""
 FAILED_START_GRACE_S = 5.0
 """What has not become ready has nothing worth a longer wait."""
 CHILDREN_GRACE_S = 5.0
@@ -68,6 +71,7 @@ CHILDREN_GRACE_S = 5.0
 PORT_GRACE_S = 1.0
 """A killed process's threads hold its ports for some milliseconds after it counts as dead."""
 POLL_S = 0.05
+LOOK_S = 0.5  # at Kafka and the MQTT broker, which have other work
 LONGEST_RESTART_DELAY_S = 30.0
 STABLE_AFTER_S = 60.0
 """A process that ran this long has its restart delay forgotten."""
@@ -250,6 +254,9 @@ class NativeStack:
         stopped = [SUPERVISOR] if self._stop_part(SUPERVISOR, STOP_GRACE_S[SUPERVISOR]) else []
         with self._locked():
             if asked:
+                if self.is_running("nats") and self.is_running("ingest"):
+                    with contextlib.suppress(KeyboardInterrupt):
+                        let_through(self.settings, self._on_progress)
                 self._flush()
             with _uninterrupted():
                 for name in reversed(ALL):
@@ -741,6 +748,50 @@ def got(port: int, path: str, timeout_s: float = 1.0) -> bytes | None:
         return None
     finally:
         connection.close()
+
+
+def waiting_in_broker(monitor_port: int) -> int:
+    """Messages that the MQTT broker holds: not delivered yet, or delivered and not acknowledged.
+
+    Raises:
+        RetryLater: the broker does not say.
+    """
+    told = got(monitor_port, "/jsz?streams=true", timeout_s=5.0)
+    if told is None:
+        msg = f"the MQTT broker's monitor does not answer at port {monitor_port}"
+        raise RetryLater(msg)
+    return sum(
+        stream["state"]["messages"]
+        for account in json.loads(told).get("account_details", [])
+        for stream in account.get("stream_detail", [])
+        if stream["name"] == "$MQTT_msgs"
+    )
+
+
+def let_through(settings: StackSettings, on_progress: Callable[[str], None]) -> None:
+    """Waits until Kafka has what the MQTT broker holds now; what comes meanwhile is not waited for.
+
+    Where nothing moves for a minute, or the broker does not say, that is said, and the waiting ends.
+    """
+    try:
+        held = waiting_in_broker(settings.nats_monitor_port)
+        wanted = _carried(settings) + held
+        if held:
+            on_progress(f"the bridge carries {held:,} messages that the MQTT broker holds")
+        moved, before = time.monotonic(), -1
+        while (left := min(wanted - _carried(settings), waiting_in_broker(settings.nats_monitor_port))) > 0:
+            if left != before:
+                moved, before = time.monotonic(), left
+            elif time.monotonic() - moved > STANDSTILL_S:
+                on_progress(f"{left:,} messages stay in the MQTT broker: they come at the next start, late")
+                return
+            time.sleep(LOOK_S)
+    except RetryLater as error:
+        on_progress(f"what the MQTT broker holds stays there: {error}")
+
+
+def _carried(settings: StackSettings) -> int:
+    return sum(newest_offsets(settings.kafka_bootstrap, INGESTED).values())
 
 
 def _is_healthy(monitor_port: int) -> bool:

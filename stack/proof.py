@@ -1,7 +1,5 @@
 """What the demo must satisfy: the lake's own sums, and Kafka's offsets; `replay verify` looks at every record."""
 
-import json
-import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import duckdb
 from kafka_io.offsets import newest_offsets
 from replay.verify import Books, books, broken_segments, energy, open_lake
 from schemas.topics import EVENTS, INGESTED, READINGS, TOPICS
+from stack.native import waiting_in_broker
 
 __all__ = ["Books", "books", "broken_segments", "end_offsets", "energy", "open_lake", "problems", "waiting_in_broker"]
 
@@ -33,18 +32,6 @@ def end_offsets(bootstrap: str) -> dict[str, int]:
     for (topic, _), offset in newest_offsets(bootstrap, TOPICS).items():
         ends[topic] += offset
     return dict(ends)
-
-
-def waiting_in_broker(monitor_port: int) -> int:
-    """Messages that the MQTT broker holds: not delivered yet, or delivered and not acknowledged."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{monitor_port}/jsz?streams=true", timeout=5) as answer:
-        accounts = json.load(answer).get("account_details", [])
-    return sum(
-        stream["state"]["messages"]
-        for account in accounts
-        for stream in account.get("stream_detail", [])
-        if stream["name"] == "$MQTT_msgs"
-    )
 
 
 def problems(lake: duckdb.DuckDBPyConnection, offsets: dict[str, int], sent: int, truth: Path | None) -> list[str]:

@@ -17,6 +17,8 @@ setup:  ## Install what is needed into .venv (again in no time)
 # In containers where a Docker engine answers, else natively: MODE=docker|native decides. CLUSTER=1: Spark standalone.
 # CRITICAL=1: critical events too.
 export MODE CLUSTER CRITICAL FLUSH
+# Lines are seen when they are written, in a pipe too.
+export PYTHONUNBUFFERED := 1
 
 up: setup  ## Start the stack: MQTT broker, Kafka, bridge, streaming jobs; MODE=docker|native, CLUSTER=1, CRITICAL=1
 	@$(PYTHON) -m stack up

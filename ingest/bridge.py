@@ -34,6 +34,8 @@ DRAIN_S = 10.0  # at a stop: how long Kafka may take for what is in flight; what
 QUIET_S = 1.0  # a taken-up session is not sorted while redelivered messages come, nor a clean end believed
 SESSION = "meterstream-bridge-2"
 """Of the sessions, with a generation: the broker keeps a session's ack_wait and window as they were at its begin."""
+SENTINEL = "bridge-sentinel"
+"""Last level of the topic of a message that the bridge sends to itself."""
 REMEMBERED = 10_000  # acknowledged messages by which a redelivered one is known: several windows of the broker
 BRAKE_WINDOW = 1_000  # messages over which the share of poison is taken
 PROGRESS_S = 10.0
@@ -101,11 +103,14 @@ class Subscription:
         self.is_ready = False
         self.is_new = False
         self.open: deque[Pending] = deque()
-        self.came_at = time.monotonic()
+        self.again_at = time.monotonic()
+        self.awaited: set[str] | None = None
         self._settings = settings
         self._take, self._send = take, send
+        self._came_at = time.monotonic()
         self._in_flight: set[int] = set()
-        self.carried: OrderedDict[tuple[int, int], None] = OrderedDict()
+        self._held: set[int] = set()
+        self._carried: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._settled_at: float | None = None
         self._collected: list[tuple[Routed, Pending]] = []
         self._mark = home() / "run" / f"{name}.clean"
@@ -128,8 +133,8 @@ class Subscription:
             return
         self.is_ready = False
         # all of it belongs to the connection that is gone: its numbers mean other messages on the next one
-        for held in (self.open, self._in_flight, self.carried, self._collected):
-            held.clear()
+        for kept in (self.open, self._in_flight, self._held, self._carried, self._collected):
+            kept.clear()
         self._was_clean = self._was_clean or self._taken_mark()
         try:
             self.client.connect(self._settings.mqtt_host, self._settings.mqtt_port, keepalive=30)
@@ -143,6 +148,7 @@ class Subscription:
             return
         self._settled_at = None
         collected, self._collected = self._collected, []
+        self._held.clear()
         for record, pending in sorted(collected, key=lambda item: item[0].order):
             self._send(record, pending)
 
@@ -151,14 +157,15 @@ class Subscription:
         while self.open and self.open[0].is_safe:
             pending = self.open.popleft()
             self._in_flight.discard(pending.mid)
-            self.carried[pending.mid, pending.print] = None
+            self._carried[pending.mid, pending.print] = None
             self.client.ack(pending.mid, 1)
-        while len(self.carried) > REMEMBERED:
-            self.carried.popitem(last=False)
+        while len(self._carried) > REMEMBERED:
+            self._carried.popitem(last=False)
 
     def leave(self) -> None:
         """Ends the connection; where nothing is on its way any more, the next process need not wait for it."""
-        is_clean = self.is_ready and not self.open and time.monotonic() - self.came_at > QUIET_S
+        is_settled = self.is_ready and self._settled_at is None
+        is_clean = is_settled and not self.open and time.monotonic() - self._came_at > QUIET_S
         self.client.disconnect()
         self.client.loop_write()
         if is_clean and self.client.is_quiet_end:
@@ -193,8 +200,9 @@ class Subscription:
         self.is_new = not flags.session_present
         comes_again = flags.session_present and not self._was_clean
         self._was_clean = False
-        self.came_at = time.monotonic()
-        self._settled_at = self.came_at + self._settings.settle_s if comes_again else None
+        self.awaited = None
+        self.again_at = self._came_at = time.monotonic()
+        self._settled_at = self._came_at + self._settings.settle_s if comes_again else None
         if comes_again:
             log.info("session taken up: first collects what comes again", seconds=self._settings.settle_s)
         if self.pattern is not None:
@@ -209,18 +217,31 @@ class Subscription:
         self.is_ready = True
 
     def _on_message(self, client: mqtt.Client, _: Any, message: mqtt.MQTTMessage) -> None:
-        if message.mid in self._in_flight:
-            return  # the broker's ack_wait ran out while we still have it
-        self.came_at = time.monotonic()
+        now = time.monotonic()
+        if message.dup:
+            self.again_at = now
+        if message.mid in self._in_flight:  # the broker's ack_wait ran out while we still have it
+            if message.mid not in self._held:
+                # our acknowledgements may cross what the broker sends again: it then leaves newer messages out, for
+                # which those behind them have to wait
+                self._settled_at = max(self._settled_at or now, now + self._settings.settle_s)
+            return
+        self._came_at = now
         try:
             topic = message.topic
         except UnicodeDecodeError:
             topic = "(not UTF-8)"
         payload = bytes(message.payload)
+        if topic.endswith(SENTINEL):
+            log.info("a message of our own came through", topic=topic, session=self.name)
+            if self.awaited is not None:
+                self.awaited.discard(topic)
+            client.ack(message.mid, message.qos)
+            return
         pending = Pending(message.mid, hash((topic, payload)))
         if message.dup and self._settled_at is not None:
-            self._settled_at = max(self._settled_at, self.came_at + QUIET_S)
-        if message.dup and (pending.mid, pending.print) in self.carried:
+            self._settled_at = max(self._settled_at, now + QUIET_S)
+        if message.dup and (pending.mid, pending.print) in self._carried:
             client.ack(message.mid, 1)  # it was on its way again when our acknowledgement came
             return
         record = self._take(topic, payload)
@@ -228,6 +249,7 @@ class Subscription:
             self._in_flight.add(message.mid)
             self.open.append(pending)
         if self._settled_at is not None:
+            self._held.add(message.mid)
             self._collected.append((record, pending))
         else:
             self._send(record, pending)
@@ -265,7 +287,6 @@ class Bridge:
             Subscription(f"{SESSION}-{name}", pattern, settings, self._taken, self._send)
             for name, pattern in patterns.items()
         ]
-        self._caught_up_at: float | None = None
         self._retiring: Subscription | None = Subscription(
             f"meterstream-bridge-{settings.shards or 'all'}", None, settings, self._taken, self._send
         )
@@ -314,21 +335,23 @@ class Bridge:
         """Removes an earlier release's session once it has brought all that came before ours began.
 
         NATS keeps a session's ack_wait and window as they were when it began. Both sessions get what comes meanwhile:
-        it is carried twice, which the jobs count as duplicates, and nothing is missed. The old one has caught up when
-        it brings what the new one has, or nothing; what was left out on the way comes within `settle_s`.
+        it is carried twice, which the jobs count as duplicates, and nothing is missed. When ours stand, a message of
+        our own goes through each of the old one's filters: behind it nothing is the old one's alone. What was left out
+        in front of it comes again, so it must have brought nothing again for `settle_s`.
         """
         old = self._retiring
         if old is None or not old.is_ready:
             return
         if not old.is_new:
-            now = time.monotonic()
-            if self._caught_up_at is None and self._is_told:
-                new = {pending.print for each in self._subscriptions for pending in each.open}
-                new |= {print_ for each in self._subscriptions for _, print_ in each.carried}
-                is_idle = now - old.came_at > self.settings.settle_s
-                if is_idle or any(pending.print in new for pending in old.open):
-                    self._caught_up_at = now
-            if self._caught_up_at is None or old.open or now - self._caught_up_at < self.settings.settle_s:
+            if not self._is_told or not all(each.is_ready for each in self._subscriptions):
+                old.awaited = None  # a sentinel may be lost with its connection
+                return
+            if old.awaited is None:
+                old.again_at = time.monotonic()
+                old.awaited = {f"meters/{shard}/{SENTINEL}" for shard in self.settings.shards or "0"}
+                for topic in old.awaited:
+                    self._subscriptions[0].client.publish(topic, qos=1)
+            if old.awaited or old.open or time.monotonic() - old.again_at < self.settings.settle_s:
                 return
             log.info("removed the session of an earlier release", name=old.name)
         self._retiring = None

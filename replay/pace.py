@@ -124,10 +124,10 @@ class Way:
         """
         if acknowledged() - self._carried <= self._most // 2:
             return
+        began = moved = time.monotonic()
         self._look()
         if acknowledged() - self._carried <= self._most:
             return
-        began = moved = time.monotonic()
         while (left := acknowledged() - self._carried) > self._most // 2 and not is_stopped():
             if time.monotonic() - moved > STALLED_S:
                 msg = (

@@ -359,7 +359,7 @@ def play(order: Order, open_sink: Callable[[], Sink], on_progress: Progress = la
         began = time.monotonic()
         if processes == 1:
             game = Game(order, crew, dirt, RunClock(order.speed, order.is_steady), lambda: stop.is_asked)
-            sent, failure = _play_meters(game, 0, len(crew), open_sink, on_progress, way=order.open_way())
+            sent, failure = _play_meters(game, 0, len(crew), open_sink, on_progress, open_way=order.open_way)
             parts = [sent]
         else:
             del crew, dirt
@@ -486,7 +486,7 @@ def _play_meters(
     acknowledged: "SharedCounts | None" = None,
     number: int = 0,
     begin: Callable[[], object] = lambda: None,
-    way: Way | None = None,
+    open_way: Callable[[], Way | None] = lambda: None,
 ) -> tuple[Sent, MeterstreamError | None]:
     """Sends the records of the meters low … high − 1.
 
@@ -500,7 +500,7 @@ def _play_meters(
         acknowledged: by each process of the run, where there are several.
         number: of this one; the first waits for the way, and the others for it.
         begin: called when everything is open: from then on the clock runs.
-        way: what the first process waits for.
+        open_way: gives what the first process waits for.
     """
     sent, clock, order = _nothing(low, high), game.clock, game.order
     failure: MeterstreamError | None = None
@@ -508,6 +508,7 @@ def _play_meters(
     try:
         sink = open_sink()
         counts: SharedCounts = [0] if acknowledged is None else acknowledged
+        way = open_way()
         begin()
         clock.start()
         for stretch in _slices(game, low, high):
@@ -875,9 +876,9 @@ def _work(
     try:
         crew = order.fleet()
         game = Game(order, crew, order.faults(crew), RunClock(order.speed, order.is_steady), is_stopped.is_set)
-        way = order.open_way() if number == 0 else None
+        open_way = order.open_way if number == 0 else lambda: None
         sent, failure = _play_meters(
-            game, low, high, open_sink, on_progress, meet, counts, number, barrier.wait, way
+            game, low, high, open_sink, on_progress, meet, counts, number, barrier.wait, open_way
         )  # fmt: skip
     except MeterstreamError as error:
         sent, failure = _nothing(low, high), error

@@ -24,9 +24,16 @@ def started_with(folder: Path) -> dict[str, Any]:
     """What the stack of a home was started with; empty where there was none."""
     try:
         told = json.loads(started_file(folder).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return {name: value for name, value in told.items() if _can_be(name, value)} if isinstance(told, dict) else {}
+
+
+def _can_be(name: str, value: object) -> bool:
+    """Whether a damaged file has left a value as it was written."""
+    if name.endswith("_port"):
+        return type(value) is int and 1 <= value <= 65_535
+    return isinstance(value, str | bool)
 
 
 class _Started(PydanticBaseSettingsSource):

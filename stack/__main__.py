@@ -133,7 +133,7 @@ def _bootstrap() -> str:
     settings = load(StackSettings)
     for line in contradictions(StackSettings, settings.home.resolve()):
         problems.print(f"[yellow]![/] {line}", soft_wrap=True)
-    return settings.kafka_bootstrap
+    return os.environ.get("METERSTREAM_KAFKA_BOOTSTRAP") or settings.kafka_bootstrap
 
 
 def _named(stack: NativeStack | ContainerStack) -> str:

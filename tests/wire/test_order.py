@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
@@ -33,10 +34,10 @@ def stack(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[NativeStac
         yield stack
 
 
-def publish(stack: NativeStack, count: int) -> None:
-    """Readings of the meters in turn, each with its number."""
+def publish(stack: NativeStack, count: int, begin: int = 0) -> None:
+    """Readings of the meters in turn, each with its number: from `begin` to `count` − 1."""
     sink = MqttSink("127.0.0.1", stack.settings.mqtt_port)
-    for start in range(0, count, 1_000):
+    for start in range(begin, count, 1_000):
         numbers = range(start, min(start + 1_000, count))
         ids = [f"m{number % METERS:03d}" for number in numbers]
         records = [
@@ -168,12 +169,34 @@ def test_the_session_of_an_earlier_release_brings_what_it_has_and_is_removed(
     eventually(lambda: turn([old], 0.05) or subscribed.is_set(), 10)
     old.disconnect()
     old.loop_write()
-    publish(stack, 1_000)
+    publish(stack, 5_000)
     monkeypatch.setenv("METERSTREAM_SETTLE_S", "4")
     stack.start(["ingest"])
+    kafka = psutil.Process(stack.pid("kafka") or 0)
+    kafka.suspend()  # an outage in the middle of it, longer than the settling, and meters that go on
+    try:
+        publish(stack, 6_000, begin=5_000)
+        threading.Event().wait(8)
+    finally:
+        kafka.resume()
     eventually(lambda: "removed the session" in stack.log_file("ingest").read_text(), 60)
-    assert arrived(stack, 60).distinct == 1_000
+    assert arrived(stack, 60).distinct == 6_000
     session(is_new=True)
+
+
+def test_an_end_while_what_comes_again_is_still_due_is_no_clean_one(stack: NativeStack) -> None:
+    kafka = psutil.Process(stack.pid("kafka") or 0)
+    kafka.suspend()
+    try:
+        publish(stack, 100)
+        os.kill(stack.pid("ingest") or 0, signal.SIGKILL)
+        eventually(lambda: stack.dead(["ingest"]) == ["ingest"], 30)
+    finally:
+        kafka.resume()
+    stack.start(["ingest"])
+    threading.Event().wait(1.5 * QUIET_S)
+    stack.stop_part("ingest")
+    assert not (stack.home / "run" / f"{SESSION}-all.clean").exists()
 
 
 def test_a_bridge_that_was_stopped_goes_on_at_once(stack: NativeStack) -> None:

@@ -565,8 +565,8 @@ def _late(lake: duckdb.DuckDBPyConnection, ledger: Ledger) -> list[pl.DataFrame]
                 SELECT meter_id, seq, {PLACE}, coalesce(observed_at < max(observed_at) OVER (
                     PARTITION BY meter_id ORDER BY seq ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), false)
                     AS is_behind
-                FROM run_{kind} ANTI JOIN (
-                    FROM apart WHERE kept_in = 'quarantined_{kind}') USING ({PLACE}))
+                FROM run_{kind} ANTI JOIN (FROM apart WHERE kept_in = 'quarantined_{kind}'
+                    AND reason = '{QuarantineReason.IMPOSSIBLE_CLOCK}') USING ({PLACE}))
             SEMI JOIN (FROM apart WHERE kept_in = 'late_{kind}') USING ({PLACE})
             SEMI JOIN (SELECT meter_id, seq, place % (1::BIGINT << 40) AS "offset"
                 FROM arrived WHERE topic = '{kind}') USING (meter_id, seq, "offset")

@@ -68,10 +68,10 @@ class BridgeSettings(Settings):
 
 @dataclass
 class Pending:
-    """A message between its receipt and its acknowledgement; `print` tells its bytes from others."""
+    """A message between its receipt and its acknowledgement; its fingerprint tells its bytes from others."""
 
     mid: int
-    print: int
+    fingerprint: int
     is_safe: bool = False
 
 
@@ -109,7 +109,6 @@ class Subscription:
         self._take, self._send = take, send
         self._came_at = time.monotonic()
         self._in_flight: set[int] = set()
-        self._held: set[int] = set()
         self._carried: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._settled_at: float | None = None
         self._collected: list[tuple[Routed, Pending]] = []
@@ -133,7 +132,7 @@ class Subscription:
             return
         self.is_ready = False
         # all of it belongs to the connection that is gone: its numbers mean other messages on the next one
-        for kept in (self.open, self._in_flight, self._held, self._carried, self._collected):
+        for kept in (self.open, self._in_flight, self._carried, self._collected):
             kept.clear()
         self._was_clean = self._was_clean or self._taken_mark()
         try:
@@ -148,7 +147,6 @@ class Subscription:
             return
         self._settled_at = None
         collected, self._collected = self._collected, []
-        self._held.clear()
         for record, pending in sorted(collected, key=lambda item: item[0].order):
             self._send(record, pending)
 
@@ -157,7 +155,7 @@ class Subscription:
         while self.open and self.open[0].is_safe:
             pending = self.open.popleft()
             self._in_flight.discard(pending.mid)
-            self._carried[pending.mid, pending.print] = None
+            self._carried[pending.mid, pending.fingerprint] = None
             self.client.ack(pending.mid, 1)
         while len(self._carried) > REMEMBERED:
             self._carried.popitem(last=False)
@@ -221,7 +219,7 @@ class Subscription:
         if message.dup:
             self.again_at = now
         if message.mid in self._in_flight:  # the broker's ack_wait ran out while we still have it
-            if message.mid not in self._held:
+            if all(pending.mid != message.mid for _, pending in self._collected):
                 # our acknowledgements may cross what the broker sends again: it then leaves newer messages out, for
                 # which those behind them have to wait
                 self._settled_at = max(self._settled_at or now, now + self._settings.settle_s)
@@ -241,7 +239,7 @@ class Subscription:
         pending = Pending(message.mid, hash((topic, payload)))
         if message.dup and self._settled_at is not None:
             self._settled_at = max(self._settled_at, now + QUIET_S)
-        if message.dup and (pending.mid, pending.print) in self._carried:
+        if message.dup and (pending.mid, pending.fingerprint) in self._carried:
             client.ack(message.mid, 1)  # it was on its way again when our acknowledgement came
             return
         record = self._take(topic, payload)
@@ -249,7 +247,6 @@ class Subscription:
             self._in_flight.add(message.mid)
             self.open.append(pending)
         if self._settled_at is not None:
-            self._held.add(message.mid)
             self._collected.append((record, pending))
         else:
             self._send(record, pending)
@@ -291,6 +288,11 @@ class Bridge:
             f"meterstream-bridge-{settings.shards or 'all'}", None, settings, self._taken, self._send
         )
 
+    @property
+    def _every(self) -> list[Subscription]:
+        """Those of ours, and an earlier release's while there is one."""
+        return [*self._subscriptions, *([self._retiring] if self._retiring else [])]
+
     def stop(self, *_: Any) -> None:
         """Asks the loop to end; a signal handler."""
         self._stopping = True
@@ -305,7 +307,7 @@ class Bridge:
         self._ready.parent.mkdir(parents=True, exist_ok=True)
         try:
             while not self._stopping:
-                every = [*self._subscriptions, *([self._retiring] if self._retiring else [])]
+                every = self._every
                 for subscription in every:
                     if not self._stopping:
                         subscription.connect()
@@ -326,7 +328,7 @@ class Bridge:
         finally:
             self._ready.unlink(missing_ok=True)
             self._producer.flush(DRAIN_S)
-            for subscription in [*self._subscriptions, *([self._retiring] if self._retiring else [])]:
+            for subscription in self._every:
                 subscription.acknowledge()
                 subscription.leave()
             log.info("bridge stopped", received=self.received, dead_letters=self.dead_letters)
@@ -343,7 +345,7 @@ class Bridge:
         if old is None or not old.is_ready:
             return
         if not old.is_new:
-            if not self._is_told or not all(each.is_ready for each in self._subscriptions):
+            if not self._is_told:
                 old.awaited = None  # a sentinel may be lost with its connection
                 return
             if old.awaited is None:

@@ -40,3 +40,8 @@ def newest_offsets(
                 msg = f"Kafka{where} does not say what it has: {error.args[0].str()}"
                 raise RetryLater(msg) from error
         time.sleep(0.2)
+
+
+def received(kafka: str | AdminClient, topics: Iterable[Topic], patience_s: float | None = None) -> int:
+    """Records that these topics have received since they were made; arguments and errors of `newest_offsets`."""
+    return sum(newest_offsets(kafka, topics, patience_s).values())

@@ -69,21 +69,11 @@ class BatchJob:
 
 
 def graph(jobs: Iterable[BatchJob]) -> TopologicalSorter[BatchJob]:
-    """Which job comes after which: those whose reports it reads; prepared, and by name where nothing else tells.
-
-    Raises:
-        ContractBroken: jobs read each other in a circle.
-    """
+    """Which job comes after which: those whose reports it reads, else by name."""
     by_report = {job.report: job for job in sorted(jobs, key=lambda job: job.name)}
-    found: TopologicalSorter[BatchJob] = TopologicalSorter()
-    for job in by_report.values():
-        found.add(job, *[by_report[read] for read in job.reads if read in by_report])
-    try:
-        found.prepare()
-    except CycleError as error:
-        msg = f"jobs read each other in a circle: {' → '.join(job.report for job in error.args[1])}"
-        raise ContractBroken(msg) from error
-    return found
+    return TopologicalSorter(
+        {job: [by_report[read] for read in job.reads if read in by_report] for job in by_report.values()}
+    )
 
 
 def in_order(jobs: Iterable[BatchJob]) -> list[BatchJob]:
@@ -92,12 +82,11 @@ def in_order(jobs: Iterable[BatchJob]) -> list[BatchJob]:
     Raises:
         ContractBroken: jobs read each other in a circle.
     """
-    left, found = graph(jobs), []
-    while left.is_active():
-        ready = sorted(left.get_ready(), key=lambda job: job.name)
-        found += ready
-        left.done(*ready)
-    return found
+    try:
+        return list(graph(jobs).static_order())
+    except CycleError as error:
+        msg = f"jobs read each other in a circle: {' → '.join(job.report for job in error.args[1])}"
+        raise ContractBroken(msg) from error
 
 
 def midnight(day: datetime.date, time_zone: Column) -> Column:
@@ -245,7 +234,9 @@ def run(jobs: Iterable[BatchJob], date: datetime.date, as_json: bool = False) ->
     Raises:
         ConfigError: see `publish`.
     """
-    left, waiting = graph(ordered := in_order(jobs)), len(ordered)
+    ordered = in_order(jobs)
+    left = graph(ordered)
+    left.prepare()
     console = Console(stderr=as_json, highlight=False)
     day = date.isoformat()
     if silence := silent(date):
@@ -256,7 +247,7 @@ def run(jobs: Iterable[BatchJob], date: datetime.date, as_json: bool = False) ->
     with Progress(
         *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task("night", total=waiting, told="starting Spark")
+        task = bar.add_task("night", total=len(ordered), told="starting Spark")
         session = spark_session("meterstream-night-" + "-".join(job.name for job in ordered))
         try:
             with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -16,7 +16,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 READ_BYTES = 65_536  # some hundreds of readings
 PACKETS = 1_000  # of a turn: the caller has others to look after
-END_S = 5.0  # for the other side to take what waits, and to close
+END_S = 5.0  # a broker that lives closes within milliseconds, on a full machine within a second
 DISCONNECT = 0xE0
 
 
@@ -28,14 +28,16 @@ class LoopClient(mqtt.Client):
 
     Args:
         client_id: of the session.
+        end_s: how long the other side may take to take what waits at a disconnection, and to close.
         options: of paho's client.
     """
 
-    def __init__(self, client_id: str, **options: Any) -> None:
+    def __init__(self, client_id: str, end_s: float = END_S, **options: Any) -> None:
         super().__init__(CallbackAPIVersion.VERSION2, client_id=client_id, **options)
         self._ahead, self._place = b"", 0
         self._unsent = bytearray()
         self.is_quiet_end = False
+        self._end_s = end_s
         self.on_socket_open = self._begin_anew
         self.on_socket_register_write = lambda *_: None  # else each packet would be written by itself
 
@@ -93,12 +95,12 @@ class LoopClient(mqtt.Client):
         sock: Any = self.socket()
         if sock is None:
             return
-        sock.settimeout(END_S)
+        sock.settimeout(self._end_s)
         while self._unsent:
             self._write()
         came = super()._sock_recv(READ_BYTES)
         self.is_quiet_end = is_handled and not came
-        until = time.monotonic() + END_S
+        until = time.monotonic() + self._end_s
         while came and time.monotonic() < until:
             came = super()._sock_recv(READ_BYTES)
 

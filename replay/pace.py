@@ -13,16 +13,14 @@ import socket
 import time
 from collections.abc import Callable
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from confluent_kafka.admin import AdminClient
 
+from kafka_io.offsets import received
 from schemas.errors import RetryLater
 from schemas.topics import INGESTED
-
-if TYPE_CHECKING:
-    from confluent_kafka.admin import AdminClient
 
 TOLERANCE_S = 0.1  # lateness in wall time that a steady run lets pass: a tick
 TOLERANCE_US = 5 * 60 * 1_000_000  # and on its own clock, at any speed: a sixth of what the jobs allow
@@ -99,18 +97,16 @@ class Way:
     """
 
     def __init__(self, bootstrap: str, most: int = ON_THE_WAY) -> None:
-        from confluent_kafka.admin import AdminClient
-
         self.waited_s = 0.0
         self._most = most
         self._admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
-        self._begin = newest(self._admin, 30.0)
+        self._begin = received(self._admin, INGESTED)
         self._carried = 0
 
     def _look(self) -> None:
         """Asks Kafka; one that is away has carried nothing meanwhile."""
         with contextlib.suppress(RetryLater):
-            self._carried = newest(self._admin, 0.0) - self._begin
+            self._carried = received(self._admin, INGESTED, patience_s=0.0) - self._begin
 
     def wait(self, acknowledged: Callable[[], int], is_stopped: Callable[[], bool]) -> None:
         """Waits while too much is on the way.
@@ -141,21 +137,6 @@ class Way:
             if self._carried != before:
                 moved = time.monotonic()
         self.waited_s += time.monotonic() - began
-
-
-def newest(admin: "AdminClient", patience_s: float) -> int:
-    """Records that the topics of the bridge have received since they were made.
-
-    Args:
-        admin: client to ask by.
-        patience_s: how long it is asked again.
-
-    Raises:
-        RetryLater: Kafka does not say.
-    """
-    from kafka_io.offsets import newest_offsets
-
-    return sum(newest_offsets(admin, INGESTED, patience_s).values())
 
 
 def answers(bootstrap: str) -> bool:

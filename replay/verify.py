@@ -517,11 +517,7 @@ def _windows(lake: duckdb.DuckDBPyConnection) -> list[pl.DataFrame]:
     lake.execute(
         f"""CREATE TEMP TABLE wrong_windows AS
         WITH made AS (
-            SELECT meter_id, upper(split_part(name, '_', 2)) AS phase,
-                time_bucket(INTERVAL 10 MINUTE, observed_at) AS window_start,
-                count(*) AS n, min(mv) AS low, max(mv) AS high, avg(mv) AS mean
-            FROM (UNPIVOT (FROM placed ANTI JOIN shared USING (meter_id) WHERE turn = 1) ON {VOLTAGE_COLUMNS}
-                INTO NAME name VALUE mv) GROUP BY ALL),
+            {_made_windows("placed")}),
         found AS (
             SELECT *, count(*) OVER (PARTITION BY meter_id, phase, window_start) AS times
             FROM run_windows ANTI JOIN shared USING (meter_id))
@@ -536,6 +532,15 @@ def _windows(lake: duckdb.DuckDBPyConnection) -> list[pl.DataFrame]:
         FROM wrong_windows GROUP BY meter_id"""
     unaccounted = UNACCOUNTED.format("voltage_account")
     return [_told(lake, "voltage_windows", sql) for sql in (differing, unaccounted)]
+
+
+def _made_windows(voltages: str) -> str:
+    """Windows of a table's first readings of each time; meters of several runs are left out."""
+    return f"""SELECT meter_id, upper(split_part(name, '_', 2)) AS phase,
+            time_bucket(INTERVAL 10 MINUTE, observed_at) AS window_start,
+            count(*) AS n, min(mv) AS low, max(mv) AS high, avg(mv) AS mean
+        FROM (UNPIVOT (FROM {voltages} ANTI JOIN shared USING (meter_id) WHERE turn = 1) ON {VOLTAGE_COLUMNS}
+            INTO NAME name VALUE mv) GROUP BY ALL"""
 
 
 def _apart(lake: duckdb.DuckDBPyConnection) -> list[pl.DataFrame]:
@@ -609,10 +614,7 @@ def _why_late(ledger: Ledger) -> str:
 def _expected(lake: duckdb.DuckDBPyConnection) -> dict[str, tuple[int, int]]:
     """Windows and alarms: how many the readings and events that arrived make, late ones too, and how many are found."""
     windows = f"""SELECT count(*), count(*) FILTER (f.sample_count = m.n) FROM (
-            SELECT meter_id, upper(split_part(name, '_', 2)) AS phase,
-                time_bucket(INTERVAL 10 MINUTE, observed_at) AS window_start, count(*) AS n
-            FROM (UNPIVOT (FROM all_voltages ANTI JOIN shared USING (meter_id) WHERE turn = 1) ON {VOLTAGE_COLUMNS}
-                INTO NAME name VALUE mv) GROUP BY ALL) m
+            {_made_windows("all_voltages")}) m
         LEFT JOIN run_windows f USING (meter_id, phase, window_start)"""
     raised = f"change = '{FaultOutcome.RAISED}' AND run_id IN (SELECT run_id FROM run_events)"
     alarms = f"""WITH made AS (

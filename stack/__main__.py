@@ -81,7 +81,7 @@ def _stack(
         console.print(f"  {line}", markup=False)
 
     native = NativeStack(settings, show)
-    runs = "native" if any(state.pid for state in native.states()) else None
+    runs = "native" if any(native.is_running(name) for name in (*ALL, SUPERVISOR)) else None
     if runs is None and started.get("mode") == "docker" and (mode == "docker" or engine()):
         runs = "docker" if any(state.pid for state in ContainerStack(settings, show).states()) else None
     if runs:

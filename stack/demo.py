@@ -38,11 +38,10 @@ from replay.verify import verify
 from schemas.errors import ConfigError, RetryLater, exits
 from schemas.settings import load
 from schemas.tables import glob_of, home, report_path, table_path
-from schemas.topics import INGESTED
 from stack import proof
 from stack.containers import ContainerStack
 from stack.jobs import jobs, told
-from stack.native import ROOT, SUPERVISOR, NativeStack, StackSettings
+from stack.native import ROOT, SUPERVISOR, NativeStack, StackSettings, left_on_the_way
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 SEED = 1
@@ -263,16 +262,12 @@ def _left(settings: StackSettings, sent: int, before: tuple[int, int]) -> tuple[
         return before
 
 
-def left_on_the_way(settings: StackSettings, sent: int) -> tuple[int, int]:
-    """Records that Kafka does not have yet, and messages that the MQTT broker holds."""
-    offsets = proof.end_offsets(settings.kafka_bootstrap)
-    in_kafka = sum(offsets[topic.name] for topic in INGESTED)
-    return max(0, sent - in_kafka), proof.waiting_in_broker(settings.nats_monitor_port)
-
-
 @contextlib.contextmanager
 def _lag_shown(stack: Stack) -> Iterator[None]:
-    """Shows how much Kafka still has for the jobs."""
+    """Shows how much Kafka still has for the jobs, where somebody looks."""
+    if not console.is_terminal:
+        yield
+        return
     ended = threading.Event()
 
     def look() -> None:

@@ -30,7 +30,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 from pydantic import Field
 
-from kafka_io.offsets import newest_offsets
+from kafka_io.offsets import received
 from schemas.errors import ConfigError, MeterstreamError, RetryLater
 from schemas.settings import Settings, started_file, started_with
 from schemas.topics import INGESTED, TOPICS
@@ -768,6 +768,16 @@ def waiting_in_broker(monitor_port: int) -> int:
     )
 
 
+def left_on_the_way(settings: StackSettings, wanted: int) -> tuple[int, int]:
+    """Records that Kafka lacks of so many, and messages that the MQTT broker holds.
+
+    Raises:
+        RetryLater: one of the two does not say.
+    """
+    in_kafka = received(settings.kafka_bootstrap, INGESTED)
+    return max(0, wanted - in_kafka), waiting_in_broker(settings.nats_monitor_port)
+
+
 def let_through(settings: StackSettings, on_progress: Callable[[str], None]) -> None:
     """Waits until Kafka has what the MQTT broker holds now; what comes meanwhile is not waited for.
 
@@ -775,11 +785,11 @@ def let_through(settings: StackSettings, on_progress: Callable[[str], None]) -> 
     """
     try:
         held = waiting_in_broker(settings.nats_monitor_port)
-        wanted = _carried(settings) + held
+        wanted = received(settings.kafka_bootstrap, INGESTED) + held
         if held:
             on_progress(f"the bridge carries {held:,} messages that the MQTT broker holds")
         moved, before = time.monotonic(), -1
-        while (left := min(wanted - _carried(settings), waiting_in_broker(settings.nats_monitor_port))) > 0:
+        while (left := min(left_on_the_way(settings, wanted))) > 0:
             if left != before:
                 moved, before = time.monotonic(), left
             elif time.monotonic() - moved > STANDSTILL_S:
@@ -788,10 +798,6 @@ def let_through(settings: StackSettings, on_progress: Callable[[str], None]) -> 
             time.sleep(LOOK_S)
     except RetryLater as error:
         on_progress(f"what the MQTT broker holds stays there: {error}")
-
-
-def _carried(settings: StackSettings) -> int:
-    return sum(newest_offsets(settings.kafka_bootstrap, INGESTED).values())
 
 
 def _is_healthy(monitor_port: int) -> bool:

@@ -15,12 +15,13 @@ from typing import Any
 import psutil
 import pytest
 
+from kafka_io.offsets import received
 from replay.run import run_folder
 from schemas.topics import INGESTED
 from stack import proof
 from stack.containers import ContainerStack
-from stack.demo import Stack, drain, environment, left_on_the_way, own_settings
-from stack.native import CLUSTER, NativeStack
+from stack.demo import Stack, drain, environment, own_settings
+from stack.native import CLUSTER, NativeStack, left_on_the_way
 from tests.eventually import eventually
 from tests.wire import small_tape
 
@@ -55,8 +56,7 @@ class Result:
 
 
 def in_kafka(bootstrap: str) -> int:
-    offsets = proof.end_offsets(bootstrap)
-    return sum(offsets[topic.name] for topic in INGESTED)
+    return received(bootstrap, INGESTED)
 
 
 def kill(stack: Stack, name: str) -> None:

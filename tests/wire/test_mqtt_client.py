@@ -52,15 +52,19 @@ def broker() -> Iterator[Broker]:
     broker.listener.close()
 
 
-@pytest.fixture
-def client(broker: Broker) -> LoopClient:
-    client = LoopClient("c", clean_session=False, manual_ack=True, reconnect_on_failure=False)
+def connected(broker: Broker, **options: float) -> LoopClient:
+    client = LoopClient("c", clean_session=False, manual_ack=True, reconnect_on_failure=False, **options)  # type: ignore[arg-type]
     accepting = threading.Thread(target=broker.accept)
     accepting.start()
     client.connect("127.0.0.1", broker.port, keepalive=30)
     eventually(lambda: turn([client], 0.01) or client.is_connected())
     accepting.join()
     return client
+
+
+@pytest.fixture
+def client(broker: Broker) -> LoopClient:
+    return connected(broker)
 
 
 def received(client: LoopClient) -> list[tuple[int, bytes]]:
@@ -132,10 +136,8 @@ def test_a_disconnection_sends_what_waits_first(client: LoopClient, broker: Brok
     assert client.is_quiet_end
 
 
-def test_a_disconnection_from_a_broker_that_takes_nothing_ends(
-    client: LoopClient, broker: Broker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mqtt_io.client.END_S", 0.1)
+def test_a_disconnection_from_a_broker_that_takes_nothing_ends(broker: Broker) -> None:
+    client = connected(broker, end_s=0.1)
     for _ in range(10):
         client.publish("t", b"w" * 1_000_000, qos=1)
     client.disconnect()

@@ -14,8 +14,7 @@ from replay.run import Order, play
 from replay.sinks import MqttSink
 from schemas.errors import RetryLater
 from stack import proof
-from stack.demo import left_on_the_way
-from stack.native import NativeStack
+from stack.native import NativeStack, left_on_the_way
 from tests.brokers import way
 from tests.eventually import eventually
 from tests.wire import small_tape

@@ -17,8 +17,8 @@ from replay.run import run_folder
 from replay.tape import read_tape, write_tape
 from schemas.closed_lists import DeltaReason, FaultKind
 from schemas.tables import table_path
-from stack.demo import drain, environment, left_on_the_way, own_settings
-from stack.native import NativeStack
+from stack.demo import drain, environment, own_settings
+from stack.native import NativeStack, left_on_the_way
 from tests.eventually import eventually
 from tests.wire import small_tape
 

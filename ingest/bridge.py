@@ -2,14 +2,14 @@
 
 A message is acknowledged when Kafka's delivery report for it and for all that were received before it has come. Poison
 goes to the dead letters first and is acknowledged then, so it cannot block the window. What was not acknowledged comes
-again: from NATS newer messages first, the old ones when its `ack_wait` runs out. So a session that is taken up again is
-first collected for that long and sorted, and order per meter is as if nothing had happened (decisions 3 and 13).
+again: from NATS in front of newer messages if its `ack_wait` ran out while nobody was connected, else behind them. So a
+session is taken up only after that, and left when something comes again in the middle of it (decision 13).
 """
 
 import contextlib
 import os
 import time
-from collections import OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,12 +31,13 @@ log = structlog.get_logger()
 LOOP_S = 0.02  # longest wait for a packet: bounds how long a delivery report waits for its acknowledgement
 RECONNECT_S = 1.0
 DRAIN_S = 10.0  # at a stop: how long Kafka may take for what is in flight; what is left comes again
-QUIET_S = 1.0  # a taken-up session is not sorted while redelivered messages come, nor a clean end believed
+QUIET_S = 1.0  # before a clean end nothing came for so long
 SESSION = "meterstream-bridge-2"
 """Of the sessions, with a generation: the broker keeps a session's ack_wait and window as they were at its begin."""
 SENTINEL = "bridge-sentinel"
 """Last level of the topic of a message that the bridge sends to itself."""
-REMEMBERED = 10_000  # acknowledged messages by which a redelivered one is known: several windows of the broker
+WAIT = 1.2  # of the broker's ack_wait: so long nobody is connected, so that what was on its way comes first
+LONGEST_WAIT_S = 300.0  # where `ack_wait_s` is not the broker's
 BRAKE_WINDOW = 1_000  # messages over which the share of poison is taken
 PROGRESS_S = 10.0
 LONGEST_RECORD_BYTES = 1_250_000  # a dead letter has whatever the MQTT broker takes (max_payload), and its topic
@@ -51,7 +52,8 @@ class BridgeSettings(Settings):
         mqtt_port: its port.
         shards: hex digits of the shards that this process owns; all of them if empty.
         accept_run_ids: False where no replay may send.
-        settle_s: how long a taken-up session is collected before it is sorted: the broker's ack_wait and a fifth.
+        ack_wait_s: the broker's ack_wait (config/nats/nats.conf): after it a message that was not acknowledged comes
+            again.
         poison_share: the brake: stop when more than this share of the last thousand messages is poison.
     """
 
@@ -62,16 +64,17 @@ class BridgeSettings(Settings):
     mqtt_password: str | None = None
     shards: str = ""
     accept_run_ids: bool = True
-    settle_s: float = 12.0
+    ack_wait_s: float = 10.0
     poison_share: float = 0.5
 
 
 @dataclass
 class Pending:
-    """A message between its receipt and its acknowledgement; its fingerprint tells its bytes from others."""
+    """A message between its receipt and its acknowledgement; safe once Kafka has it."""
 
     mid: int
-    fingerprint: int
+    topic: str
+    payload: bytes
     is_safe: bool = False
 
 
@@ -105,16 +108,15 @@ class Subscription:
         self.open: deque[Pending] = deque()
         self.again_at = time.monotonic()
         self.awaited: set[str] | None = None
+        self.wait_s = WAIT * settings.ack_wait_s
         self._settings = settings
         self._take, self._send = take, send
-        self._came_at = time.monotonic()
-        self._in_flight: set[int] = set()
-        self._carried: OrderedDict[tuple[int, int], None] = OrderedDict()
-        self._settled_at: float | None = None
-        self._collected: list[tuple[Routed, Pending]] = []
+        self._known: Counter[tuple[str, bytes]] = Counter()
+        self._is_used = False
+        self._is_refused: str | None = None
+        self._has_waited = self._goes_on = False
         self._mark = home() / "run" / f"{name}.clean"
-        self._was_clean = False
-        self._due = 0.0
+        self._due = self._began = self._came_at = 0.0
         self.client = self._client(clean=False)
         self.client.on_connect = self._on_connect
         self.client.on_subscribe = self._on_subscribe
@@ -126,60 +128,58 @@ class Subscription:
             client.username_pw_set(self._settings.mqtt_username, self._settings.mqtt_password)
         return client
 
-    def connect(self) -> None:
-        """Connects where there is no connection; tried once a second."""
-        if self.client.socket() is not None or time.monotonic() < self._due:
+    def tend(self) -> None:
+        """Leaves a connection that is refused, and connects when it is time: not before Kafka has all that came."""
+        if self._is_refused and self.client.socket() is not None:
+            self._disconnect(self.client)
+        now = time.monotonic()
+        if self.client.socket() is not None:
             return
-        self.is_ready = False
-        # all of it belongs to the connection that is gone: its numbers mean other messages on the next one
-        for kept in (self.open, self._in_flight, self._carried, self._collected):
-            kept.clear()
-        self._was_clean = self._was_clean or self._taken_mark()
+        if self._is_used:
+            self._is_used = self.is_ready = False
+            if self._is_refused:
+                self._has_waited, self._due = True, now + self.wait_s
+                log.info("waits until all comes in order", session=self.name, because=self._is_refused, s=self.wait_s)
+        if now < self._due or not all(pending.is_safe for pending in self.open):
+            return
+        # Kafka has these, the broker was not told; their numbers mean other messages on the next connection
+        self._known.update((pending.topic, pending.payload) for pending in self.open)
+        self.open.clear()
+        self._goes_on, self._has_waited = self._has_waited or self._taken_mark(), False
+        self._is_refused, self._began, self._due = None, now, now + RECONNECT_S
         try:
             self.client.connect(self._settings.mqtt_host, self._settings.mqtt_port, keepalive=30)
         except OSError as error:
             log.warning("MQTT broker does not answer", port=self._settings.mqtt_port, error=str(error))
-        self._due = time.monotonic() + RECONNECT_S
-
-    def settle(self) -> None:
-        """Sends what was collected since the session was taken up, in the order of each meter."""
-        if self._settled_at is None or time.monotonic() < self._settled_at:
-            return
-        self._settled_at = None
-        collected, self._collected = self._collected, []
-        for record, pending in sorted(collected, key=lambda item: item[0].order):
-            self._send(record, pending)
 
     def acknowledge(self) -> None:
         """Acknowledges the contiguous prefix that is safe, in the order of receipt."""
+        if self.client.socket() is None:
+            return
         while self.open and self.open[0].is_safe:
-            pending = self.open.popleft()
-            self._in_flight.discard(pending.mid)
-            self._carried[pending.mid, pending.fingerprint] = None
-            self.client.ack(pending.mid, 1)
-        while len(self._carried) > REMEMBERED:
-            self._carried.popitem(last=False)
+            self.client.ack(self.open.popleft().mid, 1)
 
     def leave(self) -> None:
         """Ends the connection; where nothing is on its way any more, the next process need not wait for it."""
-        is_settled = self.is_ready and self._settled_at is None
-        is_clean = is_settled and not self.open and time.monotonic() - self._came_at > QUIET_S
-        self.client.disconnect()
-        self.client.loop_write()
+        is_quiet = self.is_ready and not self._is_refused and time.monotonic() - self._came_at > QUIET_S
+        is_clean = is_quiet and not self.open and not self._known
+        self._disconnect(self.client)
         if is_clean and self.client.is_quiet_end:
-            with contextlib.suppress(OSError):  # without the mark it settles
+            with contextlib.suppress(OSError):  # without the mark the next one waits
                 self._mark.write_text("")
 
     def remove(self) -> None:
         """Removes the session from the broker; what it still holds is gone with it."""
-        self.client.disconnect()
-        self.client.loop_write()
+        self._disconnect(self.client)
         client = self._client(clean=True)
         with contextlib.suppress(OSError):  # the next start finds it again
             client.connect(self._settings.mqtt_host, self._settings.mqtt_port)
         until = time.monotonic() + DRAIN_S
         while not client.is_connected() and client.socket() is not None and time.monotonic() < until:
             turn([client], LOOP_S)
+        self._disconnect(client)
+
+    def _disconnect(self, client: LoopClient) -> None:
         client.disconnect()
         client.loop_write()
 
@@ -191,65 +191,68 @@ class Subscription:
             return False
         return True
 
+    def _refuse(self, mid: int) -> None:
+        """Has the connection left on which a message came again.
+
+        Our acknowledgements may cross what is sent again, which then takes newer messages' places in the window: those
+        are left out, and those behind them come first.
+        """
+        self._is_refused = "a message came again in the middle of newer ones"
+        if all(pending.mid != mid for pending in self.open):
+            # it may be one of before this connection: then the broker's ack_wait is longer than we believe
+            self.wait_s = min(2 * self.wait_s, LONGEST_WAIT_S)
+
     def _on_connect(self, client: mqtt.Client, _: Any, flags: mqtt.ConnectFlags, code: Any, *rest: Any) -> None:
         if code.is_failure:
             self.failure = f"MQTT broker refused: {code}"
             return
         self.is_new = not flags.session_present
-        comes_again = flags.session_present and not self._was_clean
-        self._was_clean = False
+        if self.is_new:
+            self._known.clear()
+        elif not self._goes_on:
+            self._is_refused = "messages may have been on their way"
+        self._is_used = True
         self.awaited = None
         self.again_at = self._came_at = time.monotonic()
-        self._settled_at = self._came_at + self._settings.settle_s if comes_again else None
-        if comes_again:
-            log.info("session taken up: first collects what comes again", seconds=self._settings.settle_s)
         if self.pattern is not None:
             client.subscribe(self.pattern, 1)
         else:
-            self.is_ready = True
+            self.is_ready = not self._is_refused
 
     def _on_subscribe(self, client: mqtt.Client, _: Any, mid: int, codes: list[Any], *rest: Any) -> None:
         if any(code.is_failure for code in codes):
             self.failure = f"MQTT broker refused the subscription: {codes}"
             return
-        self.is_ready = True
+        self.is_ready = not self._is_refused
 
     def _on_message(self, client: mqtt.Client, _: Any, message: mqtt.MQTTMessage) -> None:
-        now = time.monotonic()
+        if self._is_refused:
+            return
+        now = self._came_at = time.monotonic()
         if message.dup:
             self.again_at = now
-        if message.mid in self._in_flight:  # the broker's ack_wait ran out while we still have it
-            if all(pending.mid != message.mid for _, pending in self._collected):
-                # our acknowledgements may cross what the broker sends again: it then leaves newer messages out, for
-                # which those behind them have to wait
-                self._settled_at = max(self._settled_at or now, now + self._settings.settle_s)
-            return
-        self._came_at = now
+            if now - self._began > self._settings.ack_wait_s:
+                self._refuse(message.mid)
+                return
+            self.wait_s = WAIT * self._settings.ack_wait_s  # it was long enough
         try:
             topic = message.topic
         except UnicodeDecodeError:
             topic = "(not UTF-8)"
-        payload = bytes(message.payload)
         if topic.endswith(SENTINEL):
             log.info("a message of our own came through", topic=topic, session=self.name)
             if self.awaited is not None:
                 self.awaited.discard(topic)
             client.ack(message.mid, message.qos)
             return
-        pending = Pending(message.mid, hash((topic, payload)))
-        if message.dup and self._settled_at is not None:
-            self._settled_at = max(self._settled_at, now + QUIET_S)
-        if message.dup and (pending.mid, pending.fingerprint) in self._carried:
-            client.ack(message.mid, 1)  # it was on its way again when our acknowledgement came
-            return
-        record = self._take(topic, payload)
+        pending = Pending(message.mid, topic, bytes(message.payload))
         if message.qos:
-            self._in_flight.add(message.mid)
             self.open.append(pending)
-        if self._settled_at is not None:
-            self._collected.append((record, pending))
-        else:
-            self._send(record, pending)
+        if message.dup and self._known[topic, pending.payload]:
+            pending.is_safe = True
+            self._known -= Counter([(topic, pending.payload)])
+            return
+        self._send(self._take(topic, pending.payload), pending)
 
 
 class Bridge:
@@ -310,11 +313,10 @@ class Bridge:
                 every = self._every
                 for subscription in every:
                     if not self._stopping:
-                        subscription.connect()
+                        subscription.tend()
                 turn([subscription.client for subscription in every], LOOP_S)
                 self._producer.poll(0)
                 for subscription in every:
-                    subscription.settle()
                     subscription.acknowledge()
                 self._tell_ready()
                 self._retire()
@@ -339,7 +341,7 @@ class Bridge:
         NATS keeps a session's ack_wait and window as they were when it began. Both sessions get what comes meanwhile:
         it is carried twice, which the jobs count as duplicates, and nothing is missed. When ours stand, a message of
         our own goes through each of the old one's filters: behind it nothing is the old one's alone. What was left out
-        in front of it comes again, so it must have brought nothing again for `settle_s`.
+        in front of it comes again, so it must have brought nothing again for `wait_s`.
         """
         old = self._retiring
         if old is None or not old.is_ready:
@@ -353,7 +355,7 @@ class Bridge:
                 old.awaited = {f"meters/{shard}/{SENTINEL}" for shard in self.settings.shards or "0"}
                 for topic in old.awaited:
                     self._subscriptions[0].client.publish(topic, qos=1)
-            if old.awaited or old.open or time.monotonic() - old.again_at < self.settings.settle_s:
+            if old.awaited or old.open or time.monotonic() - old.again_at < old.wait_s:
                 return
             log.info("removed the session of an earlier release", name=old.name)
         self._retiring = None
@@ -371,7 +373,7 @@ class Bridge:
             log.info("bridge ready", mqtt=patterns, kafka=self.settings.kafka_bootstrap)
         else:
             self._ready.unlink(missing_ok=True)
-            log.warning("MQTT broker is away, connecting again")
+            log.warning("not every session stands, connecting again")
 
     def _taken(self, topic: str, payload: bytes) -> Routed:
         """The record of a message, or the dead letter that it is."""

@@ -15,16 +15,11 @@ MAX_PAYLOAD_BYTES = 65_536  # a telegram with all its lines has 2 kB
 
 @dataclass(frozen=True)
 class Routed:
-    """What goes to Kafka.
-
-    Attributes:
-        order: (meter_id, observed_at, seq): the order of one meter's records, to restore after a reconnect.
-    """
+    """What goes to Kafka."""
 
     topic: str
     key: bytes
     value: bytes
-    order: tuple[str, datetime, int]
 
 
 def routed(mqtt_topic: str, payload: bytes, received_at: datetime, accept_run_ids: bool = True) -> Routed:
@@ -50,8 +45,7 @@ def routed(mqtt_topic: str, payload: bytes, received_at: datetime, accept_run_id
     if record.get("run_id") is not None and not accept_run_ids:
         raise InvalidMessage(DeadLetterReason.RUN_ID_REFUSED, f"run {record['run_id']}")
     record["received_at"] = received_at
-    order = (place.meter_id, record["observed_at"], record.get("seq") or 0)
-    return Routed(topic.name, place.meter_id.encode(), encode(topic.entity, record), order)
+    return Routed(topic.name, place.meter_id.encode(), encode(topic.entity, record))
 
 
 def _record(place: MqttTopic, payload: bytes, entity: str, received_at: datetime) -> dict[str, Any]:
@@ -78,5 +72,4 @@ def dead_letter(mqtt_topic: str, payload: bytes, error: InvalidMessage, received
         "meter_id": meter_id,
         "mqtt_topic": mqtt_topic,
     }
-    key = (meter_id or "").encode()
-    return Routed(DEAD_LETTERS.name, key, encode(DEAD_LETTERS.entity, letter), (meter_id or "", received_at, 0))
+    return Routed(DEAD_LETTERS.name, (meter_id or "").encode(), encode(DEAD_LETTERS.entity, letter))

@@ -2,12 +2,14 @@
 
 A message is acknowledged when Kafka's delivery report for it and for all that were received before it has come. Poison
 goes to the dead letters first and is acknowledged then, so it cannot block the window. What was not acknowledged comes
-again: from NATS in front of newer messages if its `ack_wait` ran out while nobody was connected, else behind them. So a
-session is taken up only after that, and left when something comes again in the middle of it (decision 13).
+again: from NATS in front of newer messages where all of its `ack_wait` ran out while nobody was connected, else behind
+them. So a session is taken up only after that, and left where something comes again in the middle of it (decision 13).
 """
 
 import contextlib
+import hashlib
 import os
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -31,9 +33,16 @@ log = structlog.get_logger()
 LOOP_S = 0.02  # longest wait for a packet: bounds how long a delivery report waits for its acknowledgement
 RECONNECT_S = 1.0
 DRAIN_S = 10.0  # at a stop: how long Kafka may take for what is in flight; what is left comes again
-QUIET_S = 1.0  # before a clean end nothing came for so long
+QUIET_S = 1.0  # before a connection is left nothing came for so long: before a clean end, or where something came again
+LEAVING_S = 5.0  # longest until a connection is left on which something came again
+WAIT = 1.2  # of the broker's ack_wait: so long nobody is connected, so that what was on its way comes first
+LONGEST_WAIT_S = 300.0  # where `ack_wait_s` is less than the broker's
+WINDOW = 1_000  # acknowledged messages by which one that crossed its acknowledgement is known: more than are open
+EARLIER_ACK_WAIT_S = 3.0  # of an earlier release's session
 SESSION = "meterstream-bridge-2"
 """Of the sessions, with a generation: the broker keeps a session's ack_wait and window as they were at its begin."""
+CLEAN, OPEN = "clean", "open"
+"""How a session ended, in the mark that the bridge keeps of it."""
 SENTINEL = "bridge-sentinel"
 """Last level of the topic of a message that the bridge sends to itself."""
 WAIT = 1.2  # of the broker's ack_wait: so long nobody is connected, so that what was on its way comes first
@@ -70,11 +79,16 @@ class BridgeSettings(Settings):
 
 @dataclass
 class Pending:
-    """A message between its receipt and its acknowledgement; safe once Kafka has it."""
+    """A message between its receipt and its acknowledgement.
+
+    Attributes:
+        mid: its number on this connection.
+        fingerprint: of its topic and bytes.
+        is_safe: whether Kafka has it.
+    """
 
     mid: int
-    topic: str
-    payload: bytes
+    fingerprint: bytes
     is_safe: bool = False
 
 
@@ -87,6 +101,7 @@ class Subscription:
     Args:
         name: of the session.
         pattern: what it subscribes to; None of an earlier release's session, which has its own.
+        ack_wait_s: of the session.
         settings: of the bridge.
         take: topic and payload → the record for Kafka.
         send: hands a record to Kafka, which says through the pending message when it is safe.
@@ -96,6 +111,7 @@ class Subscription:
         self,
         name: str,
         pattern: str | None,
+        ack_wait_s: float,
         settings: BridgeSettings,
         take: Callable[[str, bytes], Routed],
         send: Callable[[Routed, Pending], None],
@@ -108,19 +124,26 @@ class Subscription:
         self.open: deque[Pending] = deque()
         self.again_at = time.monotonic()
         self.awaited: set[str] | None = None
-        self.wait_s = WAIT * settings.ack_wait_s
+        self.wait_s = WAIT * ack_wait_s
+        self._ack_wait_s = ack_wait_s
         self._settings = settings
         self._take, self._send = take, send
-        self._known: Counter[tuple[str, bytes]] = Counter()
-        self._is_used = False
-        self._is_refused: str | None = None
-        self._has_waited = self._goes_on = False
-        self._mark = home() / "run" / f"{name}.clean"
-        self._due = self._began = self._came_at = 0.0
+        self._known: Counter[bytes] = Counter()
+        self._acknowledged: deque[bytes] = deque(maxlen=WINDOW)
+        self._left_because: str | None = None
+        self._left_at = self._began = self._came_at = 0.0
+        self._mark = home() / "run" / f"{name}.session"
+        told = self._told()
+        self._may_be_open = told != CLEAN
+        self._goes_on = told is not None
+        self._due = time.monotonic() + (self.wait_s if told == OPEN else 0.0)
+        self._is_used = self._is_broker_away = False
         self.client = self._client(clean=False)
         self.client.on_connect = self._on_connect
         self.client.on_subscribe = self._on_subscribe
         self.client.on_message = self._on_message
+        if told == OPEN:
+            log.info("waits until all comes in order", session=name, because="it did not end cleanly", s=self.wait_s)
 
     def _client(self, clean: bool) -> LoopClient:
         client = LoopClient(self.name, clean_session=clean, manual_ack=True, reconnect_on_failure=False)
@@ -128,45 +151,83 @@ class Subscription:
             client.username_pw_set(self._settings.mqtt_username, self._settings.mqtt_password)
         return client
 
+    def _told(self) -> str | None:
+        """How the session ended, by the mark: clean, open (it did not end), or None: it is not known."""
+        try:
+            return self._mark.read_text()
+        except OSError:
+            return None
+
     def tend(self) -> None:
-        """Leaves a connection that is refused, and connects when it is time: not before Kafka has all that came."""
-        if self._is_refused and self.client.socket() is not None:
-            self._disconnect(self.client)
+        """Leaves a connection that has to be left, and connects when it is time: once Kafka has all that came."""
         now = time.monotonic()
+        if self._left_because and self.client.socket() is not None:
+            if now - self._came_at < QUIET_S and now - self._left_at < LEAVING_S:
+                return
+            self._disconnect(self.client)
         if self.client.socket() is not None:
+            if not self._left_because:
+                self._been_up(now - self._began)
             return
         if self._is_used:
             self._is_used = self.is_ready = False
-            if self._is_refused:
-                self._has_waited, self._due = True, now + self.wait_s
-                log.info("waits until all comes in order", session=self.name, because=self._is_refused, s=self.wait_s)
+            self._is_broker_away = not self._left_because
+            self._due = now + self.wait_s
+            because = self._left_because or "the connection is lost"
+            log.info("waits until all comes in order", session=self.name, because=because, s=self.wait_s)
         if now < self._due or not all(pending.is_safe for pending in self.open):
             return
-        # Kafka has these, the broker was not told; their numbers mean other messages on the next connection
-        self._known.update((pending.topic, pending.payload) for pending in self.open)
+        if self._is_broker_away and self._may_be_open:
+            # a broker that starts reads first what was on its way
+            self._is_broker_away = not self._answers()
+            self._due = now + (RECONNECT_S if self._is_broker_away else self.wait_s)
+            return
+        # Kafka has these, the broker was not told
+        self._known.update(pending.fingerprint for pending in self.open)
         self.open.clear()
-        self._goes_on, self._has_waited = self._has_waited or self._taken_mark(), False
-        self._is_refused, self._began, self._due = None, now, now + RECONNECT_S
+        self._acknowledged.clear()
+        self._left_because, self._began, self._due = None, now, now + RECONNECT_S
+        self._mark_as(OPEN)
         try:
             self.client.connect(self._settings.mqtt_host, self._settings.mqtt_port, keepalive=30)
         except OSError as error:
+            self._is_broker_away = True
+            if not self._may_be_open:
+                self._mark_as(CLEAN)
             log.warning("MQTT broker does not answer", port=self._settings.mqtt_port, error=str(error))
+            return
+        self._may_be_open = self._is_used = True
+
+    def _been_up(self, lasted_s: float) -> None:
+        if lasted_s > self._ack_wait_s:
+            self._known.clear()  # a message like these is another one by now
+        if lasted_s > LONGEST_WAIT_S:
+            self.wait_s = WAIT * self._ack_wait_s
+
+    def _answers(self) -> bool:
+        """Whether the broker takes connections; no session begins by that."""
+        try:
+            with socket.create_connection((self._settings.mqtt_host, self._settings.mqtt_port), timeout=RECONNECT_S):
+                return True
+        except OSError:
+            return False
 
     def acknowledge(self) -> None:
         """Acknowledges the contiguous prefix that is safe, in the order of receipt."""
-        if self.client.socket() is None:
+        if self.client.socket() is None or self._left_because:
             return
         while self.open and self.open[0].is_safe:
-            self.client.ack(self.open.popleft().mid, 1)
+            pending = self.open.popleft()
+            self._acknowledged.append(pending.fingerprint)
+            self.client.ack(pending.mid, 1)
 
     def leave(self) -> None:
         """Ends the connection; where nothing is on its way any more, the next process need not wait for it."""
-        is_quiet = self.is_ready and not self._is_refused and time.monotonic() - self._came_at > QUIET_S
-        is_clean = is_quiet and not self.open and not self._known
+        is_quiet = self.is_ready and not self._left_because and time.monotonic() - self._came_at > QUIET_S
+        is_clean = is_quiet and not self.open and not self._known and self.client.socket() is not None
         self._disconnect(self.client)
         if is_clean and self.client.is_quiet_end:
-            with contextlib.suppress(OSError):  # without the mark the next one waits
-                self._mark.write_text("")
+            self._mark_as(CLEAN)
 
     def remove(self) -> None:
         """Removes the session from the broker; what it still holds is gone with it."""
@@ -178,81 +239,88 @@ class Subscription:
         while not client.is_connected() and client.socket() is not None and time.monotonic() < until:
             turn([client], LOOP_S)
         self._disconnect(client)
+        self._mark.unlink(missing_ok=True)
 
     def _disconnect(self, client: LoopClient) -> None:
         client.disconnect()
         client.loop_write()
 
-    def _taken_mark(self) -> bool:
-        """Whether the last process left the mark; it is gone before anything can come."""
-        try:
-            self._mark.unlink()
-        except OSError:
-            return False
-        return True
-
-    def _refuse(self, mid: int) -> None:
-        """Has the connection left on which a message came again.
-
-        Our acknowledgements may cross what is sent again, which then takes newer messages' places in the window: those
-        are left out, and those behind them come first.
-        """
-        self._is_refused = "a message came again in the middle of newer ones"
-        if all(pending.mid != mid for pending in self.open):
-            # it may be one of before this connection: then the broker's ack_wait is longer than we believe
-            self.wait_s = min(2 * self.wait_s, LONGEST_WAIT_S)
+    def _mark_as(self, state: str) -> None:
+        if self._told() != state:
+            self._mark.parent.mkdir(parents=True, exist_ok=True)
+            self._mark.write_text(state)
 
     def _on_connect(self, client: mqtt.Client, _: Any, flags: mqtt.ConnectFlags, code: Any, *rest: Any) -> None:
         if code.is_failure:
             self.failure = f"MQTT broker refused: {code}"
             return
+        self.awaited = None
+        self.again_at = self._came_at = time.monotonic()
         self.is_new = not flags.session_present
         if self.is_new:
             self._known.clear()
-        elif not self._goes_on:
-            self._is_refused = "messages may have been on their way"
-        self._is_used = True
-        self.awaited = None
-        self.again_at = self._came_at = time.monotonic()
+        elif not self._goes_on:  # the home is new, and the session is not
+            self._give_up("how the session ended is not known")
+        self._goes_on = True
         if self.pattern is not None:
             client.subscribe(self.pattern, 1)
         else:
-            self.is_ready = not self._is_refused
+            self.is_ready = not self._left_because
 
     def _on_subscribe(self, client: mqtt.Client, _: Any, mid: int, codes: list[Any], *rest: Any) -> None:
         if any(code.is_failure for code in codes):
             self.failure = f"MQTT broker refused the subscription: {codes}"
             return
-        self.is_ready = not self._is_refused
+        self.is_ready = not self._left_because
+
+    def _give_up(self, reason: str) -> None:
+        self._left_because, self._left_at, self.is_ready = reason, time.monotonic(), False
 
     def _on_message(self, client: mqtt.Client, _: Any, message: mqtt.MQTTMessage) -> None:
-        if self._is_refused:
-            return
         now = self._came_at = time.monotonic()
-        if message.dup:
-            self.again_at = now
-            if now - self._began > self._settings.ack_wait_s:
-                self._refuse(message.mid)
-                return
-            self.wait_s = WAIT * self._settings.ack_wait_s  # it was long enough
         try:
             topic = message.topic
         except UnicodeDecodeError:
             topic = "(not UTF-8)"
+        payload = bytes(message.payload)
+        pending = Pending(message.mid, hashlib.blake2b(topic.encode() + b"\0" + payload, digest_size=16).digest())
+        if message.dup:
+            self.again_at = now
+            is_open = any(each.mid == message.mid for each in self.open)
+            if is_open or now - self._began > self._ack_wait_s:
+                self._came_again(client, pending, is_open)
+        if self._left_because:
+            return
         if topic.endswith(SENTINEL):
             log.info("a message of our own came through", topic=topic, session=self.name)
             if self.awaited is not None:
                 self.awaited.discard(topic)
             client.ack(message.mid, message.qos)
             return
-        pending = Pending(message.mid, topic, bytes(message.payload))
         if message.qos:
             self.open.append(pending)
-        if message.dup and self._known[topic, pending.payload]:
+        if message.dup and self._known[pending.fingerprint]:
             pending.is_safe = True
-            self._known -= Counter([(topic, pending.payload)])
+            self._known -= Counter([pending.fingerprint])
             return
-        self._send(self._take(topic, pending.payload), pending)
+        self._send(self._take(topic, payload), pending)
+
+    def _came_again(self, client: mqtt.Client, pending: Pending, is_open: bool) -> None:
+        """Gives this connection up: newer messages may come before older ones from here on.
+
+        Where our acknowledgement crosses what is sent again, that gets a number of its own, and a place in the window
+        for as long as it is not acknowledged: newer messages are left out for it, and those behind them come first.
+        """
+        if not is_open and pending.fingerprint in self._acknowledged:
+            client.ack(pending.mid, 1)
+        elif not is_open and not self._left_because:
+            self.wait_s = min(2 * self.wait_s, LONGEST_WAIT_S)
+            hint = "is METERSTREAM_ACK_WAIT_S less than the MQTT broker's ack_wait?"
+            log.warning(
+                "a message came again that was not known", session=self.name, hint=hint, next_wait_s=self.wait_s
+            )
+        if not self._left_because:
+            self._give_up("a message came again in the middle of newer ones")
 
 
 class Bridge:
@@ -284,11 +352,12 @@ class Bridge:
         )
         patterns = {shard: f"meters/{shard}/#" for shard in settings.shards} or {"all": "meters/#"}
         self._subscriptions = [
-            Subscription(f"{SESSION}-{name}", pattern, settings, self._taken, self._send)
+            Subscription(f"{SESSION}-{name}", pattern, settings.ack_wait_s, settings, self._taken, self._send)
             for name, pattern in patterns.items()
         ]
+        earlier = f"meterstream-bridge-{settings.shards or 'all'}"
         self._retiring: Subscription | None = Subscription(
-            f"meterstream-bridge-{settings.shards or 'all'}", None, settings, self._taken, self._send
+            earlier, None, EARLIER_ACK_WAIT_S, settings, self._taken, self._send
         )
 
     @property

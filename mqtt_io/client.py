@@ -15,7 +15,7 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 READ_BYTES = 65_536  # some hundreds of readings
-PACKETS = 1_000  # of a turn: the caller has others to look after
+PACKETS = 200  # of a turn: the caller has others to look after
 END_S = 5.0  # a broker that lives closes within milliseconds, on a full machine within a second
 DISCONNECT = 0xE0
 
@@ -71,6 +71,7 @@ class LoopClient(mqtt.Client):
     def _begin_anew(self, *_: Any) -> None:
         self._ahead, self._place = b"", 0
         self._unsent.clear()
+        self.is_quiet_end = False
 
     def _sock_recv(self, bufsize: int) -> bytes:
         if self._place == len(self._ahead):

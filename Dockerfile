@@ -17,7 +17,8 @@ FROM machine AS packages
 COPY pyproject.toml requirements.lock ./
 COPY config/ivy.xml config/
 COPY tools/setup.py tools/
-RUN mkdir schemas kafka_io mqtt_io lake ingest replay replay/importers streaming_jobs batch_jobs stack && touch README.md \
+RUN mkdir -p schemas metering/energy metering/voltage metering/alarms kafka_io mqtt_io lake engine ingest replay/importers streaming_jobs \
+    batch_jobs stack && touch README.md settings.py \
  && python3 tools/setup.py && rm -rf /root/.cache .venv/jars/ivy .venv/tmp
 
 FROM machine AS meterstream

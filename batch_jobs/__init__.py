@@ -3,7 +3,7 @@
 import pkgutil
 from importlib import import_module
 
-from lake.nightly import BatchJob, in_order
+from engine.night import BatchJob, in_order
 
 
 def discovered() -> list[BatchJob]:

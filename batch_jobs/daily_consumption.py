@@ -4,9 +4,9 @@ Reads: readings of the UTC days that the local day can touch, and of the week be
 that was silent for longer begins anew); registry (fuse, phases, nominal voltage, interval, time zone).
 Writes: daily_consumption_v1, a row for each meter with readings and each that the registry expects.
 Key: meter_id, date.
-Energy: the steps of `lake/delta_engine.py` that end in the day, from the last accepted reading at or before local
-midnight. A reading exactly at midnight ends the earlier day; where there is none, the whole step across midnight counts
-to the day in which it ends (validated intervals interpolate). The days of a series add up to its register exactly.
+Energy: the steps of `metering/energy/delta_engine.py` that end in the day, from the last accepted reading at or before
+local midnight. A reading exactly at midnight ends the earlier day; where there is none, the whole step across midnight
+counts to the day in which it ends (validated intervals interpolate). The days of a series add up to its register.
 `<register>_from_wh` is the value the day is counted from, `<register>_to_wh` the last in it; gaps, resets and the like
 count the times at which any register has such a step.
 Quality: `missing`, no energy known · `measured` · `incomplete`, energy of another time or none for part of the day: no
@@ -26,12 +26,13 @@ import pyarrow as pa
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from lake import delta_engine
-from lake.nightly import BatchJob, command, day_s, only_believable, per_shard, with_local_day, with_silent
-from lake.reading import utc_days
-from lake.seen_before import with_seen
+from engine.night import BatchJob, command, day_s, only_believable, per_shard, with_local_day, with_silent
+from metering.clocks import utc_days
+from metering.deduplication import with_seen
+from metering.energy import delta_engine
 from schemas import tables
 from schemas.closed_lists import ACCEPTED_DELTAS, DeltaReason
+from schemas.codec import TIMESTAMP
 
 KNOWN = ["phases", "nominal_mv", "fuse_a", "interval_s"]
 REGISTERS_WH = [f"{register}_wh" for register in tables.REGISTERS]
@@ -52,7 +53,7 @@ SPANS = [f"{register}_{end}_wh" for register in tables.REGISTERS for end in ("fr
 DAYS = pa.schema(
     [
         pa.field("meter_id", pa.string()),
-        *[pa.field(name, tables.TIMESTAMP) for name in ("from_at", "to_at")],
+        *[pa.field(name, TIMESTAMP) for name in ("from_at", "to_at")],
         *[pa.field(name, pa.int64()) for name in [*REGISTERS_WH, *SPANS, *NUMBERS]],
         pa.field("is_whole", pa.bool_()),
     ]

@@ -31,7 +31,7 @@ import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from lake.nightly import (
+from engine.night import (
     BatchJob,
     command,
     day_s,
@@ -41,7 +41,7 @@ from lake.nightly import (
     with_local_day,
     with_silent,
 )
-from lake.seen_before import with_seen
+from metering.deduplication import with_seen
 from schemas import tables
 from schemas.closed_lists import DeltaReason, QuarantineReason
 

@@ -16,10 +16,10 @@ import datetime
 from collections.abc import Mapping
 from pathlib import Path
 
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from lake.nightly import DEFAULT_ZONE, BatchJob, command, midnight, with_local_day
+from engine.night import DEFAULT_ZONE, BatchJob, command, midnight, with_local_day
 
 DAYS_BEFORE = 27
 """With the day itself four weeks: each day of the week has the same weight."""
@@ -38,9 +38,15 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
         .withColumn("local", F.from_utc_timestamp("interval_start", zone))
         .withColumn("offset_s", F.unix_seconds("local") - F.unix_seconds("interval_start"))
     )
-    hour = ["meter_id", "usage_point_id", "window_start", "day_end", F.date_trunc("hour", "local").alias("hour")]
+    hour: list[Column | str] = [
+        "meter_id",
+        "usage_point_id",
+        "window_start",
+        "day_end",
+        F.date_trunc("hour", "local").alias("hour"),
+    ]
     hours = (
-        quarters.groupBy(*hour, "offset_s", "register")
+        quarters.groupBy([*hour, "offset_s", "register"])
         .agg(F.sum("energy_wh").alias("wh"), F.sum("covered_s").alias("covered_s"))
         .groupBy("meter_id", "usage_point_id", "window_start", "day_end", "hour", "offset_s")
         .agg(F.sum("wh").alias("wh"), F.min("covered_s").alias("covered_s"))

@@ -3,9 +3,10 @@
 Reads: readings of the UTC days that the local day can touch; registry (nominal voltage, jurisdiction, phases, zone).
 Writes: voltage_compliance_v1, a row for each phase with samples and each that the registry names.
 Key: meter_id, phase, date.
-Windows: ten minutes, by `lake/voltage.py`; each belongs to the local day in which it begins. `windows` have a sample,
-`valid_windows` had no interruption (no power failure counted across them, no sample below 5 % of nominal) and are the
-ones judged; the voltages and the counts per band are theirs alone. Bands are those of the meter's jurisdiction.
+Windows: ten minutes, by `metering/voltage/windows.py`; each belongs to the local day in which it begins. `windows`
+have a sample, `valid_windows` had no interruption (no power failure counted across them, no sample below 5 % of
+nominal) and are the ones judged; the voltages and the counts per band are theirs alone. Bands are those of the meter's
+jurisdiction.
 EN 50160 is a rule over a week, `week_windows` = 1008: `en50160_day_compliant` is its one-day view on the windows there
 are (at least 95 % within ±10 %, all within +10 / −15 %), null where nothing was judged or another standard applies.
 Sags and swells: the rise of the meter's own counters since the last reading before the day; null where it has none.
@@ -24,9 +25,9 @@ import pyarrow as pa
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from lake import voltage
-from lake.nightly import BatchJob, command, day_s, only_believable, per_shard, with_local_day, with_silent
-from lake.seen_before import with_seen
+from engine.night import BatchJob, command, day_s, only_believable, per_shard, with_local_day, with_silent
+from metering.deduplication import with_seen
+from metering.voltage.windows import JURISDICTION, NOMINAL_MV, VOLTAGES, WINDOW, window_start, windows
 from schemas import tables
 from schemas.closed_lists import Band
 
@@ -34,7 +35,7 @@ KNOWN = ["nominal_mv", "jurisdiction"]
 COUNTERS = {"sags": "sag_count", "swells": "swell_count"}
 COUNTER_COLUMNS = [f"{counter}_{phase.lower()}" for counter in COUNTERS.values() for phase in tables.PHASES]
 BANDS = {f"{band.value}_windows": band for band in (Band.LOW, Band.HIGH, Band.VERY_LOW, Band.VERY_HIGH)}
-WINDOW_S = int(voltage.WINDOW.total_seconds())
+WINDOW_S = int(WINDOW.total_seconds())
 WEEK_WINDOWS = 7 * 24 * 3600 // WINDOW_S  # the N of EN 50160
 WITHIN_PCT = 10.0  # EN 50160: 95 % of the windows within ±10 %
 NEEDED_PCT = 95.0
@@ -56,23 +57,23 @@ def days(readings: pl.DataFrame) -> pl.DataFrame:
     Args:
         readings: of the day and before it, with the columns of the registry, day_start and day_end.
     """
-    marked = with_seen(readings, readings.clear(), ["meter_id", "observed_at"], voltage.VOLTAGES)
+    marked = with_seen(readings, readings.clear(), ["meter_id", "observed_at"], VOLTAGES)
     originals = marked.filter(pl.col("seen").is_null()).sort("meter_id", "observed_at")
-    begin = voltage.window_start()
+    begin = window_start()
     samples = originals.filter((begin >= pl.col("day_start")) & (begin < pl.col("day_end")))
     failures = _rises(originals, "power_failure_count").filter(pl.col("rise") > 0)
     failed = pl.concat(
-        [failures.select("meter_id", window_start=voltage.window_start(at)) for at in ("observed_at", "before_at")]
+        [failures.select("meter_id", window_start=window_start(at)) for at in ("observed_at", "before_at")]
     ).unique()
-    nominal = pl.col("nominal_mv").fill_null(voltage.NOMINAL_MV)
+    nominal = pl.col("nominal_mv").fill_null(NOMINAL_MV)
     floors = readings.group_by("meter_id").agg(floor_mv=nominal.first() * INTERRUPTED_BELOW_PCT / 100)
-    windows = (
-        voltage.windows(samples)
+    found = (
+        windows(samples)
         .join(failed.with_columns(has_failed=pl.lit(True)), on=["meter_id", "window_start"], how="left")
         .join(floors, on="meter_id")
     )
     valid = pl.col("has_failed").is_null() & (pl.col("min_mv") >= pl.col("floor_mv"))
-    judged = windows.with_columns(valid=valid).group_by("meter_id", "phase").agg(
+    judged = found.with_columns(valid=valid).group_by("meter_id", "phase").agg(
         windows=pl.len(),
         valid_windows=pl.col("valid").sum(),
         within_windows=(pl.col("valid") & pl.col("deviation_pct").is_between(-WITHIN_PCT, WITHIN_PCT)).sum(),
@@ -112,14 +113,14 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
     readings = (
         with_local_day(only_believable(lake["readings"]), registry, date, *KNOWN)
         .where(F.col("observed_at") < F.col("day_end") + F.expr(f"interval {WINDOW_S} seconds"))
-        .select(*columns, *voltage.VOLTAGES, *COUNTER_COLUMNS, "power_failure_count", *KNOWN, "day_start", "day_end")
+        .select(*columns, *VOLTAGES, *COUNTER_COLUMNS, "power_failure_count", *KNOWN, "day_start", "day_end")
     )
     results = per_shard(readings, days, DAYS)
     phases = registry.select("meter_id", F.explode(F.split("phases", ",")).alias("phase"))
     within_pct = F.col("within_windows") / F.col("valid_windows") * 100
     is_outside = (F.col("very_low_windows") > 0) | (F.col("very_high_windows") > 0)
-    standard = F.coalesce("jurisdiction", F.lit(voltage.JURISDICTION))
-    is_judged = (F.col("valid_windows") > 0) & (standard == voltage.JURISDICTION)
+    standard = F.coalesce("jurisdiction", F.lit(JURISDICTION))
+    is_judged = (F.col("valid_windows") > 0) & (standard == JURISDICTION)
     return (
         with_silent(results, phases, registry, date, *KNOWN, "transformer_id", "feeder_id")
         .fillna(0, NUMBERS)
@@ -130,7 +131,7 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
             "transformer_id",
             "feeder_id",
             standard.alias("jurisdiction"),
-            F.coalesce("nominal_mv", F.lit(voltage.NOMINAL_MV)).alias("nominal_mv"),
+            F.coalesce("nominal_mv", F.lit(NOMINAL_MV)).alias("nominal_mv"),
             "day_start",
             "day_end",
             "windows",

@@ -40,8 +40,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from kafka_io.clients import PRODUCER
 from replay.fleet import STAMP, fleet
-from replay.sinks import PRODUCER
+from replay.sinks import BATCHING
 from replay.tape import has_tape, read_tape
 from schemas.codec import FRAME, arrow_schema, avro_schema, encode_batch, latest
 from schemas.errors import ConfigError, ContractBroken, RetryLater, exits
@@ -55,6 +56,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMED = Path(__file__).parent / "timed.py"
 PARTS = ("encode", "kafka", "mqtt", "memory")
 BATCH_RECORDS = 20_000  # as the replay encodes them
+SAME = {name: value for name, value in {**PRODUCER, **BATCHING}.items() if name != "partitioner"}
+"""Settings that Kafka's own producer knows by the same names."""
 ENCODE_PASSES = 10  # of the fast side, or it would be over in 30 ms
 LOOP_RECORDS = 100_000  # the plain loop is slow, and its rate does not depend on how many
 MQTT_METERS = 50_000
@@ -309,7 +312,7 @@ def kafka(plan: Plan) -> Part:
                 "org.apache.kafka.tools.ProducerPerformance", "--topic", READINGS.name, "--num-records", str(records),
                 "--throughput", "-1", "--payload-file", str(plan.folder / "kafka.txt"),
                 "--bootstrap-server", settings.kafka_bootstrap,
-                "--command-property", *[f"{name}={value}" for name, value in PRODUCER.items()],
+                "--command-property", *[f"{name}={value}" for name, value in SAME.items()],
             ], environment)  # fmt: skip
 
         progress.print("kafka: warming the broker up")
@@ -338,7 +341,7 @@ def kafka(plan: Plan) -> Part:
         _ratio(two, perf), _ratio(two, perf, by_cpu=False),
         _ratio(one, loop), _ratio(perf, loop),
     ]  # fmt: skip
-    shown = ", ".join(f"{name}={value}" for name, value in PRODUCER.items())
+    shown = ", ".join(f"{name}={value}" for name, value in SAME.items())
     notes = [
         f"{plan.meters:,} meters, {one.records:,} records; {shown}",
         f"ProducerPerformance: {texts}; it draws them at random, sends no key, and computes nothing",
@@ -500,7 +503,7 @@ def _plain_loop(bootstrap: str, records: list[dict[str, Any]]) -> Took:
     schema_id, version = latest("reading")
     schema, header = fastavro.parse_schema(avro_schema("reading", version)), FRAME.pack(0, schema_id)
     producer = Producer({
-        **PRODUCER, "bootstrap.servers": bootstrap, "partitioner": "murmur2_random",
+        **PRODUCER, **BATCHING, "bootstrap.servers": bootstrap,
         "delivery.report.only.error": True, "log_level": 3,
     })  # fmt: skip
     began, cpu = time.perf_counter(), time.process_time()
@@ -558,7 +561,7 @@ def _payload_file(path: Path, payloads: list[bytes]) -> str:
 
 def _left_by_lz4(payloads: list[bytes]) -> float:
     """What share is left of a producer's batch."""
-    batch = b"".join(payloads)[: int(PRODUCER["batch.size"])]
+    batch = b"".join(payloads)[: int(BATCHING["batch.size"])]
     left: float = pa.Codec("lz4").compress(batch).size / len(batch)
     return left
 

@@ -462,7 +462,7 @@ def compiled(conf: str, program: str) -> Callable[[], None]:
 
 def quix(run: Run) -> list[str]:
     """Command of Quix Streams."""
-    schema = AVRO_FOLDER / "reading" / f"{latest('reading')[1]}.avsc"
+    schema = AVRO_FOLDER.joinpath("reading", f"{latest('reading')[1]}.avsc")
     given = [run.bootstrap, run.shape.topic, run.work, str(run.records), str(run.out), str(schema)]
     return [str(QUIX_VENV / "bin" / "python"), str(PEERS / "quix.py"), *given]
 

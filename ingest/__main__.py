@@ -7,7 +7,7 @@ import typer
 
 from ingest.bridge import Bridge, BridgeSettings
 from schemas.errors import exits
-from schemas.settings import load
+from settings import load
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="MQTT → Kafka, without losing a message.")
 

@@ -19,14 +19,14 @@ from typing import Any
 
 import paho.mqtt.client as mqtt
 import structlog
-from confluent_kafka import KafkaError, Message, Producer
+from confluent_kafka import KafkaError, Message
 
 from ingest.decode import Routed, dead_letter, routed
+from kafka_io.clients import producer
 from mqtt_io.client import LoopClient, turn
 from schemas.errors import InvalidMessage, RetryLater
-from schemas.settings import Settings
-from schemas.tables import home
 from schemas.topics import DEAD_LETTERS
+from settings import Settings, home
 
 log = structlog.get_logger()
 
@@ -336,19 +336,15 @@ class Bridge:
         self.received = 0
         self.dead_letters = 0
         self._ready = home() / "run" / "ingest.ready"
-        self._producer = Producer(
+        self._producer = producer(
+            settings.kafka_bootstrap,
             {
-                "bootstrap.servers": settings.kafka_bootstrap,
-                "enable.idempotence": True,
-                "acks": "all",
-                "compression.type": "lz4",
                 "linger.ms": 5,
-                "partitioner": "murmur2_random",
                 "message.max.bytes": LONGEST_RECORD_BYTES,
                 "message.timeout.ms": 0,  # Kafka away is not an error: the MQTT broker holds what is not acknowledged
                 "error_cb": self._on_kafka_error,
                 "log_level": 4,
-            }
+            },
         )
         patterns = {shard: f"meters/{shard}/#" for shard in settings.shards} or {"all": "meters/#"}
         self._subscriptions = [

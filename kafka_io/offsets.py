@@ -3,19 +3,21 @@
 import time
 from collections.abc import Iterable
 
-from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
+from kafka_io.clients import admin
 from schemas.errors import RetryLater
 from schemas.topics import Topic
 
 NO_LEADER_S = 30.0
+ANSWER_S = 10.0
+Offsets = dict[tuple[str, int], int]
+"""Topic and partition → the offset that its next record gets."""
 
 
-def newest_offsets(
-    kafka: str | AdminClient, topics: Iterable[Topic], patience_s: float | None = None
-) -> dict[tuple[str, int], int]:
-    """Topic and partition → the offset that its next record gets.
+def newest_offsets(kafka: str | AdminClient, topics: Iterable[Topic], patience_s: float | None = None) -> Offsets:
+    """The end of every partition of these topics.
 
     Args:
         kafka: host:port of a broker, or a client to ask by, for those who ask often.
@@ -25,21 +27,46 @@ def newest_offsets(
     Raises:
         RetryLater: Kafka does not say. Just started, it may not know a partition's leader: it is asked for a while.
     """
-    admin = AdminClient({"bootstrap.servers": kafka, "log_level": 0}) if isinstance(kafka, str) else kafka
+    client = admin(kafka) if isinstance(kafka, str) else kafka
     until = time.monotonic() + (NO_LEADER_S if patience_s is None else patience_s)
     names = {topic.name for topic in topics}
     while True:
         try:
-            known = admin.list_topics(timeout=10).topics
-            places = [TopicPartition(name, number) for name in names & set(known) for number in known[name].partitions]
-            asked = admin.list_offsets({place: OffsetSpec.latest() for place in places}, request_timeout=10.0)  # type: ignore[no-untyped-call]
-            return {(place.topic, place.partition): answer.result().offset for place, answer in asked.items()}
+            known = client.list_topics(timeout=ANSWER_S).topics
+            places = [(name, number) for name in names & set(known) for number in known[name].partitions]
+            return end_offsets(client, places)
         except KafkaException as error:
             if time.monotonic() > until:
                 where = f" at {kafka}" if isinstance(kafka, str) else ""
                 msg = f"Kafka{where} does not say what it has: {error.args[0].str()}"
                 raise RetryLater(msg) from error
         time.sleep(0.2)
+
+
+def end_offsets(client: AdminClient, places: Iterable[tuple[str, int]], timeout_s: float = ANSWER_S) -> Offsets:
+    """The end of each of these partitions, asked once.
+
+    Args:
+        client: to ask by.
+        places: topic and partition.
+        timeout_s: how long Kafka may take.
+
+    Raises:
+        KafkaException: Kafka does not say.
+    """
+    wanted = {TopicPartition(*place): OffsetSpec.latest() for place in places}  # type: ignore[no-untyped-call]
+    asked = client.list_offsets(wanted, request_timeout=timeout_s)
+    return {(place.topic, place.partition): answer.result().offset for place, answer in asked.items()}
+
+
+def kept(consumer: Consumer, topic: str, partition: int, timeout_s: float) -> tuple[int, int]:
+    """The first offset that Kafka still has of a partition, and the one that comes next.
+
+    Raises:
+        KafkaException: Kafka does not say.
+    """
+    low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=timeout_s)
+    return int(low), int(high)
 
 
 def received(kafka: str | AdminClient, topics: Iterable[Topic], patience_s: float | None = None) -> int:

@@ -1,1 +1,1 @@
-"""Where tables live, and what several jobs share: session, decoding, publishing, state by batch, the pure engines."""
+"""Tables and reports on storage: where they lie, how they are written, read and compacted."""

@@ -18,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark.sql import DataFrame
 
-from lake.session import uri
+from lake.locks import files_kept, report_run
+from lake.paths import report_path, table_path
+from lake.reading import uri
 from schemas.errors import RetryLater
-from schemas.tables import files_kept, home, report_path, report_run, table_path
+from settings import home
 
 SMALL_ROWS = 200_000
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
@@ -43,6 +45,11 @@ class BatchKey:
 
     def __str__(self) -> str:
         return f"{self.query}-{self.query_id}-{self.batch}"
+
+    @property
+    def number(self) -> int:
+        """Spark's number of the batch."""
+        return int(self.batch.rstrip("f"))
 
     @property
     def staging(self) -> Path:

@@ -31,9 +31,8 @@ from replay.sinks import KafkaSink, MqttSink, NullSink, Sink
 from replay.statistics import NARROWEST, TARGETS, Statistics, comparisons, statistics
 from replay.tape import Tape, has_tape, read_tape
 from schemas.errors import ConfigError, RetryLater, exits
-from schemas.settings import PREFIX as VARIABLE
-from schemas.settings import Settings, contradictions, load
-from schemas.tables import home
+from settings import PREFIX as VARIABLE
+from settings import Settings, contradictions, home, load
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode="markdown")
 UNWRAPPED = 10_000  # columns: where no terminal sets a width, tables and lines have the width that they need

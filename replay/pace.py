@@ -16,8 +16,8 @@ from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
-from confluent_kafka.admin import AdminClient
 
+from kafka_io.clients import admin
 from kafka_io.offsets import received
 from schemas.errors import RetryLater
 from schemas.topics import INGESTED
@@ -99,7 +99,7 @@ class Way:
     def __init__(self, bootstrap: str, most: int = ON_THE_WAY) -> None:
         self.waited_s = 0.0
         self._most = most
-        self._admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
+        self._admin = admin(bootstrap)
         self._begin = received(self._admin, INGESTED)
         self._carried = 0
 

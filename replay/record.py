@@ -5,14 +5,12 @@ Records keep their arrival order per meter: duplicates, late and reordered ones 
 place on a tape: they are counted among its defects, by reason, as are the dead letters of the same time.
 """
 
-import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
+from kafka_io import clients
+from kafka_io.offsets import kept
+from kafka_io.ranges import Range, fetched
 from replay.run import read_ledger, run_folder
 from replay.tape import Tape, log_schema, registry_of, write_tape
 from replay.verify import open_lake
@@ -31,7 +32,6 @@ from schemas.tables import REGISTRY
 from schemas.topics import DEAD_LETTERS, KINDS, Topic
 
 TIMEOUT_S = 10.0
-STALLED_S = 30.0  # how long a broker may give nothing of what it said it has
 BATCH = 50_000  # records decoded at once
 TIME_ZONE = "UTC"  # where the lake's registry knows none of the meters
 Progress = Callable[[int, int], None]
@@ -102,15 +102,7 @@ def record(
         RetryLater: Kafka does not answer, or stops answering.
     """
     topics = [*KINDS.values(), DEAD_LETTERS]
-    # Kafka's client wants a group's name; assigned partitions and no commit leave nothing of it on the broker
-    settings: dict[str, Any] = {
-        "bootstrap.servers": bootstrap,
-        "group.id": f"record-{uuid.uuid4()}",
-        "enable.auto.commit": False,
-    }
-    # what the client says of a dead broker, several times a second, comes as an error too
-    settings |= {"auto.offset.reset": "error", "enable.partition.eof": False, "log_level": 0}
-    consumer = Consumer(settings)
+    consumer = clients.consumer(bootstrap, clients.SILENT)
     try:
         ranges = {topic: _range(consumer, topic, begin, until) for topic in topics}
         total = sum(end - start for each in ranges.values() for start, end in each.values())
@@ -119,7 +111,7 @@ def record(
         for topic, each in ranges.items():
             if topic == DEAD_LETTERS and run_id is not None:
                 continue  # a dead letter names no run
-            done += _read(consumer, found[topic], each, run_id, partial(_report, progress, done, total))
+            done += _read(bootstrap, found[topic], each, run_id, partial(_report, progress, done, total))
     except KafkaException as error:
         msg = f"no Kafka at {bootstrap} ({error.args[0].str()}): make up starts it"
         raise RetryLater(msg) from error
@@ -173,7 +165,7 @@ def _range(
         raise ConfigError(msg)
     found = {}
     for partition in sorted(told.partitions):
-        low, high = consumer.get_watermark_offsets(TopicPartition(topic.name, partition), timeout=TIMEOUT_S)
+        low, high = kept(consumer, topic.name, partition, TIMEOUT_S)
         start = _at(consumer, topic, partition, begin, high) if begin else low
         end = _at(consumer, topic, partition, until, high) if until else high
         found[partition] = (max(low, start), max(low, start, end))
@@ -188,52 +180,30 @@ def _at(consumer: Consumer, topic: Topic, partition: int, moment: datetime, high
 
 
 def _read(
-    consumer: Consumer,
+    bootstrap: str,
     into: Recorded,
     ranges: dict[int, tuple[int, int]],
     run_id: str | None,
     on_read: Callable[[int], None],
 ) -> int:
     """Reads a topic's ranges. Returns how many records."""
-    topic = into.topic
-    open_ = {partition: end for partition, (start, end) in ranges.items() if end > start}
-    consumer.assign([TopicPartition(topic.name, partition, ranges[partition][0]) for partition in open_])
-    batch: list[tuple[int, int, bytes | None, bytes | None]] = []
-    silent = 0.0
-    while open_:
-        messages = consumer.consume(min(BATCH, 10_000), timeout=1.0)
-        silent = 0.0 if messages else silent + 1.0
-        if silent > STALLED_S:
-            msg = f"Kafka gave nothing of {topic.name} for {STALLED_S:.0f} s, partitions {sorted(open_)} are open"
-            raise RetryLater(msg)
-        for message in messages:
-            if (error := message.error()) is not None:
-                raise KafkaException(error)
-            partition, offset = message.partition() or 0, message.offset() or 0
-            if partition in open_ and offset < open_[partition]:
-                batch.append((partition, message.timestamp()[1], message.key(), message.value()))
-        for place in consumer.position([TopicPartition(topic.name, partition) for partition in open_]):
-            if place.offset >= open_[place.partition]:
-                consumer.pause([place])
-                del open_[place.partition]
-        if len(batch) >= BATCH or not open_:
-            _take(into, batch, run_id)
-            batch = []
-        on_read(into.read + len(batch))
-    consumer.unassign()
+    for partition, (begin, end) in ranges.items():
+        for start in range(begin, end, BATCH):
+            place = Range(into.topic.name, partition, start, min(start + BATCH, end))
+            _take(into, fetched(place, bootstrap, accept_loss=False), run_id)
+            on_read(into.read)
     return into.read
 
 
-def _take(into: Recorded, batch: list[tuple[int, int, bytes | None, bytes | None]], run_id: str | None) -> None:
-    """Decodes a batch and keeps what can be kept."""
-    into.read += len(batch)
-    decoded = decode_batch([value for _, _, _, value in batch], into.topic.entity)
+def _take(into: Recorded, records: pa.Table, run_id: str | None) -> None:
+    """Decodes records, columns `kafka_io.ranges.KAFKA`, and keeps what can be kept."""
+    into.read += len(records)
+    decoded = decode_batch(records["value"].combine_chunks(), into.topic.entity)
     if into.topic == DEAD_LETTERS:
         reasons = decoded.records.column("reason").to_pylist()
         into.defects.update(reason or DeadLetterReason.UNDECODABLE.value for reason in reasons)
         return
-    keys = pa.array([key for _, _, key, _ in batch], pa.binary())
-    foreign = pc.fill_null(pc.not_equal(keys, decoded.records["meter_id"].cast(pa.binary())), True)
+    foreign = pc.fill_null(pc.not_equal(records["key"], decoded.records["meter_id"].cast(pa.binary())), True)
     is_bad = pc.is_valid(decoded.reasons)
     into.defects.update(reason for reason in decoded.reasons.to_pylist() if reason is not None)
     is_foreign = pc.and_(foreign, pc.invert(is_bad))
@@ -245,8 +215,9 @@ def _take(into: Recorded, batch: list[tuple[int, int, bytes | None, bytes | None
     schema = arrow_schema(into.topic.entity)
     into.rows.append(decoded.records.filter(is_kept).cast(schema))
     mask = is_kept.to_numpy(zero_copy_only=False)
-    into.partitions.append(np.array([partition for partition, *_ in batch], np.int64)[mask])
-    into.stamps.append(np.array([stamp for _, stamp, *_ in batch], np.int64)[mask])
+    stamps = records["timestamp"].cast(pa.timestamp("ms", "UTC")).cast(pa.int64()).to_numpy()
+    into.partitions.append(records["partition"].to_numpy().astype(np.int64)[mask])
+    into.stamps.append(stamps[mask])
 
 
 def _interval_s(readings: pa.Table) -> int | None:

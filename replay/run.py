@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from xxhash import xxh3_128_digest
 
+from lake.paths import table_path
 from replay.dirt import FAULTS, Dirt, Entry, Raw
 from replay.fleet import PREFIX, STAMP, Fleet, Integers, fleet, from_microseconds
 from replay.pace import ON_THE_WAY, SECOND, Pace, RunClock, Way
@@ -38,7 +39,8 @@ from replay.sinks import Sink
 from replay.tape import read_tape
 from schemas.codec import arrow_schema, encode_batch
 from schemas.errors import ConfigError, MeterstreamError, RetryLater
-from schemas.tables import REGISTRY, home, polars_schema, table_path
+from schemas.tables import REGISTRY, polars_schema
+from settings import home
 
 TICK_S = 0.1  # wall time between two bursts of a paced run
 AHEAD_S = 1.0  # of wall time that a steady run makes at once: each time costs 30 ms, however few the records

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import duckdb
 import polars as pl
 
+from lake.paths import table_path
 from replay.dirt import FAULTS
 from replay.run import Ledger, read_ledger, run_folder
 from schemas.closed_lists import Bucket, FaultKind
 from schemas.errors import ConfigError
-from schemas.tables import PHASES, REGISTERS, home, polars_schema, table_path
+from schemas.tables import PHASES, REGISTERS, polars_schema
 from schemas.topics import KINDS
+from settings import home
 
 DELTAS, VOLTAGE, ALARMS, LAKE = "consumption_deltas", "voltage_deviation", "alarms", "readings_lake"
 """The stages, by the name of their job."""

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import paho.mqtt.client as mqtt
-from confluent_kafka import KafkaError, KafkaException, Message, Producer
+from confluent_kafka import KafkaError, KafkaException, Message
 
+from kafka_io.clients import producer
 from mqtt_io.client import LoopClient, turn
 from schemas.errors import ConfigError, RetryLater
 from schemas.topics import KINDS, mqtt_topic
@@ -17,14 +18,8 @@ QUEUED = 1_000  # messages handed to paho and not acknowledged, all connections 
 KAFKA_QUEUED = 20_000
 """Records handed to librdkafka and not acknowledged: few enough to stay in the processor's cache, which a third of the
 CPU time hangs on, and twice what fills a batch for each partition."""
-PRODUCER = {
-    "acks": "all",
-    "enable.idempotence": "true",
-    "compression.type": "lz4",
-    "linger.ms": "50",
-    "batch.size": "250000",
-}
-"""How Kafka is written to; every Kafka producer has settings of these names."""
+BATCHING: dict[str, Any] = {"linger.ms": 50, "batch.size": 250_000}
+"""How a fast producer fills its batches."""
 CHUNK = 500  # records handed to librdkafka at a time, few for the cache's sake too
 CONNECT_S = 10.0
 RECONNECT_S = 0.2
@@ -71,15 +66,14 @@ class KafkaSink:
         self.waited_s = 0.0
         self._sent = self._failed = 0
         self._failure: KafkaError | None = None
-        self._producer = Producer(
+        self._producer = producer(
+            bootstrap,
             {
-                "bootstrap.servers": bootstrap,
-                **PRODUCER,
-                "partitioner": "murmur2_random",
+                **BATCHING,
                 "queue.buffering.max.messages": KAFKA_QUEUED + CHUNK,
                 "delivery.report.only.error": True,
                 "log_level": 3,
-            }
+            },
         )
         try:
             self._producer.list_topics(timeout=CONNECT_S)

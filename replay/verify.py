@@ -21,6 +21,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import schemas
+from lake.locks import files_kept
+from lake.paths import glob_of, table_path
 from replay.dirt import encoding_of
 from replay.outcomes import GAP_FACTOR, MAX_AHEAD, MAX_BEHIND, STEP_SLACK_WH, judged
 from replay.pace import Pace
@@ -41,8 +43,9 @@ from schemas.closed_lists import (
     QuarantineReason,
 )
 from schemas.codec import arrow_schema, encode_batch
-from schemas.tables import REGISTERS, TABLES, files_kept, glob_of, home, polars_schema, table_path
+from schemas.tables import REGISTERS, TABLES, polars_schema
 from schemas.topics import COMMANDS, KINDS
+from settings import home
 
 JUDGING = (DELTAS, VOLTAGE, ALARMS)
 """What these make of a record depends on what they had of its meter before, from whatever run."""

@@ -51,7 +51,7 @@ class DecodedBatch(NamedTuple):
 @cache
 def avro_schema(entity: str, version: str) -> dict[str, Any]:
     """The released Avro schema as JSON object."""
-    schema: dict[str, Any] = json.loads((AVRO_FOLDER / entity / f"{version}.avsc").read_text())
+    schema: dict[str, Any] = json.loads((AVRO_FOLDER.joinpath(entity, f"{version}.avsc")).read_text())
     return schema
 
 

@@ -5,12 +5,6 @@ A table is Parquet under `lake/<table>/date=YYYY-MM-DD/`, a report under `report
 newest version only (`latest_readings`) has no days: `lake/<table>/*.parquet`.
 """
 
-import fcntl
-import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from pathlib import Path
-
 import polars as pl
 import pyarrow as pa
 
@@ -19,11 +13,6 @@ from schemas.codec import TIMESTAMP, arrow_schema
 STRING, LONG, DOUBLE = pa.string(), pa.int64(), pa.float64()
 REGISTERS = ("import_t1", "import_t2", "export_t1", "export_t2")
 PHASES = ("L1", "L2", "L3")
-
-
-def home() -> Path:
-    """Root of all data: `METERSTREAM_HOME`, else `data/` in the checkout."""
-    return Path(os.environ.get("METERSTREAM_HOME") or Path(__file__).parent.parent / "data").resolve()
 
 
 def _columns(**columns: pa.DataType) -> pa.Schema:
@@ -150,68 +139,3 @@ TABLES = {
     "accounting": ACCOUNTING,
     "latest_readings": LATEST_READINGS,
 }
-
-
-def table_path(table: str) -> Path:
-    """Folder of a lake table."""
-    return home() / "lake" / table
-
-
-def report_path(report: str) -> Path:
-    """Folder of a report, `report` with its version: `daily_consumption_v1`."""
-    return home() / "reports" / report
-
-
-def glob_of(folder: Path) -> str:
-    """The glob that gives a table's or report's committed rows to any reader."""
-    return str(folder / "date=*" / "*.parquet")
-
-
-@contextmanager
-def files_kept(*tables: str) -> Iterator[None]:
-    """While it holds, no file of these tables is merged with others: for whoever lists files and reads them later.
-
-    Writers hold it too; who merges holds the opposite, `files_moved`.
-    """
-    with ExitStack() as locks:
-        for table in sorted(tables):
-            fcntl.flock(locks.enter_context(_lock(table)), fcntl.LOCK_SH)
-        yield
-
-
-def files_moved(table: str) -> AbstractContextManager[bool]:
-    """Whether this process alone may move a table's files, as long as it holds; nobody is waited for."""
-    return _alone(table)
-
-
-def job_run(job: str) -> AbstractContextManager[bool]:
-    """Whether this process alone runs a streaming job on this home, as long as it holds; nobody is waited for."""
-    return _alone(f"{job}.job")
-
-
-def report_run(report: str, date: str) -> AbstractContextManager[bool]:
-    """Whether this process alone writes a report's date, as long as it holds; nobody is waited for."""
-    return _alone(f"{report}-{date}.report")
-
-
-@contextmanager
-def _alone(name: str) -> Iterator[bool]:
-    with _lock(name) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_alone = True
-        except BlockingIOError:
-            is_alone = False
-        yield is_alone
-
-
-@contextmanager
-def _lock(name: str) -> Iterator[int]:
-    """A file that locks are laid on; a process that dies lets go."""
-    folder = home() / "state" / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / name, os.O_CREAT | os.O_RDONLY, 0o644)  # for whoever may read the lake
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)

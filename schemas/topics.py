@@ -3,12 +3,12 @@
 import re
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
+from importlib.resources import files
 
 from schemas.closed_lists import DeadLetterReason
 from schemas.errors import InvalidMessage
 
-AVRO_FOLDER = Path(__file__).parent / "avro"
+AVRO_FOLDER = files("schemas").joinpath("avro")
 HOUR_MS = 3_600_000
 COMPRESSED = {"compression.type": "lz4"}
 

@@ -21,13 +21,14 @@ from confluent_kafka import KafkaException
 from rich.console import Console
 from rich.table import Table
 
+from kafka_io.topics import create_topics
+from lake.paths import glob_of, report_path
 from schemas.errors import ConfigError, RetryLater, exits
-from schemas.settings import contradictions, load, started_with
-from schemas.tables import glob_of, report_path
+from settings import contradictions, load, started_with
 from stack import following
 from stack.containers import ContainerStack, engine
 from stack.jobs import JobMetrics, jobs, told
-from stack.native import ALL, NAMES, SUPERVISOR, NativeStack, PartState, StackSettings, create_topics, waiting_in_broker
+from stack.native import ALL, NAMES, SUPERVISOR, NativeStack, PartState, StackSettings, waiting_in_broker
 
 app = typer.Typer(
     help="The stack on this machine.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False

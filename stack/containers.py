@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from schemas.errors import ConfigError, RetryLater
-from schemas.settings import started_file
+from settings import started_file
 from stack.native import (
     ALL,
     CRITICAL,

@@ -26,7 +26,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lake.reading import busiest_day
+from lake.paths import glob_of, report_path, table_path
+from metering.clocks import busiest_day
 from replay.__main__ import new_run_id, played, simulated, speed_of
 from replay.dirt import read_dirt
 from replay.importers import formats, import_log
@@ -36,8 +37,7 @@ from replay.tape import read_tape
 from replay.verify import told as verify_told
 from replay.verify import verify
 from schemas.errors import ConfigError, RetryLater, exits
-from schemas.settings import load
-from schemas.tables import glob_of, home, report_path, table_path
+from settings import home, load
 from stack import proof
 from stack.containers import ContainerStack
 from stack.jobs import jobs, told
@@ -293,7 +293,8 @@ def drain(stack: Stack) -> None:
     Raises:
         RetryLater: the jobs did not get to their end.
     """
-    from lake.streaming import Runner, StreamSettings
+    from engine.settings import StreamSettings
+    from engine.stream import Runner
     from streaming_jobs import discovered
 
     runners = [Runner(job, load(StreamSettings)) for job in discovered()]

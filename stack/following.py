@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, KafkaException, TopicPartition
 
+from kafka_io import clients
 from schemas.closed_lists import AlarmState
 from schemas.codec import decode, encode
 from schemas.errors import ConfigError, InvalidMessage, RetryLater
@@ -28,11 +29,9 @@ def _records(bootstrap: str, topic: Topic, from_start: bool, to_end: bool) -> It
     Raises:
         RetryLater: Kafka does not answer, or stops answering.
     """
-    # Kafka's client wants a group's name; assigned partitions and no commit leave nothing of it on the broker
-    settings: Record = {"bootstrap.servers": bootstrap, "group.id": "following", "enable.auto.commit": False}
-    settings |= {"fetch.wait.max.ms": 5, "log_level": 0, "enable.partition.eof": True}
     complaints: list[KafkaError] = []
-    consumer = Consumer({**settings, "error_cb": complaints.append})
+    options = {"fetch.wait.max.ms": 5, "enable.partition.eof": True, "error_cb": complaints.append, **clients.SILENT}
+    consumer = clients.consumer(bootstrap, options)
     try:
         open_partitions = set(consumer.list_topics(topic.name, timeout=10).topics[topic.name].partitions)
         begin = OFFSET_BEGINNING if from_start else OFFSET_END
@@ -123,8 +122,7 @@ def acknowledge(bootstrap: str, alarm_id: str, meter_id: str | None, by: str, no
     record = {"alarm_id": alarm_id, "meter_id": meter_id, "acknowledged_by": by, "note": note}
     value = encode(COMMANDS.entity, {**record, "acknowledged_at": datetime.now(UTC)})
     refused: list[str] = []
-    producer = Producer({"bootstrap.servers": bootstrap, "acks": "all", "partitioner": "murmur2_random",
-                         "message.timeout.ms": 10_000, "log_level": 0})  # fmt: skip
+    producer = clients.producer(bootstrap, {"message.timeout.ms": 10_000, **clients.SILENT})
     producer.produce(
         COMMANDS.name, value, meter_id, on_delivery=lambda error, _: refused.extend([str(error)] * bool(error))
     )

@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import ClassVar, NoReturn
 
 import psutil
-from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient
-from confluent_kafka.cimpl import NewTopic
+from confluent_kafka import KafkaException
 from pydantic import Field
 
+from kafka_io.clients import admin
 from kafka_io.offsets import received
+from kafka_io.topics import create_topics
 from schemas.errors import ConfigError, MeterstreamError, RetryLater
-from schemas.settings import Settings, started_file, started_with
-from schemas.topics import INGESTED, TOPICS
+from schemas.topics import INGESTED
+from settings import Settings, started_file, started_with
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config"
@@ -563,7 +563,7 @@ class NativeStack:
 
     def _answers_metadata(self) -> bool:
         try:
-            return bool(_admin(self.settings.kafka_bootstrap).list_topics(timeout=2.0).brokers)
+            return bool(admin(self.settings.kafka_bootstrap).list_topics(timeout=2.0).brokers)
         except KafkaException:
             return False
 
@@ -643,35 +643,6 @@ class NativeStack:
 
     def _ready_file(self, name: str) -> Path:
         return self.home / "run" / f"{name}.ready"
-
-
-def _admin(bootstrap: str) -> AdminClient:
-    # librdkafka would tell the terminal about each refused connection of a broker that is still starting.
-    return AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
-
-
-def create_topics(bootstrap: str) -> None:
-    """Makes the topics that are not there yet.
-
-    Raises:
-        KafkaException: the broker does not answer, or refuses one.
-    """
-    wanted = [
-        NewTopic(
-            topic.name,
-            num_partitions=topic.partitions,
-            replication_factor=1,
-            config={"retention.ms": str(topic.retention_ms), **topic.config},
-        )
-        for topic in TOPICS
-    ]
-    admin = _admin(bootstrap)  # kept: its answers end with it
-    for created in admin.create_topics(wanted, operation_timeout=30.0).values():
-        try:
-            created.result()
-        except KafkaException as error:
-            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-                raise
 
 
 def asked_for(cluster: bool, critical: bool) -> tuple[str, ...]:

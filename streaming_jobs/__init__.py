@@ -3,7 +3,7 @@
 import pkgutil
 from importlib import import_module
 
-from lake.streaming import StreamingJob
+from engine.stream import StreamingJob
 
 
 def discovered() -> list[StreamingJob]:

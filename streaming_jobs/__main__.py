@@ -1,6 +1,6 @@
 """All streaming jobs in one driver, for one machine."""
 
-from lake.streaming import command
+from engine.stream import command
 from streaming_jobs import discovered
 
 if __name__ == "__main__":

@@ -19,11 +19,14 @@ from pathlib import Path
 
 import polars as pl
 
-from lake import alarm_counts, alarm_life, books, outages
-from lake.by_partition import CLOCK, Frames, Moment, clock
-from lake.decoding import is_impossible, only_valid
-from lake.seen_before import PLACE, is_recent, originals, with_seen
-from lake.streaming import StreamingJob, command
+from engine.batch import Frames, Moment
+from engine.stream import StreamingJob, command
+from engine.watermark import CLOCK, clock
+from metering import accounting
+from metering.accounting import only_valid
+from metering.alarms import counts, life_cycle, outages
+from metering.clocks import is_impossible
+from metering.deduplication import PLACE, is_recent, originals, with_seen
 from schemas import tables
 from schemas.closed_lists import Bucket
 from schemas.topics import ALARMS, COMMANDS, EVENTS
@@ -45,21 +48,23 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment:
     valid = only_valid(rows)
     events = valid.select(*NEEDED, event_at=event_at)
     marked = with_seen(events, state["recent"], IDENTITY, [])
-    result = alarm_life.lives(marked, state["open"], state["once"])
-    counted = alarm_counts.advance_events(
-        alarm_counts.placed(result.events, registry), state["event_count"], moment.bounds, settings.close_all
+    result = life_cycle.lives(marked, state["open"], state["once"])
+    counted = counts.advance_events(
+        counts.placed(result.events, registry), state["event_count"], moment.bounds, settings.close_all
     )
     return {
         "alarms": result.alarms,
-        "quarantined_events": books.kept_apart(rows, result.events, Bucket.QUARANTINED, NAME, "quarantined_events"),
-        "late_events": books.kept_apart(rows, result.events, Bucket.LATE, NAME, "late_events"),
+        "quarantined_events": accounting.kept_apart(
+            rows, result.events, Bucket.QUARANTINED, NAME, "quarantined_events"
+        ),
+        "late_events": accounting.kept_apart(rows, result.events, Bucket.LATE, NAME, "late_events"),
         "event_counts": counted.rows,
         "open": result.open,
         "once": result.once,
         "event_count": counted.counts,
         "recent": originals(state["recent"], marked).filter(is_recent(settings.recent_records)),
-        "clock": clock(valid, state["clock"], moment),
-        "books": pl.concat([books.count(result.events), books.invalid(rows)]),
+        "clock": clock(valid, state["clock"], moment.bounds),
+        "books": pl.concat([accounting.count(result.events), accounting.invalid(rows)]),
     }
 
 
@@ -69,19 +74,19 @@ def _acknowledged(rows: pl.DataFrame, state: Frames) -> Frames:
     stored = valid.with_columns(run_id=pl.lit(None, pl.String), bucket=pl.lit(Bucket.STORED.value))
     return {
         **state,
-        "alarms": pl.DataFrame(schema=alarm_life.ALARMS),
+        "alarms": pl.DataFrame(schema=life_cycle.ALARMS),
         "alarm_acknowledgements": valid.select(tables.ALARM_ACKNOWLEDGEMENTS.names),
-        "dead_letters": books.refused(rows),
-        "books": pl.concat([books.count(stored), books.invalid(rows)]),
+        "dead_letters": accounting.refused(rows),
+        "books": pl.concat([accounting.count(stored), accounting.invalid(rows)]),
     }
 
 
 def together(handed: Frames, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
     """Outages per transformer, and counts."""
-    changes = alarm_counts.placed(handed["alarms"], registry)
+    changes = counts.placed(handed["alarms"], registry)
     failures = changes.filter(pl.col("alarm_type") == outages.POWER_FAILURE)
     grouped = outages.advance(failures, state["member"], moment.bounds)
-    counted = alarm_counts.advance(changes, state["count"], moment.bounds, moment.settings.close_all)
+    counted = counts.advance(changes, state["count"], moment.bounds, moment.settings.close_all)
     return {
         "outages": grouped.rows,
         "member": grouped.members,
@@ -106,16 +111,16 @@ JOB = StreamingJob(
     },
     sends={"alarms": ALARMS},
     state={
-        "open": alarm_life.OPEN,
-        "once": alarm_life.ONCE,
-        "event_count": alarm_counts.EVENT_COUNT,
+        "open": life_cycle.OPEN,
+        "once": life_cycle.ONCE,
+        "event_count": counts.EVENT_COUNT,
         "recent": RECENT,
         "clock": CLOCK,
     },
     transform=transform,
     hands=("alarms",),
     together=together,
-    together_state={"member": outages.MEMBER, "count": alarm_counts.COUNT},
+    together_state={"member": outages.MEMBER, "count": counts.COUNT},
 )
 
 

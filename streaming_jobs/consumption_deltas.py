@@ -15,11 +15,13 @@ from pathlib import Path
 
 import polars as pl
 
-from lake import books, delta_engine, intervals
-from lake.by_partition import Frames, Moment
-from lake.decoding import is_impossible, only_valid
-from lake.seen_before import PLACE, is_recent, originals, with_seen
-from lake.streaming import StreamingJob, command
+from engine.batch import Frames, Moment
+from engine.stream import StreamingJob, command
+from metering import accounting
+from metering.accounting import only_valid
+from metering.clocks import is_impossible
+from metering.deduplication import PLACE, is_recent, originals, with_seen
+from metering.energy import delta_engine, intervals
 from schemas import tables
 from schemas.closed_lists import Bucket
 from schemas.topics import READINGS
@@ -42,7 +44,7 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment:
         .select(*NEEDED, is_impossible=impossible)
         .join(registry.select("meter_id", *KNOWN), on="meter_id", how="left")
     )
-    wrong = books.impossible(readings)
+    wrong = accounting.impossible(readings)
     right = delta_engine.with_limits(readings.filter(~pl.col("is_impossible")))
     right = with_seen(right, state["recent"], IDENTITY, VALUES)
     result = delta_engine.steps(right, state["baseline"])
@@ -53,13 +55,13 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment:
         "consumption_deltas": result.steps,
         "interval_readings": moved.rows,
         "conflicts": delta_engine.conflicts(result.steps, known, state["baseline"]),
-        "quarantined_readings": books.kept_apart(rows, judged, Bucket.QUARANTINED, NAME, "quarantined_readings"),
-        "late_readings": books.kept_apart(rows, judged, Bucket.LATE, NAME, "late_readings"),
+        "quarantined_readings": accounting.kept_apart(rows, judged, Bucket.QUARANTINED, NAME, "quarantined_readings"),
+        "late_readings": accounting.kept_apart(rows, judged, Bucket.LATE, NAME, "late_readings"),
         "latest_readings": latest(result.baseline),
         "baseline": result.baseline,
         "recent": known.filter(is_recent(settings.recent_records)),
         "open": moved.open,
-        "books": pl.concat([books.count(judged), books.invalid(rows)]),
+        "books": pl.concat([accounting.count(judged), accounting.invalid(rows)]),
     }
 
 

@@ -22,24 +22,24 @@ import polars as pl
 import structlog
 import typer
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
 from pydantic import Field
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.avro.functions import from_avro, to_avro
 from pyspark.sql.streaming.query import StreamingQuery
 
-from lake.alarm_life import code_table
-from lake.reading import RegistryFiles, newest_registry, registry_files
-from lake.session import spark_session, uri
-from lake.streaming import asked_to_end, only_one, served, stay
-from lake.voltage import NOMINAL_MV
+from engine.session import spark_session
+from engine.stream import asked_to_end, only_one, served, stay
+from kafka_io.clients import admin
+from lake.reading import RegistryFiles, newest_registry, registry_files, uri
+from metering.voltage.windows import NOMINAL_MV
 from schemas.closed_lists import Edge
 from schemas.codec import arrow_schema, avro_text, frame_of, latest
 from schemas.errors import ConfigError, RetryLater, exits
-from schemas.settings import Settings, load
-from schemas.tables import PHASES, home
+from schemas.event_codes import code_table
+from schemas.tables import PHASES
 from schemas.topics import CRITICAL_EVENTS, EVENTS, READINGS, Topic
+from settings import Settings, home, load
 
 NAME = Path(__file__).stem
 VERSION = 1
@@ -222,7 +222,7 @@ def partitions(bootstrap: str) -> int:
         RetryLater: Kafka does not answer, or has not the topics.
     """
     try:
-        topics = AdminClient({"bootstrap.servers": bootstrap}).list_topics(timeout=10).topics
+        topics = admin(bootstrap).list_topics(timeout=10).topics
         return sum(len(topics[topic.name].partitions) for topic in (EVENTS, READINGS))
     except (KafkaException, KeyError) as error:
         msg = f"Kafka at {bootstrap} does not answer, or has not the topics: {error}"

@@ -16,11 +16,14 @@ from pathlib import Path
 
 import polars as pl
 
-from lake import alarm_counts, books, derived_alarms
-from lake.by_partition import CLOCK, Frames, Moment, clock
-from lake.decoding import is_impossible, only_valid
-from lake.seen_before import PLACE, is_recent, originals, with_seen
-from lake.streaming import StreamingJob, command
+from engine.batch import Frames, Moment
+from engine.stream import StreamingJob, command
+from engine.watermark import CLOCK, clock
+from metering import accounting
+from metering.accounting import only_valid
+from metering.alarms import counts, derived
+from metering.clocks import is_impossible
+from metering.deduplication import PLACE, is_recent, originals, with_seen
 from schemas import tables
 from schemas.closed_lists import Bucket
 from schemas.topics import ALARMS, READINGS
@@ -36,28 +39,28 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment:
     settings = moment.settings
     valid = only_valid(rows)
     impossible = is_impossible(settings.max_ahead_s, settings.max_behind_s)
-    readings = valid.select(*derived_alarms.NEEDED, *PLACE, is_impossible=impossible)
-    wrong = books.impossible(readings)
+    readings = valid.select(*derived.NEEDED, *PLACE, is_impossible=impossible)
+    wrong = accounting.impossible(readings)
     right = with_seen(readings.filter(~pl.col("is_impossible")), state["recent"], IDENTITY, [])
-    known = registry.select(derived_alarms.KNOWN)
-    moved = derived_alarms.advance(right, state["meter"], state["level"], known, moment.bounds)
+    known = registry.select(derived.KNOWN)
+    moved = derived.advance(right, state["meter"], state["level"], known, moment.bounds)
     judged = pl.concat([moved.readings, wrong], how="diagonal")
     return {
         "alarms": moved.alarms,
-        "quarantined_readings": books.kept_apart(rows, judged, Bucket.QUARANTINED, NAME, "quarantined_readings"),
-        "late_readings": books.kept_apart(rows, judged, Bucket.LATE, NAME, "late_readings"),
+        "quarantined_readings": accounting.kept_apart(rows, judged, Bucket.QUARANTINED, NAME, "quarantined_readings"),
+        "late_readings": accounting.kept_apart(rows, judged, Bucket.LATE, NAME, "late_readings"),
         "meter": moved.meters,
         "level": moved.levels,
         "recent": originals(state["recent"], right).filter(is_recent(settings.recent_records)),
-        "clock": clock(valid, state["clock"], moment),
-        "books": pl.concat([books.count(judged), books.invalid(rows)]),
+        "clock": clock(valid, state["clock"], moment.bounds),
+        "books": pl.concat([accounting.count(judged), accounting.invalid(rows)]),
     }
 
 
 def together(handed: Frames, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
     """Counts per transformer and feeder."""
-    changes = alarm_counts.placed(handed["alarms"], registry)
-    counted = alarm_counts.advance(changes, state["count"], moment.bounds, moment.settings.close_all)
+    changes = counts.placed(handed["alarms"], registry)
+    counted = counts.advance(changes, state["count"], moment.bounds, moment.settings.close_all)
     return {"alarm_counts": counted.rows, "count": counted.counts}
 
 
@@ -72,11 +75,11 @@ JOB = StreamingJob(
         "late_readings": "observed_at",
     },
     sends={"alarms": ALARMS},
-    state={"meter": derived_alarms.METER, "level": derived_alarms.LEVEL, "recent": RECENT, "clock": CLOCK},
+    state={"meter": derived.METER, "level": derived.LEVEL, "recent": RECENT, "clock": CLOCK},
     transform=transform,
     hands=("alarms",),
     together=together,
-    together_state={"count": alarm_counts.COUNT},
+    together_state={"count": counts.COUNT},
 )
 
 

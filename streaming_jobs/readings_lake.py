@@ -14,11 +14,11 @@ from pathlib import Path
 
 import polars as pl
 
-from lake import books
-from lake.by_partition import Frames, Moment
-from lake.decoding import only_valid
-from lake.seen_before import PLACE, is_recent, originals, with_seen
-from lake.streaming import StreamingJob, command
+from engine.batch import Frames, Moment
+from engine.stream import StreamingJob, command
+from metering import accounting
+from metering.accounting import only_valid
+from metering.deduplication import PLACE, is_recent, originals, with_seen
 from schemas import tables
 from schemas.closed_lists import Bucket
 from schemas.topics import DEAD_LETTERS, EVENTS, INGESTED, READINGS
@@ -51,8 +51,8 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment:
     )
     frames = {
         "recent": originals(state["recent"], marked).filter(is_recent(moment.settings.recent_records)),
-        "books": pl.concat([books.count(marked.with_columns(bucket=bucket)), books.invalid(rows)]),
-        "dead_letters": books.refused(rows),
+        "books": pl.concat([accounting.count(marked.with_columns(bucket=bucket)), accounting.invalid(rows)]),
+        "dead_letters": accounting.refused(rows),
     }
     for topic in rows.get_column("topic").unique():
         table = TABLE_OF[topic]

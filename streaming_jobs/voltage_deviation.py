@@ -17,20 +17,23 @@ from pathlib import Path
 
 import polars as pl
 
-from lake import books, voltage, voltage_groups
-from lake.by_partition import CLOCK, Frames, Moment, clock
-from lake.decoding import is_impossible, only_valid
-from lake.seen_before import PLACE
-from lake.streaming import StreamingJob, command
+from engine.batch import Frames, Moment
+from engine.stream import StreamingJob, command
+from engine.watermark import CLOCK, clock
+from metering import accounting
+from metering.accounting import only_valid
+from metering.clocks import is_impossible
+from metering.deduplication import PLACE
+from metering.voltage import groups, windows
 from schemas import tables
 from schemas.closed_lists import Bucket, GridLevel
 from schemas.topics import READINGS
 
-NEEDED = ["meter_id", "observed_at", "run_id", *PLACE, *voltage.VOLTAGES]
-COUNTED = ["equipment_id", *voltage.COUNTERS]
+NEEDED = ["meter_id", "observed_at", "run_id", *PLACE, *windows.VOLTAGES]
+COUNTED = ["equipment_id", *windows.COUNTERS]
 READING = tables.polars_schema(tables.READINGS)
 SAMPLE = pl.Schema({name: READING[name] for name in NEEDED})
-CLOSED = pl.Schema({name: voltage.WINDOWS[name] for name in ["meter_id", "run_id", "window_start"]})
+CLOSED = pl.Schema({name: windows.WINDOWS[name] for name in ["meter_id", "run_id", "window_start"]})
 NAME = Path(__file__).stem
 
 
@@ -40,9 +43,9 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment:
     valid = only_valid(rows)
     impossible = is_impossible(settings.max_ahead_s, settings.max_behind_s)
     readings = valid.select(*NEEDED, *COUNTED, is_impossible=impossible)
-    wrong = books.impossible(readings)
+    wrong = accounting.impossible(readings)
     right = readings.filter(~pl.col("is_impossible"))
-    moved = voltage.advance(
+    moved = windows.advance(
         right,
         state["sample"],
         state["closed"],
@@ -51,30 +54,30 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment:
         settings.recent_records,
         settings.close_all,
     )
-    events, counters = voltage.counted(moved.readings.filter(pl.col("seen").is_null()), state["counter"])
+    events, counters = windows.counted(moved.readings.filter(pl.col("seen").is_null()), state["counter"])
     judged = pl.concat([moved.readings, wrong], how="diagonal")
     return {
         "voltage_windows": moved.windows,
         "voltage_events": events,
-        "quarantined_readings": books.kept_apart(rows, judged, Bucket.QUARANTINED, NAME, "quarantined_readings"),
-        "late_readings": books.kept_apart(rows, judged, Bucket.LATE, NAME, "late_readings"),
+        "quarantined_readings": accounting.kept_apart(rows, judged, Bucket.QUARANTINED, NAME, "quarantined_readings"),
+        "late_readings": accounting.kept_apart(rows, judged, Bucket.LATE, NAME, "late_readings"),
         "sample": moved.samples,
         "closed": moved.closed,
         "counter": counters,
-        "clock": clock(valid, state["clock"], moment),
-        "books": pl.concat([books.count(judged), books.invalid(rows)]),
+        "clock": clock(valid, state["clock"], moment.bounds),
+        "books": pl.concat([accounting.count(judged), accounting.invalid(rows)]),
     }
 
 
 def together(handed: Frames, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
     """Roll-ups of the windows that are over, and who is out of step."""
-    groups = pl.concat(
+    members = pl.concat(
         [
             registry.select("meter_id", level=pl.lit(level.value), group_id=f"{level.value}_id").drop_nulls("group_id")
             for level in GridLevel
         ]
     ).with_columns(group=pl.format("{}/{}", "level", "group_id"))
-    moved = voltage_groups.advance(handed["voltage_windows"].join(groups, on="meter_id"), state["movement"])
+    moved = groups.advance(handed["voltage_windows"].join(members, on="meter_id"), state["movement"])
     return {"voltage_rollups": moved.rollups, "suspicious_meters": moved.suspicious, "movement": moved.movement}
 
 
@@ -90,11 +93,11 @@ JOB = StreamingJob(
         "quarantined_readings": "arrival_at",
         "late_readings": "observed_at",
     },
-    state={"sample": SAMPLE, "closed": CLOSED, "counter": voltage.COUNTER, "clock": CLOCK},
+    state={"sample": SAMPLE, "closed": CLOSED, "counter": windows.COUNTER, "clock": CLOCK},
     transform=transform,
     hands=("voltage_windows",),
     together=together,
-    together_state={"movement": voltage_groups.MOVEMENT},
+    together_state={"movement": groups.MOVEMENT},
 )
 
 

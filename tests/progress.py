@@ -14,6 +14,7 @@ import pytest
 
 SECONDS = Path(__file__).parent / "seconds.json"
 UNKNOWN_S = 5.0  # a file that was never measured
+SURE_S = 30.0  # so long a machine counts as usual, until its own pace says more
 FEW = 3  # files: a run of fewer needs no forecast
 
 
@@ -64,7 +65,8 @@ class Progress:
         if self._failed[file]:
             line += f", {self._failed[file]} FAILED"
         if len(self._of) >= FEW:
-            total_s = elapsed_s * sum(usual_s.values()) / max(done_s, 1e-3)
+            pace = (elapsed_s + SURE_S) / (done_s + SURE_S)
+            total_s = elapsed_s + pace * (sum(usual_s.values()) - done_s)
             line += f"   {_clock(elapsed_s)} of about {_clock(total_s)}"
         reporter = self._config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:

@@ -49,11 +49,13 @@ def differing(one: Path, other: Path) -> list[str]:
             found.append(f"{table}: only in {one if table in ones else other}")
             continue
         left, right = rows_of(lake, table, ones[table]), rows_of(lake, table, others[table])
-        counts = [lake.execute(f"SELECT count(*) FROM ({sql})").fetchone() for sql in (left, right)]
+        counts = [lake.execute(f"SELECT count(*) FROM ({sql})").fetchall() for sql in (left, right)]
         for sql, place in ((f"{left} EXCEPT ALL {right}", one), (f"{right} EXCEPT ALL {left}", other)):
             rows = lake.execute(sql).fetchall()
             if rows:
-                found.append(f"{table}: {len(rows):,} of {counts[place == other][0]:,} rows only in {place}: {rows[0]}")
+                found.append(
+                    f"{table}: {len(rows):,} of {counts[place == other][0][0]:,} rows only in {place}: {rows[0]}"
+                )
     return found
 
 

@@ -1,17 +1,17 @@
 """The peers' work alone, on our engine: the same runner, source, decoding, state by batch and Parquet as our jobs.
 
-`deltas` and `windows` take a job's place in `lake.streaming.Runner`. They write the columns that the peers write; the
+`deltas` and `windows` take a job's place in `engine.stream.Runner`. They write the columns that the peers write; the
 others of the table are null. No conflicts, no plausibility, no quarter hours, no counters, no roll-ups.
 """
 
 import polars as pl
 
-from lake.books import BOOKS
-from lake.by_partition import CLOCK, Frames, Moment, clock
-from lake.decoding import only_valid
-from lake.delta_engine import STAMP
-from lake.streaming import StreamingJob
-from lake.voltage import VOLTAGES, WINDOW, window_start
+from engine.batch import Frames, Moment
+from engine.stream import StreamingJob
+from engine.watermark import CLOCK, clock
+from metering.accounting import BOOKS, only_valid
+from metering.energy.delta_engine import STAMP
+from metering.voltage.windows import VOLTAGES, WINDOW, window_start
 from schemas.closed_lists import Bucket, DeltaReason
 from schemas.tables import PHASES, TABLES
 from schemas.topics import READINGS
@@ -95,7 +95,7 @@ def windows(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment: M
     return {
         "voltage_windows": _filled("voltage_windows", long.filter(pl.col("sample_count") > 0)),
         "sample": samples.clear() if moment.settings.close_all else samples.filter(~is_over),
-        "clock": clock(valid, state["clock"], moment),
+        "clock": clock(valid, state["clock"], moment.bounds),
         "books": _books(len(rows), late=len(fresh) - len(in_time)),
     }
 

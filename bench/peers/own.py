@@ -2,7 +2,7 @@
 
     python -m bench.peers.own jobs|core|noop|polars deltas|windows TOPIC RECORDS OUT
 
-jobs: `streaming_jobs.consumption_deltas` or `voltage_deviation` by `lake.streaming.Runner`, on another topic and in a
+jobs: `streaming_jobs.consumption_deltas` or `voltage_deviation` by `engine.stream.Runner`, on another topic and in a
 home of their own. core: `bench.peers.core` in their place. Either goes on where its checkpoint stands. noop: Spark
 reads the topic and forgets it. polars: OUT/rows.parquet instead of Kafka, the work alone. Each says `records N` when
 it has done so many, and writes its results under OUT.
@@ -28,10 +28,11 @@ def say(records: int) -> None:
 def jobs(what: str, work: str, topic: str) -> None:
     """The streaming job of a work, to the end of its topic and with a flush."""
     from bench.peers import core
-    from lake.session import spark_session
-    from lake.streaming import JAVA_OPTIONS, Runner, StreamSettings
-    from schemas.settings import load
+    from engine.session import spark_session
+    from engine.settings import StreamSettings
+    from engine.stream import JAVA_OPTIONS, Runner
     from schemas.topics import READINGS
+    from settings import load
     from streaming_jobs import consumption_deltas, voltage_deviation
 
     whole = {"deltas": consumption_deltas.JOB, "windows": voltage_deviation.JOB}
@@ -57,9 +58,9 @@ def jobs(what: str, work: str, topic: str) -> None:
 
 def noop(topic: str, records: int) -> None:
     """Spark reads the topic in the same batches as the jobs do."""
-    from lake.session import spark_session
-    from lake.streaming import StreamSettings
-    from schemas.settings import load
+    from engine.session import spark_session
+    from engine.settings import StreamSettings
+    from settings import load
 
     settings = load(StreamSettings)
     session = spark_session("bench-noop")

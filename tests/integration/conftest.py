@@ -13,7 +13,7 @@ os.environ["METERSTREAM_PROJECT"] = "meterstream-test"
 @pytest.fixture(scope="session", autouse=True)
 def image():
     """Builds the image that every container here runs, and gives its name."""
-    from schemas.settings import load
+    from settings import load
     from stack.containers import ContainerStack, engine
     from stack.native import StackSettings
 

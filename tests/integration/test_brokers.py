@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from confluent_kafka import KafkaException
 
+from kafka_io.topics import create_topics
 from stack.demo import own_settings
-from stack.native import create_topics
 from tests.brokers import Brokers
 from tests.eventually import eventually
 

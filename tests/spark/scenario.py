@@ -16,10 +16,14 @@ import polars as pl
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
-from lake.by_partition import Moment, contract
-from lake.decoding import KAFKA, decoded, spark_schema
-from lake.nightly import BatchJob
-from lake.streaming import StreamingJob, StreamSettings, bounds
+from engine.batch import Moment, contract
+from engine.decoding import decoded
+from engine.night import BatchJob
+from engine.settings import StreamSettings
+from engine.stream import StreamingJob
+from engine.watermark import bounds
+from kafka_io.ranges import KAFKA
+from lake.reading import spark_schema
 from schemas.codec import arrow_schema, decode, encode
 from schemas.tables import TABLES
 from schemas.topics import CRITICAL_EVENTS, EVENTS, READINGS, Topic

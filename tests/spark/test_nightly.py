@@ -13,10 +13,13 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from batch_jobs import discovered
-from lake.nightly import BatchJob, in_order, publish, silent
+from engine.night import BatchJob, in_order, publish, silent
+from lake.locks import files_moved, report_run
+from lake.paths import glob_of, report_path, table_path
 from lake.reading import newest_registry, read_registry, registry_files
 from schemas.errors import ConfigError, ContractBroken, RetryLater
-from schemas.tables import TABLES, files_moved, glob_of, home, report_path, report_run, table_path
+from schemas.tables import TABLES
+from settings import home
 
 DAY = datetime.date(2024, 6, 10)
 MIDNIGHT = datetime.datetime(2024, 6, 10, tzinfo=datetime.UTC)

@@ -12,11 +12,15 @@ import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
-from lake.decoding import KAFKA, spark_schema
-from lake.streaming import Runner, StreamingJob, StreamSettings
+from engine.settings import StreamSettings
+from engine.stream import Runner, StreamingJob
+from kafka_io.ranges import KAFKA
+from lake.paths import glob_of, table_path
+from lake.reading import spark_schema
 from schemas.codec import encode
-from schemas.tables import REGISTRY, glob_of, home, table_path
+from schemas.tables import REGISTRY
 from schemas.topics import READINGS, Topic
+from settings import home
 
 KAFKA_AT = datetime(2024, 3, 31, 1, tzinfo=UTC)
 SETTINGS = StreamSettings(kafka_bootstrap="none:0", allowed_lateness_s=60)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
-from lake.streaming import Runner
+from engine.stream import Runner
 from streaming_jobs import consumption_deltas, voltage_deviation
 from tests.streaming.feed import SETTINGS, Feed, at, batches, lake, pair, reading, rows, run
 

@@ -9,9 +9,10 @@ import pytest
 from pyspark.errors import StreamingQueryException
 from pyspark.sql import DataFrame, SparkSession
 
-from lake import publishing, streaming
-from lake.checkpoint import require_whole
-from lake.streaming import Runner, StreamingJob, ended
+from engine import stream
+from engine.checkpoint import require_whole
+from engine.stream import Runner, StreamingJob, ended
+from lake import publishing
 from schemas.codec import encode
 from schemas.errors import StateLost
 from schemas.tables import ACCOUNTING
@@ -55,7 +56,7 @@ class Mortal:
         self.batch_id, self.place, self.now, self.is_alive = batch_id, place, -1, True
         self.runner = Runner(job, SETTINGS)
         for name in ("rename_in", "swap_in", "publish_small"):
-            patch.setattr(streaming, name, self.dying(getattr(publishing, name)))
+            patch.setattr(stream, name, self.dying(getattr(publishing, name)))
 
     def process(self, records: DataFrame, batch_id: int) -> None:
         self.now = batch_id

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lake.alarm_life import ONCE, OPEN, Result, alarm_id, lives, with_meaning
-from lake.delta_engine import STAMP
+from metering.alarms.life_cycle import ONCE, OPEN, Result, alarm_id, lives, with_meaning
+from metering.energy.delta_engine import STAMP
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 EVENTS = pl.Schema(

@@ -12,9 +12,12 @@ import pytest
 from bench.peers import core
 from bench.streams import per_meter
 from bench.truth import PARTITIONS, REASONS, SHAPES, Shape, differences, expected, generate, payloads
-from lake.by_partition import Moment
-from lake.decoding import KAFKA, decoded
-from lake.streaming import StreamingJob, StreamSettings, bounds
+from engine.batch import Moment
+from engine.decoding import decoded
+from engine.settings import StreamSettings
+from engine.stream import StreamingJob
+from engine.watermark import bounds
+from kafka_io.ranges import KAFKA
 from schemas.codec import decode_batch
 from schemas.tables import REGISTRY, TABLES, polars_schema
 from schemas.topics import READINGS

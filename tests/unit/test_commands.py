@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lake.streaming import StreamSettings
+from engine.settings import StreamSettings
+from lake.locks import job_run
 from replay.__main__ import app
 from replay.record import sent_by
 from replay.run import Order, play, run_folder
 from replay.sinks import NullSink
 from schemas.errors import ConfigError, RetryLater
-from schemas.settings import load
-from schemas.tables import job_run
+from settings import load
 from streaming_jobs import voltage_deviation
 from tests.wire import small_tape
 

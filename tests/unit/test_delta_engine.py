@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lake.delta_engine import BASELINE, STAMP, Limits, steps, walk, with_bucket, with_limits
-from lake.seen_before import PLACE, with_seen
+from metering.deduplication import PLACE, with_seen
+from metering.energy.delta_engine import BASELINE, STAMP, Limits, steps, walk, with_bucket, with_limits
 from schemas.tables import REGISTERS
 
 START = datetime(2024, 1, 1, tzinfo=UTC)

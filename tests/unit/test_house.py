@@ -1,6 +1,7 @@
 """The rules of the house, each also fed one violation."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -8,25 +9,47 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MAY_IMPORT = {
     "schemas": {"schemas"},
+    "settings": {"schemas"},
+    "metering": {"metering", "schemas"},
     "kafka_io": {"kafka_io", "schemas"},
     "mqtt_io": {"mqtt_io"},
-    "lake": {"lake", "kafka_io", "schemas"},
-    "ingest": {"ingest", "mqtt_io", "schemas"},
-    "replay": {"replay", "kafka_io", "mqtt_io", "schemas"},
-    "streaming_jobs": {"lake", "schemas"},
-    "batch_jobs": {"lake", "schemas"},
-    "stack": {"stack", "schemas", "kafka_io", "lake", "ingest", "replay", "streaming_jobs", "batch_jobs"},
-}
-"""Package → packages of ours that its modules may import."""
+    "lake": {"lake", "metering", "schemas", "settings"},
+    "engine": {"engine", "lake", "kafka_io", "metering", "schemas", "settings"},
+    "streaming_jobs": {"engine", "kafka_io", "lake", "metering", "schemas", "settings"},
+    "batch_jobs": {"engine", "metering", "schemas"},
+    "ingest": {"ingest", "kafka_io", "mqtt_io", "schemas", "settings"},
+    "replay": {"replay", "kafka_io", "mqtt_io", "lake", "schemas", "settings"},
+    "stack": {"stack", "engine", "kafka_io", "lake", "metering", "schemas", "settings", "ingest", "replay",
+              "streaming_jobs", "batch_jobs"},
+}  # fmt: skip
+"""Room → rooms of ours that its modules may import: arrows run down. Nothing imports tests, bench or tools."""
 JOBS = ("streaming_jobs", "batch_jobs")
-NO_CLIENT = {"pyspark", "confluent_kafka", "kafka", "paho", "nats"}
-"""What the contract does without."""
+NO_PRODUCT = {"tests", "bench", "tools"}
+CLIENTS = {"pyspark", "confluent_kafka", "kafka", "paho", "nats"}
+OUTSIDE = {"os", "io", "pathlib", "shutil", "tempfile", "glob", "fcntl", "subprocess", "pydantic_settings"}
+"""Files, locks, environment, settings."""
+WITHOUT = {
+    "schemas": CLIENTS | {"os", "pathlib", "shutil", "tempfile", "glob", "fcntl", "subprocess", "pydantic_settings"},
+    "metering": CLIENTS | OUTSIDE,
+    "batch_jobs": {"confluent_kafka", "paho"},
+}
+"""Room → packages of others that it does without."""
+OPENED = {"Producer", "Consumer", "AdminClient"}
+"""Clients of Kafka that kafka_io alone opens."""
+NIGHT_WITHOUT = {"engine.stream", "engine.partition_tasks", "engine.batch", "engine.watermark", "engine.checkpoint"}
+"""Of the stream: the night needs none of it."""
 BANNED = {"utils", "util", "helpers", "helper", "common", "manager", "handler", "service", "processor", "base", "misc"}
 TOLD = ("Reads", "Writes", "Key", "Lateness", "Duplicates", "Restart")
 
 
 def modules(*packages: str) -> list[Path]:
-    return sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
+    """Files of these rooms; a room may be one file."""
+    alone = [path for package in packages if (path := ROOT / f"{package}.py").exists()]
+    return sorted([*alone, *(path for package in packages for path in (ROOT / package).rglob("*.py"))])
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
 def is_job(path: Path) -> bool:
@@ -51,11 +74,39 @@ def wrong_imports(package: str, name: str, source: str) -> list[str]:
     for module in sorted(imports(source)):
         top = module.partition(".")[0]
         may = MAY_IMPORT[package] | ({package} if name.startswith("__") and "." not in module else set())
-        if module.startswith(".") or (top in MAY_IMPORT and top not in may):
+        if module.startswith(".") or top in NO_PRODUCT or (top in MAY_IMPORT and top not in may):
             found.append(module)
-        if package == "schemas" and top in NO_CLIENT:
+        if top in WITHOUT.get(package, set()):
+            found.append(module)
+        if module in NIGHT_WITHOUT and (package == "batch_jobs" or (package, name) == ("engine", "night")):
             found.append(module)
     return [module for module in found if not (name.startswith("__") and module == f"{package}.discovered")]
+
+
+def called(source: str) -> list[str]:
+    """Names of what a source calls, without what they are called on."""
+    return [
+        node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute)
+    ]
+
+
+def opened(package: str, source: str) -> list[str]:
+    """Kafka clients that a module opens by itself: kafka_io opens them."""
+    return [name for name in called(source) if name in OPENED and package != "kafka_io"]
+
+
+def reads_files(source: str) -> list[str]:
+    """Calls that touch a file."""
+    by_name = re.compile(r"(read|scan|write|sink)_(csv|parquet|ipc|json)")
+    return [name for name in called(source) if name == "open" or by_name.match(name)]
+
+
+def reads_checkpoint(source: str) -> list[str]:
+    """Words by which a module looks into Spark's checkpoint."""
+    found = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    return [word for word in found if word in ("offsets", "commits", "sources", "metadata", "batchTimestampMs")]
 
 
 def wrong_names(paths: list[Path]) -> list[Path]:
@@ -80,39 +131,85 @@ def wrong_job(path: Path, source: str, scenarios: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", modules(*MAY_IMPORT), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_module_imports_only_what_its_package_may(path: Path) -> None:
-    package = path.relative_to(ROOT).parts[0]
-    assert wrong_imports(package, path.stem, path.read_text()) == []
+def test_a_module_keeps_to_its_room(path: Path) -> None:
+    source = path.read_text()
+    assert wrong_imports(room(path), path.stem, source) == []
+    assert opened(room(path), source) == []
+    if room(path) == "metering":
+        assert reads_files(source) == []
+    if path != ROOT / "engine" / "checkpoint.py" and room(path) in ("engine", "lake", *JOBS):
+        assert reads_checkpoint(source) == []
 
 
 @pytest.mark.parametrize(
     ("package", "source"),
     [
         ("schemas", "import lake"),
-        ("schemas", "from lake.decoding import decoded"),
+        ("schemas", "from engine.decoding import decoded"),
         ("schemas", "import pyspark.sql"),
         ("schemas", "def f():\n    from confluent_kafka import Producer"),
         ("schemas", "import paho.mqtt.client"),
         ("schemas", "from . import codec"),
-        ("kafka_io", "from lake.decoding import decoded"),
+        ("schemas", "import fcntl"),
+        ("schemas", "from pathlib import Path"),
+        ("schemas", "import os"),
+        ("metering", "from pyspark.sql import functions"),
+        ("metering", "from confluent_kafka import Message"),
+        ("metering", "from pathlib import Path"),
+        ("metering", "from settings import home"),
+        ("metering", "from pydantic_settings import BaseSettings"),
+        ("metering", "from lake.reading import newest_registry"),
+        ("metering", "from engine.batch import BatchContext"),
+        ("kafka_io", "from engine.decoding import decoded"),
         ("lake", "import streaming_jobs.alarms"),
-        ("lake", "from ingest.decode import decode"),
-        ("ingest", "from lake.session import spark_session"),
+        ("lake", "from engine.session import spark_session"),
+        ("lake", "from kafka_io.offsets import newest_offsets"),
+        ("engine", "from streaming_jobs import discovered"),
+        ("engine", "import tests.chain"),
+        ("ingest", "from engine.session import spark_session"),
         ("ingest", "import replay"),
         ("replay", "import ingest.bridge"),
+        ("replay", "from metering.energy import delta_engine"),
+        ("replay", "from bench import timed"),
+        ("stack", "import tools.same_lake"),
         ("streaming_jobs", "from streaming_jobs.alarms import JOB"),
         ("streaming_jobs", "from streaming_jobs import alarms"),
         ("streaming_jobs", "from batch_jobs.alarm_report import JOB"),
         ("batch_jobs", "import batch_jobs.alarm_report"),
         ("batch_jobs", "import stack"),
+        ("batch_jobs", "from engine.stream import StreamingJob"),
+        ("batch_jobs", "from confluent_kafka import Message"),
     ],
 )
 def test_a_forbidden_import_is_found(package: str, source: str) -> None:
     assert wrong_imports(package, "new_module", source)
 
 
+def test_a_stream_in_the_night_is_found() -> None:
+    assert wrong_imports("engine", "night", "from engine.stream import StreamSettings")
+    assert not wrong_imports("engine", "night", "from engine.settings import ClockSettings")
+
+
+@pytest.mark.parametrize("source", ["Consumer({'group.id': 'x'})", "confluent_kafka.admin.AdminClient({})"])
+def test_a_kafka_client_opened_elsewhere_is_found(source: str) -> None:
+    assert opened("stack", source)
+    assert not opened("kafka_io", source)
+    assert not opened("stack", "def f(consumer: Consumer): consumer.poll()")
+
+
+@pytest.mark.parametrize("source", ["open('x')", "pl.read_csv(file)", "frame.write_parquet(path)"])
+def test_a_file_that_a_rule_touches_is_found(source: str) -> None:
+    assert reads_files(source)
+    assert not reads_files("frame.filter(x).sort('a')")
+
+
+def test_another_reader_of_sparks_checkpoint_is_found() -> None:
+    assert reads_checkpoint("(checkpoint / 'offsets' / '3').read_text()")
+    assert not reads_checkpoint("frame['offset']")
+
+
 def test_an_allowed_import_is_not_found() -> None:
-    assert wrong_imports("lake", "x", "import polars\nfrom schemas import tables\nfrom lake.books import count") == []
+    assert wrong_imports("lake", "x", "import polars\nfrom schemas import tables\nfrom metering import registry") == []
     assert wrong_imports("streaming_jobs", "__main__", "from streaming_jobs import discovered") == []
     assert wrong_imports("streaming_jobs", "__main__", "from streaming_jobs import alarms") != []
 

@@ -8,8 +8,8 @@ import polars as pl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lake.delta_engine import BASELINE, STEPS
-from lake.intervals import OPEN, advance
+from metering.energy.delta_engine import BASELINE, STEPS
+from metering.energy.intervals import OPEN, advance
 
 START = datetime(2024, 3, 31, tzinfo=UTC)
 QUARTER_S = 900

@@ -7,10 +7,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from lake import merging
-from lake.merging import Merger
+from lake import compaction
+from lake.compaction import Merger
+from lake.locks import files_kept, files_moved
+from lake.paths import glob_of, table_path
 from lake.publishing import BatchKey, exchange, publish_small
-from schemas.tables import ACCOUNTING, arrow_of, files_kept, files_moved, glob_of, polars_schema, table_path
+from schemas.tables import ACCOUNTING, arrow_of, polars_schema
 
 TABLE, DAY = "accounting", "2024-03-31"
 OURS, THEIRS = "voltage_deviation", "readings_lake"
@@ -76,7 +78,7 @@ def test_the_old_folder_keeps_its_files_for_a_minute(home: Path, monkeypatch: py
     one.merge(before=99)
     one.merge(before=99)
     assert len(list((home / "staging").rglob("*.parquet"))) == 4
-    monkeypatch.setattr(merging, "KEPT_S", -1.0)
+    monkeypatch.setattr(compaction, "KEPT_S", -1.0)
     one.merge(before=99)
     assert not list((home / "staging").rglob("*.parquet"))
 
@@ -86,7 +88,7 @@ def test_few_files_and_large_files_are_left_alone(home: Path, monkeypatch: pytes
         write(batch)
     merger().merge(before=99)
     assert len(names()) == 3
-    monkeypatch.setattr(merging, "LARGE_BYTES", 10)
+    monkeypatch.setattr(compaction, "LARGE_BYTES", 10)
     write(3)
     merger().merge(before=99)
     assert len(names()) == 4
@@ -152,8 +154,8 @@ def test_a_merge_that_was_killed_at_any_point_is_forgotten(home: Path, monkeypat
 
     for place, function, death in (
         (os, "link", die),
-        (merging, "exchange", die),
-        (merging, "exchange", exchange_and_die),
+        (compaction, "exchange", die),
+        (compaction, "exchange", exchange_and_die),
     ):
         one = merger()
         with monkeypatch.context() as patch:
@@ -209,7 +211,7 @@ def test_a_system_that_cannot_exchange_folders_keeps_its_files(home: Path, monke
     def refuse(*_: Path) -> None:
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(merging, "exchange", refuse)
+    monkeypatch.setattr(compaction, "exchange", refuse)
     merger().merge(before=99)
     assert len(names()) == 4
 

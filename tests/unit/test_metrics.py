@@ -4,7 +4,7 @@ import json
 
 from pyspark.sql.streaming.listener import QueryProgressEvent, StreamingQueryProgress
 
-from lake import metrics
+from engine import metrics
 
 
 def progress(start: dict[str, int] | None, end: dict[str, int], milliseconds: int) -> QueryProgressEvent:

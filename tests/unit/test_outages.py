@@ -7,8 +7,8 @@ import polars as pl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lake.by_partition import BOUNDS
-from lake.outages import MEMBER, ROWS, advance
+from engine.watermark import BOUNDS
+from metering.alarms.outages import MEMBER, ROWS, advance
 from schemas.tables import ALARMS, polars_schema
 
 START = datetime(2024, 3, 31, tzinfo=UTC)

@@ -4,7 +4,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from kafka_io.ranges import KAFKA
 from replay.record import Recorded, _interval_s, _never_back, _take
 from schemas.codec import arrow_schema, encode
 from schemas.topics import DEAD_LETTERS, READINGS
@@ -18,10 +20,19 @@ def reading(meter_id: str, minute: int, **more: Any) -> bytes:
     return encode("reading", {**dict.fromkeys(arrow_schema("reading").names), **known, **more})
 
 
+def table(batch: list[Message]) -> pa.Table:
+    """Records as they are fetched, of one partition or several."""
+    partitions, stamps, keys, values = zip(*batch, strict=True)
+    columns = {"key": keys, "value": values, "partition": partitions, "offset": range(len(batch))}
+    at = pa.array(stamps, pa.timestamp("ms", "UTC")).cast(KAFKA.field("timestamp").type)
+    columns |= {"topic": [READINGS.name] * len(batch), "timestamp": at}
+    return pa.table([pa.array(columns[name], KAFKA.field(name).type) for name in KAFKA.names], schema=KAFKA)
+
+
 def recorded(*batches: list[Message], run_id: str | None = None) -> Recorded:
     into = Recorded(READINGS)
     for batch in batches:
-        _take(into, batch, run_id)
+        _take(into, table(batch), run_id)
     return into
 
 
@@ -62,7 +73,7 @@ def test_only_the_asked_run_is_kept() -> None:
 def test_dead_letters_are_counted_by_their_reason() -> None:
     letter = {"payload": b"?", "reason": "invalid_json", "detail": "", "received_at": AT}
     into = Recorded(DEAD_LETTERS)
-    _take(into, [(0, 1, b"a", encode("dead-letter", letter))], None)
+    _take(into, table([(0, 1, b"a", encode("dead-letter", letter))]), None)
     assert into.defects == {"invalid_json": 1}
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from lake.paths import table_path
 from replay.pace import Pace
 from replay.run import Ledger, Order, play, read_ledger, run_folder
 from replay.sinks import NullSink
 from schemas.codec import decode, decode_batch
 from schemas.errors import ConfigError, RetryLater
-from schemas.tables import table_path
 from tests.eventually import eventually
 from tests.wire import small_tape
 

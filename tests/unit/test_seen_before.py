@@ -4,7 +4,7 @@ from typing import Any
 
 import polars as pl
 
-from lake.seen_before import is_recent, with_seen
+from metering.deduplication import is_recent, with_seen
 
 SCHEMA = pl.Schema(
     {"meter_id": pl.String(), "at": pl.Int64(), "wh": pl.Int64(), "topic": pl.String(), "partition": pl.Int64(),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import ConfigError
-from schemas.settings import load
+from settings import load
 from stack.native import NAMES, ROOT, NativeStack, StackSettings
 
 

@@ -15,8 +15,11 @@ import pytest
 from typer.testing import CliRunner
 
 from ingest.decode import dead_letter, routed
-from lake import alarm_life, delta_engine, voltage
-from lake.seen_before import with_seen
+from lake.paths import table_path
+from metering.alarms import life_cycle
+from metering.deduplication import with_seen
+from metering.energy import delta_engine
+from metering.voltage import windows
 from replay.__main__ import app
 from replay.dirt import Entry
 from replay.outcomes import RULES
@@ -26,7 +29,7 @@ from replay.verify import Verdict, verify
 from schemas.closed_lists import Bucket, FaultKind, FaultOutcome, Poison
 from schemas.codec import decode
 from schemas.errors import ConfigError, InvalidMessage
-from schemas.tables import TABLES, polars_schema, table_path
+from schemas.tables import TABLES, polars_schema
 from schemas.topics import DEAD_LETTERS, KINDS, mqtt_topic, shard
 from streaming_jobs.alarms import IDENTITY
 from streaming_jobs.consumption_deltas import VALUES
@@ -145,7 +148,7 @@ class Chain:
             self.apart("consumption_deltas", judged, "late_readings", "quarantined_readings")
 
     def windows(self, readings: pl.DataFrame, batches: int) -> None:
-        columns = ["meter_id", "observed_at", "run_id", "topic", "partition", "offset", *voltage.VOLTAGES]
+        columns = ["meter_id", "observed_at", "run_id", "topic", "partition", "offset", *windows.VOLTAGES]
         samples = readings.select(columns).clear()
         judged_by = self.known.select("meter_id", "nominal_mv", "jurisdiction")
         closed = pl.DataFrame(schema={"meter_id": pl.String, "run_id": pl.String, "window_start": delta_engine.STAMP})
@@ -159,7 +162,7 @@ class Chain:
             ).with_columns(pl.col("bound_before", "bound_after") - late)
             arrived = [each for each in (newest, right.get_column("arrival_at").max()) if isinstance(each, datetime)]
             before, newest = newest, max(arrived, default=None)
-            moved = voltage.advance(
+            moved = windows.advance(
                 right.select(columns), samples, closed, bounds, judged_by, 10_000, number == batches - 1
             )
             samples, closed = moved.samples, moved.closed
@@ -174,12 +177,12 @@ class Chain:
             )
 
     def alarms(self, events: pl.DataFrame, batches: int) -> None:
-        state, once = pl.DataFrame(schema=alarm_life.OPEN), pl.DataFrame(schema=alarm_life.ONCE)
+        state, once = pl.DataFrame(schema=life_cycle.OPEN), pl.DataFrame(schema=life_cycle.ONCE)
         recent = events.clear()
         for right, _ in self.cut(events, batches):
             marked = with_seen(right.with_columns(event_at="observed_at"), recent, IDENTITY, [])
             recent = pl.concat([recent, right.select(recent.columns)])
-            result = alarm_life.lives(marked, state, once)
+            result = life_cycle.lives(marked, state, once)
             state, once = result.open, result.once
             self.add("alarms", result.alarms)
             self.apart("alarms", result.events, "late_events", "quarantined_events")

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lake.by_partition import CLOCK, Moment, clock
-from lake.delta_engine import STAMP
-from lake.streaming import StreamSettings, bounds
-from lake.voltage import VOLTAGES, WINDOWS, Advance, advance, windows
+from engine.batch import Moment
+from engine.settings import StreamSettings
+from engine.watermark import CLOCK, bounds, clock
+from metering.energy.delta_engine import STAMP
+from metering.voltage.windows import VOLTAGES, WINDOWS, Advance, advance, windows
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 SAMPLES = pl.Schema(
@@ -264,8 +265,8 @@ def test_a_partitions_clock_says_whether_the_batch_had_anything_of_a_run() -> No
     nothing = pl.DataFrame(schema=CLOCK)
     said = {"run_id": pl.String, "arrival_at": STAMP}
     rows = pl.DataFrame([("r1", at(5)), ("r1", at(4)), (None, at(9))], said, orient="row")
-    first = clock(rows, nothing, moment)
+    first = clock(rows, nothing, moment.bounds)
     assert sorted(first.rows(), key=str) == [("r1", at(5), True, at(1)), (None, at(9), True, None)]
-    second = clock(rows.filter(pl.col("run_id").is_null()), first, moment)
+    second = clock(rows.filter(pl.col("run_id").is_null()), first, moment.bounds)
     assert sorted(second.rows(), key=str) == [("r1", at(5), False, at(1)), (None, at(9), True, None)]
-    assert second.schema == CLOCK == clock(rows.clear(), nothing, moment).schema
+    assert second.schema == CLOCK == clock(rows.clear(), nothing, moment.bounds).schema

@@ -6,8 +6,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from lake.voltage import WINDOWS
-from lake.voltage_groups import FEWEST_WINDOWS, MEMORY_WINDOWS, MOVEMENT, advance
+from metering.voltage.groups import FEWEST_WINDOWS, MEMORY_WINDOWS, MOVEMENT, advance
+from metering.voltage.windows import WINDOWS
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 NOTHING = pl.DataFrame(schema=MOVEMENT)

@@ -9,10 +9,10 @@ import pytest
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from engine.checkpoint import planned
+from kafka_io import ranges
 from kafka_io.offsets import newest_offsets
-from lake import kafka_ranges
-from lake.decoding import KAFKA
-from lake.kafka_ranges import Range, fetched, planned
+from kafka_io.ranges import KAFKA, Range, fetched
 from schemas.errors import RetryLater, StateLost
 from schemas.topics import READINGS
 from stack.demo import own_settings
@@ -109,7 +109,7 @@ def test_a_topic_that_was_made_anew_and_is_shorter_is_told_and_passed_over_when_
 def test_a_topic_that_ends_within_the_range_is_told_and_its_rest_taken_when_accepted(
     kafka: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kafka_ranges, "SILENT_S", 2.0)
+    monkeypatch.setattr(ranges, "SILENT_S", 2.0)
     with pytest.raises(StateLost, match=f"KAFKA_DATA_LOSS plain-0 ends at offset {COUNT}"):
         fetched(Range("plain", 0, COUNT - 5, COUNT + 5), kafka, False)
     rest = fetched(Range("plain", 0, COUNT - 5, COUNT + 5), kafka, True)
@@ -117,7 +117,7 @@ def test_a_topic_that_ends_within_the_range_is_told_and_its_rest_taken_when_acce
 
 
 def test_a_kafka_that_says_nothing_is_asked_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kafka_ranges, "SILENT_S", 2.0)
+    monkeypatch.setattr(ranges, "SILENT_S", 2.0)
     with pytest.raises(RetryLater, match="Kafka gives nothing of plain-0 from offset 0 on: .*(refused|down|failed)"):
         fetched(Range("plain", 0, 0, 10), "127.0.0.1:1", False)
 

@@ -29,13 +29,14 @@ import pytest
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from kafka_io.topics import create_topics
 from lake.publishing import BatchKey
 from schemas.codec import encode
 from schemas.tables import REGISTRY
 from schemas.topics import EVENTS, READINGS, Topic
 from stack.demo import SHORT_LIVED_JVM, own_settings
 from stack.jobs import JobMetrics, jobs, told
-from stack.native import NativeStack, create_topics
+from stack.native import NativeStack
 from streaming_jobs import discovered
 from tests.eventually import eventually
 

@@ -10,7 +10,7 @@ import paho.mqtt.client as mqtt
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from replay.sinks import PRODUCER, QUEUED, KafkaSink, MqttSink
+from replay.sinks import BATCHING, QUEUED, KafkaSink, MqttSink
 from schemas.errors import RetryLater
 from schemas.topics import READINGS
 from stack import proof
@@ -77,7 +77,7 @@ def stored(stack: NativeStack) -> int:
 def test_kafkas_client_without_room_is_waited_for_and_every_meter_keeps_its_order(
     stack: NativeStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(PRODUCER, "queue.buffering.max.kbytes", "64")
+    monkeypatch.setitem(BATCHING, "queue.buffering.max.kbytes", "64")
     sink, before = KafkaSink(stack.settings.kafka_bootstrap), stored(stack)
     ids, payloads = said("full", 3_000, size=500)
     for start in range(0, len(ids), 1_000):
@@ -106,7 +106,7 @@ def test_what_kafkas_client_still_holds_is_not_acknowledged(stack: NativeStack) 
 def test_what_kafka_did_not_take_in_time_is_told_and_not_acknowledged(
     stack: NativeStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(PRODUCER, "message.timeout.ms", "1000")
+    monkeypatch.setitem(BATCHING, "message.timeout.ms", "1000")
     sink = KafkaSink(stack.settings.kafka_bootstrap)
     os.kill(stack.pid("kafka") or 0, signal.SIGSTOP)
     try:

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from schemas.codec import encode
 from schemas.errors import ConfigError
-from schemas.settings import load
 from schemas.topics import ALARMS, COMMANDS
+from settings import load
 from stack.__main__ import app
 from stack.native import MARK, NativeStack, StackSettings, StartFailed
 from tests.brokers import Brokers

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from lake.paths import table_path
 from replay.run import run_folder
 from replay.tape import read_tape, write_tape
 from schemas.closed_lists import DeltaReason, FaultKind
-from schemas.tables import table_path
 from stack.demo import drain, environment, own_settings
 from stack.native import NativeStack, left_on_the_way
 from tests.eventually import eventually

@@ -6,10 +6,12 @@ batch without a commit is done again with the same rows in the same files, so a 
 
 import json
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
+from kafka_io.ranges import Range
 from schemas.errors import StateLost
-from schemas.tables import home
+from settings import home
 
 LOST_IN_KAFKA = re.compile(r"KAFKA_DATA_LOSS|OffsetOutOfRangeException")
 """What the errors of Spark and of Kafka say where Kafka no longer has what a query has not read."""
@@ -97,3 +99,62 @@ def _has_json(file: Path | None, head_lines: int, least_lines: int) -> bool:
     except (OSError, ValueError):
         return False
     return len(lines) >= least_lines
+
+
+def query_id(checkpoint: Path) -> str:
+    """The query's id, which its checkpoint keeps for life."""
+    return str(json.loads((checkpoint / "metadata").read_text())["id"])
+
+
+def last_commit(checkpoint: Path) -> int | None:
+    """Number of the newest batch that Spark has committed; None before the first."""
+    return max((int(commit.name) for commit in (checkpoint / "commits").glob("[0-9]*")), default=None)
+
+
+def planned_at(checkpoint: Path, batch_id: int) -> datetime:
+    """When Spark planned a batch: the same when it is tried again."""
+    planned_ms = json.loads((checkpoint / "offsets" / str(batch_id)).read_text().splitlines()[1])["batchTimestampMs"]
+    return datetime.fromtimestamp(planned_ms / 1000, UTC)
+
+
+def planned(checkpoint: Path, batch_id: int) -> list[Range]:
+    """What Spark has planned for a batch, by the query's checkpoint; partitions without new records are left out.
+
+    Args:
+        checkpoint: of a query whose only source is Kafka, from the earliest offsets.
+        batch_id: a batch that has begun.
+    """
+    starts = offsets_after(checkpoint, batch_id - 1)
+    ranges = [Range(*place, starts.get(place, 0), end) for place, end in offsets_after(checkpoint, batch_id).items()]
+    # One that ends before it starts is of a topic that was made anew: Spark lets it pass only where loss is accepted.
+    whole = [each if each.start_offset <= each.end_offset else each._replace(start_offset=0) for each in ranges]
+    return [each for each in whole if each.start_offset < each.end_offset]
+
+
+def offsets_after(checkpoint: Path, batch_id: int | None) -> dict[tuple[str, int], int]:
+    """Topic and partition → the offset that comes next after a batch; before the first (−1 or None) where it begins.
+
+    A file of the checkpoint has them as JSON on its last line. What has not begun yet begins nowhere.
+    """
+    if batch_id is not None and batch_id >= 0:
+        file = checkpoint / "offsets" / str(batch_id)
+    elif not (file := checkpoint / "sources" / "0" / "0").exists():
+        return {}
+    return next_offsets(file.read_text().splitlines()[-1])
+
+
+def drop_unfinished(checkpoint: Path) -> None:
+    """Removes what a killed write has left: before its first batch Spark takes no folder that has such a file."""
+    for left in [*checkpoint.rglob(".*.tmp"), *checkpoint.rglob(".*.tmp.crc")]:
+        left.unlink()
+
+
+def next_offsets(text: str | None) -> dict[tuple[str, int], int]:
+    """The same of the Kafka source's JSON: topic → partition → offset; before the first batch PySpark says "None"."""
+    if text in (None, "None", "null"):
+        return {}
+    return {
+        (topic, int(partition)): offset
+        for topic, partitions in json.loads(str(text)).items()
+        for partition, offset in partitions.items()
+    }

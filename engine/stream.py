@@ -4,16 +4,15 @@ Batch N reads the state that batch N−1 wrote, never the newest; N−1 stays un
 is tried again gives the same rows in the same files, whenever the process died.
 """
 
-import json
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -21,89 +20,50 @@ import polars as pl
 import pyarrow as pa
 import structlog
 import typer
-from confluent_kafka import KafkaError, Message, Producer
-from pydantic import Field
+from confluent_kafka import KafkaError, Message
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
-from kafka_io.offsets import newest_offsets
-from lake import metrics
-from lake.by_partition import (
-    BOUNDS,
-    CLOCK,
-    TOGETHER,
-    Cut,
-    Frames,
-    Moment,
-    Transform,
-    keep,
-    known_frames,
-    staged,
+from engine import metrics
+from engine.batch import TOGETHER, Cut, Frames, Moment, Transform
+from engine.checkpoint import (
+    KAFKA_IS_AWAY,
+    LOST_IN_KAFKA,
+    STATE_LOST,
+    drop_unfinished,
+    from_the_beginning,
+    last_commit,
+    lost_in_kafka,
+    offsets_after,
+    planned,
+    planned_at,
+    query_id,
+    require_whole,
 )
-from lake.by_partition import run as run_partitions
-from lake.checkpoint import KAFKA_IS_AWAY, LOST_IN_KAFKA, STATE_LOST, from_the_beginning, lost_in_kafka, require_whole
-from lake.decoding import spark_schema
-from lake.kafka_ranges import RANGES, checkpointed, planned
-from lake.merging import Merger
+from engine.partition_tasks import keep, known_frames, staged
+from engine.partition_tasks import run as run_partitions
+from engine.session import spark_session
+from engine.settings import StreamSettings
+from engine.watermark import bounds
+from kafka_io import clients
+from kafka_io.offsets import newest_offsets
+from kafka_io.ranges import RANGES
+from lake.compaction import Merger
+from lake.locks import job_run
 from lake.publishing import BatchKey, publish_small, remove_parts, rename_in, swap_in
-from lake.reading import newest_registry, registry_files
-from lake.session import spark_session, uri
+from lake.reading import newest_registry, registry_files, spark_schema, uri
 from schemas.closed_lists import Bucket
 from schemas.codec import encode_batch
 from schemas.errors import ContractBroken, MeterstreamError, RetryLater, StateLost, exits
-from schemas.settings import Settings, load
-from schemas.tables import ACCOUNTING, home, job_run
+from schemas.tables import ACCOUNTING
 from schemas.topics import Topic
+from settings import home, load
 
 log = structlog.get_logger()
 NEXT_TIME = "this batch came when all that Kafka had at the flush was taken: it is the first of the next start"
-PRODUCER = {"acks": "all", "enable.idempotence": True, "compression.type": "lz4", "partitioner": "murmur2_random"}
 SEND_TIMEOUT_S = 60
 JAVA_OPTIONS = "-XX:TieredStopAtLevel=1"
 """No record goes through the JVM, so its best compiler takes longer than it saves (docs/bench.md)."""
-
-
-class ClockSettings(Settings):
-    """When a meter's clock is impossible, for the stream and for the night.
-
-    Attributes:
-        max_ahead_s: how far a meter's clock may be ahead of the arrival before it is impossible.
-        max_behind_s: how far behind; a meter that was offline sends readings of months ago.
-    """
-
-    max_ahead_s: int = Field(36 * 3600, ge=0)
-    max_behind_s: int = Field(400 * 24 * 3600, ge=0)
-
-
-class StreamSettings(ClockSettings):
-    """Settings of the streaming jobs.
-
-    Attributes:
-        kafka_bootstrap: host:port of a Kafka broker.
-        trigger_s: seconds between batches.
-        max_offsets_per_trigger: most records of a batch, catch-up included; bounds memory.
-        allowed_lateness_s: how far behind the arrivals of its run a record may come, s on the arrival clock.
-        merge_files: how many small files a query may leave of a table's day, before they become one.
-        recent_records: offsets per Kafka partition within which a redelivered record is recognised; several times what
-            the broker leaves unacknowledged.
-        flush: on the way out take what Kafka has by then, then close what is open.
-        close_all: set by a flush: every window is over.
-        accept_loss: go on where Kafka no longer has what was not read yet.
-        metrics_port: where `GET /metrics` is answered; 0 is nowhere.
-        listen: address for that.
-    """
-
-    kafka_bootstrap: str
-    trigger_s: float = Field(5, ge=0, le=86_400)
-    max_offsets_per_trigger: int = Field(100_000, ge=1)
-    allowed_lateness_s: int = Field(1_800, ge=0)
-    merge_files: int = Field(64, ge=2)
-    recent_records: int = Field(10_000, ge=0)
-    flush: bool = False
-    close_all: bool = False
-    accept_loss: bool = False
-    metrics_port: int = Field(0, ge=0, le=65535)
-    listen: str = "127.0.0.1"
 
 
 Together = Callable[[Frames, pl.DataFrame, Frames, Moment], Frames]
@@ -119,7 +79,7 @@ class StreamingJob:
         topics: what it reads; their key is the meter.
         writes: lake table → the timestamp column that dates its rows.
         state: kinds of frames that are kept from batch to batch, a partition at a time.
-        transform: (rows of one Kafka partition by `lake.decoding.decoded`, registry, state, moment) → frames: tables,
+        transform: (rows of one Kafka partition by `engine.decoding.decoded`, registry, state, moment) → frames: tables,
             state, and `books` (run_id, bucket, records: where each input record went); pure, runs on static frames.
         sends: lake table → the topic that gets its rows too.
         current: lake tables that are replaced by their newest version.
@@ -158,7 +118,7 @@ class Runner:
     @property
     def query_id(self) -> str:
         """The query's id, which its checkpoint keeps for life."""
-        return str(json.loads((self.checkpoint / "metadata").read_text())["id"])
+        return query_id(self.checkpoint)
 
     @property
     def _states(self) -> Path:
@@ -168,8 +128,7 @@ class Runner:
         """Starts the query; it goes on where its checkpoint stands."""
         settings = self.settings
         self.tidy()
-        for left in [*self.checkpoint.rglob(".*.tmp"), *self.checkpoint.rglob(".*.tmp.crc")]:
-            left.unlink()  # of a write that was killed; before its first batch Spark takes no folder that has one
+        drop_unfinished(self.checkpoint)
         records = (
             session.readStream.format("kafka")
             .option("kafka.bootstrap.servers", settings.kafka_bootstrap)
@@ -220,30 +179,26 @@ class Runner:
     @property
     def is_at_its_end(self) -> bool:
         """Whether it has committed all that it shall take, and what it began; never, where nothing was set."""
-        last, begin = self._last_commit(), self.checkpoint / "sources" / "0" / "0"
+        last = last_commit(self.checkpoint)
         if self._last is None or self._begun > (-1 if last is None else last):
             return False
-        taken = checkpointed(begin) if begin.exists() else {}
-        taken |= checkpointed(self.checkpoint / "offsets" / str(last)) if last is not None else {}
+        taken = offsets_after(self.checkpoint, None) | offsets_after(self.checkpoint, last)
         return all(taken.get(place, 0) >= offset for place, offset in self._last.items())
 
     def tell(self, listener: metrics.Listener) -> None:
         """Tells where the query stands before its first batch."""
-        last = self._last_commit()
+        last = last_commit(self.checkpoint)
         if last is None:
             return
-        listener.taken(self.job.name, checkpointed(self.checkpoint / "offsets" / str(last)))
+        listener.taken(self.job.name, offsets_after(self.checkpoint, last))
         state = self._state(last)
         metrics.stands(self.job.name, last, metrics.rows_of(state) if state else 0)
 
     @property
     def is_flushed(self) -> bool:
         """Whether nothing is open after the last batch; true where there was none."""
-        last = self._last_commit()
+        last = last_commit(self.checkpoint)
         return last is None or (self._states / f"{last}.flushed").exists()
-
-    def _last_commit(self) -> int | None:
-        return max((int(commit.name) for commit in (self.checkpoint / "commits").glob("[0-9]*")), default=None)
 
     def flush(self) -> None:
         """Closes what is open after the last batch; the query must have stopped.
@@ -251,7 +206,7 @@ class Runner:
         A marker is written first and the new state renamed in last: a flush that was killed is done again, with the
         same rows in the same files, before the query goes on.
         """
-        last = self._last_commit()
+        last = last_commit(self.checkpoint)
         if last is None or self.is_flushed:
             return
         (self._states / f"{last}.flush").mkdir(parents=True, exist_ok=True)
@@ -269,7 +224,7 @@ class Runner:
 
     def finish_flush(self) -> None:
         """Does a flush again that an earlier process began and did not end."""
-        last = self._last_commit()
+        last = last_commit(self.checkpoint)
         if last is not None and (self._states / f"{last}.flush").exists():
             self.flush()
 
@@ -293,7 +248,7 @@ class Runner:
             shutil.rmtree(left, ignore_errors=True)
         after.mkdir(parents=True)
         clocks = [pl.read_ipc(file) for file in sorted(before.glob("*/clock.arrow"))] if before else []
-        bound = bounds(clocks, settings.allowed_lateness_s, self._planned_at(key))
+        bound = bounds(clocks, settings.allowed_lateness_s, planned_at(self.checkpoint, key.number))
         cut = Cut(
             topics={topic.name: topic for topic in job.topics},
             writes=job.writes,
@@ -350,35 +305,8 @@ class Runner:
             {"run_id": run, "stage": self.job.name, "batch": str(key), "received": sum(buckets.values()), **buckets}
             for run, buckets in sorted(runs.items(), key=lambda item: item[0] or "")
         ]
-        day = self._planned_at(key).date()
+        day = planned_at(self.checkpoint, key.number).date()
         return publish_small(pa.Table.from_pylist(rows, ACCOUNTING), "accounting", key, day.isoformat())
-
-    def _planned_at(self, key: BatchKey) -> datetime:
-        """When Spark planned a batch: the same when it is tried again."""
-        batch = self.checkpoint / "offsets" / str(int(key.batch.rstrip("f")))
-        planned_ms = json.loads(batch.read_text().splitlines()[1])["batchTimestampMs"]
-        return datetime.fromtimestamp(planned_ms / 1000, UTC)
-
-
-def bounds(clocks: Iterable[pl.DataFrame], allowed_lateness_s: float, planned_at: datetime) -> pl.DataFrame:
-    """Up to when windows are over, columns `BOUNDS`, by the clocks that the batch before left, columns `CLOCK`.
-
-    Of the partitions that the batch had records of, the one that stands furthest back says how far a run has come:
-    while a backlog is taken in, they do not stand at the same hour, and what one still has to bring is not late. A
-    partition that had none has no more to bring, or its meters are silent.
-
-    Args:
-        clocks: of all partitions.
-        allowed_lateness_s: what comes this much later still counts.
-        planned_at: when the batch was planned: an arrival after it is of a bridge whose clock was wrong, and no clock.
-            A replay's arrivals are of the time that it replays.
-    """
-    is_real, newest_at = pl.col("run_id").is_null(), pl.col("newest_at")
-    sane = pl.when(is_real).then(pl.min_horizontal(newest_at, pl.lit(planned_at))).otherwise(newest_at)
-    after = sane.filter(pl.col("has_come")).min() - timedelta(seconds=allowed_lateness_s)
-    known = pl.concat([pl.DataFrame(schema=CLOCK), *clocks])
-    newest = known.group_by("run_id").agg(bound_before=pl.col("bound_at").max(), bound_after=after)
-    return newest.with_columns(bound_after=pl.max_horizontal("bound_before", "bound_after")).cast(BOUNDS)
 
 
 def send(rows: pl.DataFrame, topic: Topic, bootstrap: str) -> None:
@@ -389,7 +317,7 @@ def send(rows: pl.DataFrame, topic: Topic, bootstrap: str) -> None:
     """
     if not len(rows):
         return
-    producer = Producer({"bootstrap.servers": bootstrap, **PRODUCER})
+    producer = clients.producer(bootstrap)
     refused: list[str] = []
 
     def told(error: KafkaError | None, _: Message) -> None:

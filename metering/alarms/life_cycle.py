@@ -6,15 +6,14 @@ alarm_id = f(meter, type, begin), so that reprocessing writes the same row (doma
 
 import hashlib
 from datetime import datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import polars as pl
 
-import schemas
-from lake.delta_engine import STAMP, bucket_of
+from metering.energy.delta_engine import STAMP, bucket_of
 from schemas import tables
 from schemas.closed_lists import AlarmSource, AlarmState, DeltaReason, Edge, EventAction, QuarantineReason
+from schemas.event_codes import code_table
 
 OPEN = pl.Schema(
     {
@@ -52,14 +51,6 @@ class Result(NamedTuple):
     open: pl.DataFrame
     once: pl.DataFrame
     events: pl.DataFrame
-
-
-def code_table() -> pl.DataFrame:
-    """The event code tables: (dialect, dialect_version, source_table, code) → type, edge, severity, tier, action.
-
-    `once_within_s`: an event that a meter tells twice, by its log and its network card, counts once in so many seconds.
-    """
-    return pl.read_csv(Path(schemas.__file__).parent / "events" / "codes.csv", infer_schema=False)
 
 
 def with_meaning(events: pl.DataFrame) -> pl.DataFrame:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from lake.delta_engine import KEY, STAMP
+from metering.energy.delta_engine import KEY, STAMP
 from schemas.closed_lists import ACCEPTED_DELTAS, DeltaReason, IntervalQuality
 from schemas.tables import INTERVAL_READINGS, polars_schema
 

@@ -8,10 +8,8 @@ A task that is tried again writes the same files again. Files lie under staging 
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import polars as pl
 import pyarrow as pa
@@ -19,96 +17,17 @@ import pyarrow.compute as pc
 from pyspark import TaskContext
 from pyspark.sql import DataFrame
 
-from lake.books import BOOKS
-from lake.decoding import KAFKA, decoded, spark_schema
-from lake.kafka_ranges import RANGES, Range, fetched
+from engine.batch import NO_DATE, TOGETHER, Cut, Frames, contract
+from engine.decoding import decoded
+from engine.settings import StreamSettings
+from kafka_io.ranges import KAFKA, RANGES, Range, fetched
 from lake.publishing import COMPRESSION
-from lake.reading import RegistryFiles, newest_registry
+from lake.reading import newest_registry, spark_schema
+from metering.accounting import BOOKS
 from schemas.errors import ContractBroken, StateLost
 from schemas.tables import TABLES, arrow_of, polars_schema
-from schemas.topics import Topic
 
-if TYPE_CHECKING:
-    from lake.streaming import StreamSettings
-
-Frames = Mapping[str, pl.DataFrame]
-TOGETHER = "together"
-NO_DATE = "__HIVE_DEFAULT_PARTITION__"  # as Spark names it
 COUNTED = pa.schema([pa.field("unit", pa.string()), pa.field("task", pa.int64()), *arrow_of(BOOKS)])
-BOUNDS = pl.Schema(
-    {"run_id": pl.String(), "bound_before": pl.Datetime("us", "UTC"), "bound_after": pl.Datetime("us", "UTC")}
-)
-CLOCK = pl.Schema(
-    {
-        "run_id": pl.String(),
-        "newest_at": pl.Datetime("us", "UTC"),
-        "has_come": pl.Boolean(),
-        "bound_at": pl.Datetime("us", "UTC"),
-    }
-)
-"""State of a job that closes windows: a partition's newest arrival of each run, whether the batch had one, and the
-bound of the batch."""
-
-
-@dataclass(frozen=True)
-class Moment:
-    """What is the same for all partitions of a batch.
-
-    Attributes:
-        settings: of the streaming jobs.
-        bounds: per run_id `bound_before`, up to which the batch before closed its windows, and `bound_after`, up to
-            which this one does (`lake.streaming.bounds`).
-    """
-
-    settings: "StreamSettings"
-    bounds: pl.DataFrame
-
-
-def clock(rows: pl.DataFrame, known: pl.DataFrame, moment: Moment) -> pl.DataFrame:
-    """The partition's clock after a batch, columns `CLOCK`: arrivals are ours, so one meter's clock moves nobody's.
-
-    Args:
-        rows: with run_id and arrival_at.
-        known: the clock before.
-        moment: whose bounds become the next batch's `bound_before`.
-    """
-    arrivals = rows.select("run_id", newest_at="arrival_at", has_come=pl.lit(True))
-    before = known.select("run_id", "newest_at", has_come=pl.lit(False))
-    newest = pl.concat([before, arrivals]).group_by("run_id").agg(pl.col("newest_at").max(), pl.col("has_come").any())
-    bound = moment.bounds.select("run_id", bound_at="bound_after")
-    return newest.join(bound, on="run_id", how="left", nulls_equal=True).select(CLOCK.names())
-
-
-Transform = Callable[[pl.DataFrame, pl.DataFrame, Frames, Moment], Frames]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How the partitions of one batch are done.
-
-    Attributes:
-        topics: by name.
-        writes: lake table → the timestamp column that dates its rows.
-        current: lake tables that are replaced, a file per partition.
-        state: kinds of frames that the next batch reads.
-        transform: (rows of a partition, registry, its state, moment) → frames: tables, state, books.
-        registry: files of the registry.
-        moment: what is the same for all.
-        before: state of the batch before, None before the first.
-        after: state of this one.
-        staging: where rows wait.
-    """
-
-    topics: Mapping[str, Topic]
-    writes: Mapping[str, str]
-    current: tuple[str, ...]
-    state: Mapping[str, pl.Schema]
-    transform: Transform
-    registry: RegistryFiles
-    moment: Moment
-    before: Path | None
-    after: Path
-    staging: Path
 
 
 def run(records: DataFrame | None, cut: Cut) -> pl.DataFrame:
@@ -164,7 +83,7 @@ def _task(batches: Iterable[pa.RecordBatch], cut: Cut, task: int) -> Iterator[pa
         yield from table.combine_chunks().to_batches()
 
 
-def _by_partition(given: pa.Table, settings: "StreamSettings") -> Iterator[tuple[str, pa.Table]]:
+def _by_partition(given: pa.Table, settings: StreamSettings) -> Iterator[tuple[str, pa.Table]]:
     """Name and records of each Kafka partition of a task, one after the other; columns `KAFKA`."""
     if given.schema.names == RANGES.names:
         for row in given.to_pylist():
@@ -238,11 +157,6 @@ def keep(frames: Frames, known: Frames, unit: str, cut: Cut) -> None:
         dated = contract(frame, table).with_columns(date=pl.col(dated_by).dt.date())
         for (date,), rows in dated.partition_by("date", as_dict=True, include_key=False).items():
             _written(rows, cut.staging / table / f"date={date or NO_DATE}" / f"{unit}.parquet")
-
-
-def contract(frame: pl.DataFrame, table: str) -> pl.DataFrame:
-    """A lake table's columns, as they are written."""
-    return frame.select(TABLES[table].names).cast(polars_schema(TABLES[table]))
 
 
 def _written(frame: pl.DataFrame, path: Path) -> None:

@@ -8,6 +8,12 @@ from schemas.tables import TABLES, polars_schema
 BOOKS = pl.Schema({"run_id": pl.String(), "bucket": pl.String(), "records": pl.Int64()})
 
 
+def only_valid(rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows that were decoded."""
+    refused = rows.get_column("refused_because")
+    return rows.filter(refused.is_null()) if refused.null_count() < len(rows) else rows
+
+
 def count(records: pl.DataFrame) -> pl.DataFrame:
     """Lines of the books, columns `BOOKS`, from records with run_id and bucket."""
     return records.group_by("run_id", "bucket").agg(records=pl.len().cast(pl.Int64)).select(BOOKS.names())

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from lake.alarm_life import ALARMS, alarm_id
-from lake.delta_engine import STAMP, fuses_w, judged
-from lake.voltage import VOLTAGES, with_rules
+from metering.alarms.life_cycle import ALARMS, alarm_id
+from metering.energy.delta_engine import STAMP, fuses_w, judged
+from metering.voltage.windows import VOLTAGES, with_rules
 from schemas.closed_lists import AlarmSource, AlarmState, Severity
 from schemas.tables import PHASES
 

@@ -18,8 +18,11 @@ from pathlib import Path
 import polars as pl
 import structlog
 
+from lake.locks import files_moved
+from lake.paths import table_path
 from lake.publishing import COMPRESSION, exchange
-from schemas.tables import TABLES, files_moved, home, polars_schema, table_path
+from schemas.tables import TABLES, polars_schema
+from settings import home
 
 LARGE_BYTES = 32_000_000
 """A file of that size stays as it is: it holds a million readings or so, and a scan has nothing to gain."""

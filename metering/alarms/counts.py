@@ -67,8 +67,8 @@ def advance_events(
     """Counts those of a batch's events whose code is counted only, and gives the quarter hours that are over.
 
     Args:
-        events: of `lake.alarm_life.lives`: run_id, arrival_at, event_type, action, is_told_again, why; transformer_id,
-            feeder_id.
+        events: of `metering.alarms.life_cycle.lives`: run_id, arrival_at, event_type, action, is_told_again, why;
+            transformer_id, feeder_id.
         counts: the state so far, columns `EVENT_COUNT`.
         bounds: as for `advance`.
         close_all: as for `advance`.

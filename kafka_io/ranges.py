@@ -6,11 +6,9 @@ needs more CPU time to hand a record to Python than Python does to work on it (d
 """
 
 import gc
-import json
 import time
 from collections import deque
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +17,23 @@ import pyarrow.compute as pc
 import structlog
 from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from lake.decoding import KAFKA
+from kafka_io import clients
+from kafka_io.offsets import kept
+from schemas.codec import TIMESTAMP
 from schemas.errors import RetryLater, StateLost
+from schemas.tables import STRING
 
+KAFKA = pa.schema(
+    [
+        pa.field("key", pa.binary()),
+        pa.field("value", pa.binary()),
+        pa.field("topic", STRING),
+        pa.field("partition", pa.int32()),
+        pa.field("offset", pa.int64()),
+        pa.field("timestamp", TIMESTAMP),
+    ]
+)
+"""What a job reads of a Kafka record: columns of Spark's Kafka source."""
 RANGES = pa.schema(
     [
         pa.field("topic", pa.string()),
@@ -35,9 +47,6 @@ AT_ONCE = 500
 LOOK_S = 0.1
 SILENT_S = 60.0  # Kafka restarts within that
 CONSUMER = {
-    "group.id": "meterstream",  # asked for by the client; nothing is committed
-    "enable.auto.commit": False,
-    "enable.auto.offset.store": False,
     "auto.offset.reset": "error",
     "enable.partition.eof": True,
     "isolation.level": "read_uncommitted",  # as Spark plans
@@ -63,40 +72,8 @@ class Range(NamedTuple):
     end_offset: int
 
 
-def planned(checkpoint: Path, batch_id: int) -> list[Range]:
-    """What Spark has planned for a batch, by the query's checkpoint; partitions without new records are left out.
-
-    Args:
-        checkpoint: of a query whose only source is Kafka, from the earliest offsets.
-        batch_id: a batch that has begun.
-    """
-    ends = checkpointed(checkpoint / "offsets" / str(batch_id))
-    begin = checkpoint / "offsets" / str(batch_id - 1) if batch_id else checkpoint / "sources" / "0" / "0"
-    starts = checkpointed(begin)
-    ranges = [Range(*place, starts.get(place, 0), end) for place, end in ends.items()]
-    # One that ends before it starts is of a topic that was made anew: Spark lets it pass only where loss is accepted.
-    whole = [each if each.start_offset <= each.end_offset else each._replace(start_offset=0) for each in ranges]
-    return [each for each in whole if each.start_offset < each.end_offset]
-
-
-def checkpointed(file: Path) -> dict[tuple[str, int], int]:
-    """Topic and partition → the offset that comes next, by a file of the checkpoint: JSON on its last line."""
-    return next_offsets(file.read_text().splitlines()[-1])
-
-
-def next_offsets(text: str | None) -> dict[tuple[str, int], int]:
-    """The same of the Kafka source's JSON: topic → partition → offset; before the first batch PySpark says "None"."""
-    if text in (None, "None", "null"):
-        return {}
-    return {
-        (topic, int(partition)): offset
-        for topic, partitions in json.loads(str(text)).items()
-        for partition, offset in partitions.items()
-    }
-
-
 def fetched(place: Range, bootstrap: str, accept_loss: bool) -> pa.Table:
-    """The records of a range, columns `lake.decoding.KAFKA`, in the order of their offsets.
+    """The records of a range, columns `KAFKA`, in the order of their offsets.
 
     Args:
         place: where they lie.
@@ -127,7 +104,7 @@ def _consumer(bootstrap: str) -> tuple[Consumer, deque[str]]:
     """One for each worker, which has one task at a time; a new one would ask for metadata first. And its last words."""
     complaints: deque[str] = deque(["it says nothing"], maxlen=1)
     told = {"error_cb": lambda error: complaints.append(error.str())}
-    return Consumer({"bootstrap.servers": bootstrap, **CONSUMER, **told}), complaints
+    return clients.consumer(bootstrap, {**CONSUMER, **told}), complaints
 
 
 def _kept(consumer: Consumer, place: Range) -> tuple[int, int]:
@@ -137,11 +114,10 @@ def _kept(consumer: Consumer, place: Range) -> tuple[int, int]:
         RetryLater: it does not say.
     """
     try:
-        found = consumer.get_watermark_offsets(TopicPartition(place.topic, place.partition), timeout=SILENT_S)
+        return kept(consumer, place.topic, place.partition, SILENT_S)
     except KafkaException as error:
         msg = f"Kafka does not say what it has of {place.topic}-{place.partition}: {error.args[0].str()}"
         raise RetryLater(msg) from error
-    return int(found[0]), int(found[1])
 
 
 def _read(consumer: Consumer, complaints: deque[str], place: Range, start: int) -> pa.Table:

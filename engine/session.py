@@ -2,16 +2,10 @@
 
 import os
 import sys
-from pathlib import Path
 
 from pyspark.sql import SparkSession
 
-from schemas.tables import home
-
-
-def uri(path: Path) -> str:
-    """A local path as Spark takes it: `Path.as_uri` would turn the = of `date=` into %3D, which Spark keeps."""
-    return f"file://{path}"
+from settings import home
 
 
 def spark_session(name: str, java_options: str = "", **options: str) -> SparkSession:

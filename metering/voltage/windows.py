@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import polars as pl
 
-from lake.delta_engine import STAMP, judged
-from lake.seen_before import PLACE, is_recent, with_seen
+from metering.deduplication import PLACE, is_recent, with_seen
+from metering.energy.delta_engine import STAMP, judged
 from schemas.closed_lists import Band, VoltageEvent
 from schemas.tables import PHASES, VOLTAGE_EVENTS, VOLTAGE_WINDOWS, polars_schema
 

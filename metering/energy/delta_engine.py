@@ -1,7 +1,7 @@
 """Cumulative registers → energy, step by step: the rules of the domain reference, section 3.
 
 Pure functions over Polars frames, the same for the stream, the night and the tests. Records that were seen before are
-marked already (`lake/seen_before.py`). Where a whole series is plain (times rise, values do not fall, no step is
+marked already (`metering/deduplication.py`). Where a whole series is plain (times rise, values do not fall, no step is
 too large, the box stays) it is differenced by columns; the others go through `walk`, one reading at a time, which is
 the definition.
 

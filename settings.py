@@ -10,9 +10,13 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from schemas.errors import ConfigError
-from schemas.tables import home
 
 PREFIX = "METERSTREAM_"
+
+
+def home() -> Path:
+    """Root of all data: `METERSTREAM_HOME`, else `data/` in the checkout."""
+    return Path(os.environ.get("METERSTREAM_HOME") or Path(__file__).parent / "data").resolve()
 
 
 def started_file(folder: Path) -> Path:

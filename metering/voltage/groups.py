@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from lake.delta_engine import STAMP
+from metering.energy.delta_engine import STAMP
 from schemas.closed_lists import GridLevel
 from schemas.tables import SUSPICIOUS_METERS, VOLTAGE_ROLLUPS, polars_schema
 

@@ -27,14 +27,16 @@ from pyspark.sql import functions as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lake.decoding import spark_schema
+from engine.session import spark_session
+from engine.settings import ClockSettings
+from lake.locks import files_kept
+from lake.paths import report_path, table_path
 from lake.publishing import publish_report
-from lake.reading import read_registry, read_table, utc_days
-from lake.session import spark_session, uri
-from lake.streaming import ClockSettings
+from lake.reading import read_registry, read_table, spark_schema, uri
+from metering.clocks import utc_days
 from schemas.errors import ConfigError, ContractBroken, exits
-from schemas.settings import load
-from schemas.tables import TABLES, files_kept, report_path, table_path
+from schemas.tables import TABLES
+from settings import load
 
 SHARDS = 32
 """Groups of meters a night is cut into: one must fit into a task's memory, and each costs some milliseconds."""
@@ -131,7 +133,7 @@ def day_s() -> Column:
 
 
 def impossible_clock(max_ahead_s: int, max_behind_s: int) -> Column:
-    """`lake.decoding.is_impossible` as a column of Spark's."""
+    """`metering.clocks.is_impossible` as a column of Spark's."""
     seconds = F.col("observed_at").cast("double") - F.col("arrival_at").cast("double")
     return (seconds > max_ahead_s) | (seconds < -max_behind_s)
 

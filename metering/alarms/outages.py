@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from lake.delta_engine import STAMP
+from metering.energy.delta_engine import STAMP
 from schemas.closed_lists import AlarmState, OutageKind
 from schemas.tables import OUTAGES, polars_schema
 

@@ -3,31 +3,13 @@
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyspark.sql.pandas.types import from_arrow_schema
-from pyspark.sql.types import StructType
 
 from schemas.closed_lists import DeadLetterReason
 from schemas.codec import TIMESTAMP, arrow_schema, decode_batch
 from schemas.tables import KAFKA_PLACE, STRING
 from schemas.topics import Topic
 
-KAFKA = pa.schema(
-    [
-        pa.field("key", pa.binary()),
-        pa.field("value", pa.binary()),
-        pa.field("topic", STRING),
-        pa.field("partition", pa.int32()),
-        pa.field("offset", pa.int64()),
-        pa.field("timestamp", TIMESTAMP),
-    ]
-)
-"""What a job reads of a Kafka record: columns of Spark's Kafka source."""
 REFUSED = [pa.field("refused_because", STRING), pa.field("refused_detail", STRING)]
-
-
-def spark_schema(schema: pa.Schema) -> StructType:
-    """The Spark form of a table's columns."""
-    return from_arrow_schema(schema)
 
 
 def decoded(records: pa.Table, topic: Topic) -> pl.DataFrame:
@@ -70,15 +52,3 @@ def decoded(records: pa.Table, topic: Topic) -> pl.DataFrame:
     stamps = [name for name in ("received_at", "kafka_at") if name in schema.names]
     sent = [pl.when(pl.col("run_id").is_not_null()).then(pl.col("sent_at"))] if "run_id" in schema.names else []
     return frame.with_columns(arrival_at=pl.coalesce(*sent, *stamps))
-
-
-def only_valid(rows: pl.DataFrame) -> pl.DataFrame:
-    """Rows that were decoded."""
-    refused = rows.get_column("refused_because")
-    return rows.filter(refused.is_null()) if refused.null_count() < len(rows) else rows
-
-
-def is_impossible(max_ahead_s: int, max_behind_s: int) -> pl.Expr:
-    """True where the meter's clock cannot be right against the arrival: 1970, 2099."""
-    ahead_us = pl.col("observed_at").dt.epoch("us") - pl.col("arrival_at").dt.epoch("us")
-    return (ahead_us > max_ahead_s * 1_000_000) | (ahead_us < -max_behind_s * 1_000_000)

@@ -1,6 +1,6 @@
 """What the streaming jobs tell of themselves, for Prometheus and `make status`.
 
-Lag and rates come of the offsets that Spark's query listener tells; the rest is told by `lake/streaming.py`, which
+Lag and rates come of the offsets that Spark's query listener tells; the rest is told by `engine/stream.py`, which
 keeps the books, the state and the clock that Spark does not know of.
 """
 
@@ -13,8 +13,7 @@ from pathlib import Path
 from threading import Lock
 
 import pyarrow as pa
-from confluent_kafka import KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
+from confluent_kafka import KafkaException
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 from pyspark.sql.streaming.listener import (
     QueryIdleEvent,
@@ -24,7 +23,9 @@ from pyspark.sql.streaming.listener import (
     StreamingQueryListener,
 )
 
-from lake.kafka_ranges import next_offsets
+from engine.checkpoint import next_offsets
+from kafka_io.clients import admin
+from kafka_io.offsets import Offsets, end_offsets
 from schemas.closed_lists import Bucket
 from schemas.errors import ConfigError
 
@@ -85,8 +86,8 @@ class Listener(StreamingQueryListener):
     """Hears from Spark how far each query has come."""
 
     def __init__(self, bootstrap: str) -> None:
-        self._admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
-        self._newest: dict[TopicPartition, int] = {}
+        self._admin = admin(bootstrap)
+        self._newest: Offsets = {}
         self._asked = 0.0
         self._lock = Lock()
 
@@ -116,20 +117,15 @@ class Listener(StreamingQueryListener):
 
     def taken(self, job: str, offsets: Mapping[tuple[str, int], int]) -> None:
         """How far a query has come: topic and partition → the offset that comes next."""
-        places = {TopicPartition(*place): offset for place, offset in offsets.items()}
-        LAG.labels(job).set_function(partial(self._behind, places))
+        LAG.labels(job).set_function(partial(self._behind, dict(offsets)))
 
-    def _behind(self, taken: Mapping[TopicPartition, int]) -> float:
+    def _behind(self, taken: Offsets) -> float:
         """Records that Kafka has and a query has not taken; not a number where Kafka does not answer."""
         with self._lock:
             if time.monotonic() - self._asked > FRESH_S or not set(taken) <= set(self._newest):
                 wanted = set(taken) | set(self._newest)
-                asked = self._admin.list_offsets(
-                    {place: OffsetSpec.latest() for place in wanted},  # type: ignore[no-untyped-call]
-                    request_timeout=ANSWER_S,
-                )
                 try:
-                    self._newest = {place: answer.result().offset for place, answer in asked.items()}
+                    self._newest = end_offsets(self._admin, wanted, ANSWER_S)
                 except KafkaException:
                     return nan
                 self._asked = time.monotonic()

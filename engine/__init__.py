@@ -1,0 +1,1 @@
+"""How a job is run: batch and context, stream, partition tasks, watermark, checkpoint, metrics, night, session."""

@@ -1,0 +1,48 @@
+"""Settings of the streaming jobs, and what the night takes of them."""
+
+from pydantic import Field
+
+from settings import Settings
+
+
+class ClockSettings(Settings):
+    """When a meter's clock is impossible, for the stream and for the night.
+
+    Attributes:
+        max_ahead_s: how far a meter's clock may be ahead of the arrival before it is impossible.
+        max_behind_s: how far behind; a meter that was offline sends readings of months ago.
+    """
+
+    max_ahead_s: int = Field(36 * 3600, ge=0)
+    max_behind_s: int = Field(400 * 24 * 3600, ge=0)
+
+
+class StreamSettings(ClockSettings):
+    """Settings of the streaming jobs.
+
+    Attributes:
+        kafka_bootstrap: host:port of a Kafka broker.
+        trigger_s: seconds between batches.
+        max_offsets_per_trigger: most records of a batch, catch-up included; bounds memory.
+        allowed_lateness_s: how far behind the arrivals of its run a record may come, s on the arrival clock.
+        merge_files: how many small files a query may leave of a table's day, before they become one.
+        recent_records: offsets per Kafka partition within which a redelivered record is recognised; several times what
+            the broker leaves unacknowledged.
+        flush: on the way out take what Kafka has by then, then close what is open.
+        close_all: set by a flush: every window is over.
+        accept_loss: go on where Kafka no longer has what was not read yet.
+        metrics_port: where `GET /metrics` is answered; 0 is nowhere.
+        listen: address for that.
+    """
+
+    kafka_bootstrap: str
+    trigger_s: float = Field(5, ge=0, le=86_400)
+    max_offsets_per_trigger: int = Field(100_000, ge=1)
+    allowed_lateness_s: int = Field(1_800, ge=0)
+    merge_files: int = Field(64, ge=2)
+    recent_records: int = Field(10_000, ge=0)
+    flush: bool = False
+    close_all: bool = False
+    accept_loss: bool = False
+    metrics_port: int = Field(0, ge=0, le=65535)
+    listen: str = "127.0.0.1"

@@ -1,0 +1,1 @@
+"""Alarms: their life cycle, derived ones, outages and counts."""

@@ -1,0 +1,25 @@
+"""Clocks: which time of a meter cannot be, and which days a local day touches."""
+
+from datetime import date, timedelta
+
+import polars as pl
+import pyarrow as pa
+
+
+def is_impossible(max_ahead_s: int, max_behind_s: int) -> pl.Expr:
+    """True where the meter's clock cannot be right against the arrival: 1970, 2099."""
+    ahead_us = pl.col("observed_at").dt.epoch("us") - pl.col("arrival_at").dt.epoch("us")
+    return (ahead_us > max_ahead_s * 1_000_000) | (ahead_us < -max_behind_s * 1_000_000)
+
+
+def busiest_day(stamps: pa.ChunkedArray, time_zone: str) -> date:
+    """The local day with the most of these times; the first of equals."""
+    local = pl.Series("at", stamps).dt.convert_time_zone(time_zone).dt.date()
+    counts = local.value_counts().sort("count", "at", descending=[True, False])
+    day: date = counts.get_column("at")[0]
+    return day
+
+
+def utc_days(local_day: date) -> list[date]:
+    """The UTC days that a local day anywhere on earth can touch."""
+    return [local_day + timedelta(days=shift) for shift in (-1, 0, 1)]

@@ -1,0 +1,1 @@
+"""Energy: register steps, and intervals."""

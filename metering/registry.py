@@ -1,0 +1,18 @@
+"""The registry: which of a meter's rows counts."""
+
+import polars as pl
+
+MOST = {"nominal_mv": 1_000_000_000, "fuse_a": 1_000_000, "interval_s": 366 * 86_400}
+"""A number of the registry that is not above 0, or above this, is a slip: it counts as unknown."""
+
+
+def newest(rows: pl.DataFrame) -> pl.DataFrame:
+    """The newest row of each meter, by meter_id; numbers that cannot be are null (`MOST`).
+
+    Args:
+        rows: of the registry.
+    """
+    can_be = [pl.when(pl.col(name).is_between(1, most)).then(name).alias(name) for name, most in MOST.items()]
+    order = ["meter_id", "valid_from", "usage_point_id"]
+    by_age = rows.with_columns(can_be).sort(order, descending=[False, True, False], nulls_last=[True, True, False])
+    return by_age.unique("meter_id", keep="first", maintain_order=True)

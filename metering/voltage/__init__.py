@@ -1,0 +1,1 @@
+"""Voltage: windows of a meter, and groups of meters."""

@@ -36,7 +36,8 @@ DRAIN_S = 10.0  # at a stop: how long Kafka may take for what is in flight; what
 QUIET_S = 1.0  # before a connection is left nothing came for so long: before a clean end, or where something came again
 LEAVING_S = 5.0  # longest until a connection is left on which something came again
 WAIT = 1.2  # of the broker's ack_wait: so long nobody is connected, so that what was on its way comes first
-LONGEST_WAIT_S = 300.0  # where `ack_wait_s` is less than the broker's
+MOST_WAITS = 8  # so many times that, where `ack_wait_s` is less than the broker's
+HELD = 0.7  # of ack_wait: what Kafka has not taken by then would come again
 WINDOW = 1_000  # acknowledged messages by which one that crossed its acknowledgement is known: more than are open
 EARLIER_ACK_WAIT_S = 3.0  # of an earlier release's session
 SESSION = "meterstream-bridge-2"
@@ -45,10 +46,10 @@ CLEAN, OPEN = "clean", "open"
 """How a session ended, in the mark that the bridge keeps of it."""
 SENTINEL = "bridge-sentinel"
 """Last level of the topic of a message that the bridge sends to itself."""
-WAIT = 1.2  # of the broker's ack_wait: so long nobody is connected, so that what was on its way comes first
-LONGEST_WAIT_S = 300.0  # where `ack_wait_s` is not the broker's
+SENTINEL_S = 60.0  # a session that a message of our own does not come through has no subscription
 BRAKE_WINDOW = 1_000  # messages over which the share of poison is taken
 PROGRESS_S = 10.0
+QUEUED_KB = 131_072  # of all sessions' windows, as long as Kafka is away
 LONGEST_RECORD_BYTES = 1_250_000  # a dead letter has whatever the MQTT broker takes (max_payload), and its topic
 
 
@@ -84,11 +85,13 @@ class Pending:
     Attributes:
         mid: its number on this connection.
         fingerprint: of its topic and bytes.
+        came_at: when, s.
         is_safe: whether Kafka has it.
     """
 
     mid: int
     fingerprint: bytes
+    came_at: float
     is_safe: bool = False
 
 
@@ -129,20 +132,22 @@ class Subscription:
         self._settings = settings
         self._take, self._send = take, send
         self._known: Counter[bytes] = Counter()
-        self._acknowledged: deque[bytes] = deque(maxlen=WINDOW)
+        self._acknowledged: deque[tuple[int, bytes]] = deque(maxlen=WINDOW)
         self._left_because: str | None = None
-        self._left_at = self._began = self._came_at = 0.0
+        self._linger_until = self._began = self.came_at = 0.0
         self._mark = home() / "run" / f"{name}.session"
         told = self._told()
         self._may_be_open = told != CLEAN
+        self._brings_nothing_again = told == CLEAN
         self._goes_on = told is not None
-        self._due = time.monotonic() + (self.wait_s if told == OPEN else 0.0)
+        is_open = told not in (CLEAN, None)
+        self._due = time.monotonic() + (self.wait_s if is_open else 0.0)
         self._is_used = self._is_broker_away = False
         self.client = self._client(clean=False)
         self.client.on_connect = self._on_connect
         self.client.on_subscribe = self._on_subscribe
         self.client.on_message = self._on_message
-        if told == OPEN:
+        if is_open:
             log.info("waits until all comes in order", session=name, because="it did not end cleanly", s=self.wait_s)
 
     def _client(self, clean: bool) -> LoopClient:
@@ -161,8 +166,11 @@ class Subscription:
     def tend(self) -> None:
         """Leaves a connection that has to be left, and connects when it is time: once Kafka has all that came."""
         now = time.monotonic()
+        if self.client.socket() is not None and not self._left_because and self.held_s > HELD * self._ack_wait_s:
+            # before anything of it comes again: the broker keeps it in the order of its last deliveries
+            self._give_up("Kafka takes longer than the MQTT broker waits")
         if self._left_because and self.client.socket() is not None:
-            if now - self._came_at < QUIET_S and now - self._left_at < LEAVING_S:
+            if now < self._linger_until and now - self.came_at < QUIET_S:
                 return
             self._disconnect(self.client)
         if self.client.socket() is not None:
@@ -198,10 +206,16 @@ class Subscription:
             return
         self._may_be_open = self._is_used = True
 
+    @property
+    def held_s(self) -> float:
+        """How long the oldest message has been waiting for Kafka, s; 0 where none is."""
+        return time.monotonic() - self.open[0].came_at if self.open else 0.0
+
     def _been_up(self, lasted_s: float) -> None:
         if lasted_s > self._ack_wait_s:
             self._known.clear()  # a message like these is another one by now
-        if lasted_s > LONGEST_WAIT_S:
+            self._brings_nothing_again = False
+        if lasted_s > MOST_WAITS * self._ack_wait_s:
             self.wait_s = WAIT * self._ack_wait_s
 
     def _answers(self) -> bool:
@@ -218,16 +232,17 @@ class Subscription:
             return
         while self.open and self.open[0].is_safe:
             pending = self.open.popleft()
-            self._acknowledged.append(pending.fingerprint)
+            self._acknowledged.append((pending.mid, pending.fingerprint))
             self.client.ack(pending.mid, 1)
 
     def leave(self) -> None:
         """Ends the connection; where nothing is on its way any more, the next process need not wait for it."""
-        is_quiet = self.is_ready and not self._left_because and time.monotonic() - self._came_at > QUIET_S
+        is_quiet = self.is_ready and not self._left_because and time.monotonic() - self.came_at > QUIET_S
         is_clean = is_quiet and not self.open and not self._known and self.client.socket() is not None
         self._disconnect(self.client)
         if is_clean and self.client.is_quiet_end:
-            self._mark_as(CLEAN)
+            with contextlib.suppress(OSError):  # without the mark the next one waits
+                self._mark_as(CLEAN)
 
     def remove(self) -> None:
         """Removes the session from the broker; what it still holds is gone with it."""
@@ -255,7 +270,7 @@ class Subscription:
             self.failure = f"MQTT broker refused: {code}"
             return
         self.awaited = None
-        self.again_at = self._came_at = time.monotonic()
+        self.again_at = self.came_at = time.monotonic()
         self.is_new = not flags.session_present
         if self.is_new:
             self._known.clear()
@@ -273,21 +288,23 @@ class Subscription:
             return
         self.is_ready = not self._left_because
 
-    def _give_up(self, reason: str) -> None:
-        self._left_because, self._left_at, self.is_ready = reason, time.monotonic(), False
+    def _give_up(self, reason: str, linger_s: float = 0.0) -> None:
+        """Has the connection left, after so long or once nothing comes any more."""
+        self._left_because, self.is_ready = reason, False
+        self._linger_until = time.monotonic() + linger_s
 
     def _on_message(self, client: mqtt.Client, _: Any, message: mqtt.MQTTMessage) -> None:
-        now = self._came_at = time.monotonic()
+        now = self.came_at = time.monotonic()
         try:
             topic = message.topic
         except UnicodeDecodeError:
             topic = "(not UTF-8)"
         payload = bytes(message.payload)
-        pending = Pending(message.mid, hashlib.blake2b(topic.encode() + b"\0" + payload, digest_size=16).digest())
+        pending = Pending(message.mid, hashlib.blake2b(topic.encode() + b"\0" + payload, digest_size=16).digest(), now)
         if message.dup:
             self.again_at = now
             is_open = any(each.mid == message.mid for each in self.open)
-            if is_open or now - self._began > self._ack_wait_s:
+            if is_open or self._brings_nothing_again or now - self._began > self._ack_wait_s:
                 self._came_again(client, pending, is_open)
         if self._left_because:
             return
@@ -308,19 +325,23 @@ class Subscription:
     def _came_again(self, client: mqtt.Client, pending: Pending, is_open: bool) -> None:
         """Gives this connection up: newer messages may come before older ones from here on.
 
-        Where our acknowledgement crosses what is sent again, that gets a number of its own, and a place in the window
-        for as long as it is not acknowledged: newer messages are left out for it, and those behind them come first.
+        Where our acknowledgement crosses what is sent again, that may get a number of its own, and a place in the
+        window for as long as it is not acknowledged: newer messages are left out for it, and those behind them come
+        first. One that comes under its old number was sent before the acknowledgement was read: the number may be
+        another message's by now.
         """
-        if not is_open and pending.fingerprint in self._acknowledged:
-            client.ack(pending.mid, 1)
+        numbers = {mid for mid, fingerprint in self._acknowledged if fingerprint == pending.fingerprint}
+        if not is_open and numbers:
+            if pending.mid not in numbers:
+                client.ack(pending.mid, 1)
         elif not is_open and not self._left_because:
-            self.wait_s = min(2 * self.wait_s, LONGEST_WAIT_S)
+            self.wait_s = min(2 * self.wait_s, MOST_WAITS * WAIT * self._ack_wait_s)
             hint = "is METERSTREAM_ACK_WAIT_S less than the MQTT broker's ack_wait?"
             log.warning(
                 "a message came again that was not known", session=self.name, hint=hint, next_wait_s=self.wait_s
             )
         if not self._left_because:
-            self._give_up("a message came again in the middle of newer ones")
+            self._give_up("a message came again in the middle of newer ones", LEAVING_S)
 
 
 class Bridge:
@@ -330,6 +351,8 @@ class Bridge:
         self.settings = settings
         self._stopping = False
         self._failure: str | None = None
+        self._is_full = False
+        self._asked_at = 0.0
         self._verdicts: deque[bool] = deque(maxlen=BRAKE_WINDOW)
         self._poisoned = 0
         self._is_told = False
@@ -341,6 +364,7 @@ class Bridge:
             {
                 "linger.ms": 5,
                 "message.max.bytes": LONGEST_RECORD_BYTES,
+                "queue.buffering.max.kbytes": QUEUED_KB,
                 "message.timeout.ms": 0,  # Kafka away is not an error: the MQTT broker holds what is not acknowledged
                 "error_cb": self._on_kafka_error,
                 "log_level": 4,
@@ -394,7 +418,8 @@ class Bridge:
                     log.info("bridge", received=self.received, dead_letters=self.dead_letters, open=waiting)
         finally:
             self._ready.unlink(missing_ok=True)
-            self._producer.flush(DRAIN_S)
+            held_s = max(each.held_s for each in self._every)
+            self._producer.flush(max(0.0, min(DRAIN_S, HELD * self.settings.ack_wait_s - held_s)))
             for subscription in self._every:
                 subscription.acknowledge()
                 subscription.leave()
@@ -416,11 +441,12 @@ class Bridge:
                 old.awaited = None  # a sentinel may be lost with its connection
                 return
             if old.awaited is None:
-                old.again_at = time.monotonic()
+                old.again_at = self._asked_at = time.monotonic()
                 old.awaited = {f"meters/{shard}/{SENTINEL}" for shard in self.settings.shards or "0"}
                 for topic in old.awaited:
                     self._subscriptions[0].client.publish(topic, qos=1)
-            if old.awaited or old.open or time.monotonic() - old.again_at < old.wait_s:
+            is_deaf = not old.open and time.monotonic() - max(self._asked_at, old.came_at) > SENTINEL_S
+            if not is_deaf and (old.awaited or old.open or time.monotonic() - old.again_at < old.wait_s):
                 return
             log.info("removed the session of an earlier release", name=old.name)
         self._retiring = None
@@ -454,10 +480,13 @@ class Bridge:
         return record
 
     def _send(self, record: Routed, pending: Pending) -> None:
-        while True:
+        while not self._is_full:  # what comes behind a message that was not sent is not sent either
             try:
                 self._producer.produce(record.topic, record.value, record.key, on_delivery=self._report(pending))
             except BufferError:  # stop acknowledging, let the broker hold
+                self._is_full = self._stopping
+                if self._is_full:
+                    return
                 self._producer.poll(LOOP_S)
             else:
                 return

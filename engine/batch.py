@@ -12,29 +12,31 @@ from schemas.tables import TABLES, polars_schema
 from schemas.topics import Topic
 
 Frames = Mapping[str, pl.DataFrame]
-TOGETHER = "together"
+CROSS_PARTITION = "cross_partition"
 NO_DATE = "__HIVE_DEFAULT_PARTITION__"  # as Spark names it
 
 
 @dataclass(frozen=True)
-class Moment:
+class BatchContext:
     """What is the same for all partitions of a batch.
 
     Attributes:
         settings: of the streaming jobs.
-        bounds: per run_id `bound_before`, up to which the batch before closed its windows, and `bound_after`, up to
-            which this one does (`engine.watermark.bounds`).
+        watermarks: per run_id `previous_watermark`, up to which the batch before closed its windows, and `watermark`,
+            up to which this one does (`engine.watermark.watermarks`).
+        close_all: a flush: every window is over.
     """
 
     settings: StreamSettings
-    bounds: pl.DataFrame
+    watermarks: pl.DataFrame
+    close_all: bool = False
 
 
-Transform = Callable[[pl.DataFrame, pl.DataFrame, Frames, Moment], Frames]
+Transform = Callable[[pl.DataFrame, pl.DataFrame, Frames, BatchContext], Frames]
 
 
 @dataclass(frozen=True)
-class Cut:
+class BatchPlan:
     """How the partitions of one batch are done.
 
     Attributes:
@@ -42,9 +44,9 @@ class Cut:
         writes: lake table → the timestamp column that dates its rows.
         current: lake tables that are replaced, a file per partition.
         state: kinds of frames that the next batch reads.
-        transform: (rows of a partition, registry, its state, moment) → frames: tables, state, books.
+        transform: (rows of a partition, registry, its state, context) → frames: tables, state, books.
         registry: files of the registry.
-        moment: what is the same for all.
+        context: what is the same for all.
         before: state of the batch before, None before the first.
         after: state of this one.
         staging: where rows wait.
@@ -56,7 +58,7 @@ class Cut:
     state: Mapping[str, pl.Schema]
     transform: Transform
     registry: RegistryFiles
-    moment: Moment
+    context: BatchContext
     before: Path | None
     after: Path
     staging: Path

@@ -20,10 +20,10 @@ def decoded(records: pa.Table, topic: Topic) -> pl.DataFrame:
         topic: says what their values are.
 
     Returns:
-        The entity's columns, topic, partition, offset, `kafka_at` (Kafka's time of the record), `arrival_at` (design,
-        section 3a: sent_at of a replay, else received_at, else Kafka's time). Where a record was refused all these but
-        its place are null, and `refused_because` (DeadLetterReason), `refused_detail` and `refused_payload` (the
-        original bytes) are set.
+        The entity's columns, topic, partition, offset, `kafka_at` (Kafka's time of the record), `arrival_at`
+        (docs/domain.md, Arrival: sent_at of a replay, else received_at, else Kafka's time). Where a record was refused
+        all these but its place are null, and `refused_because` (DeadLetterReason), `refused_detail` and
+        `refused_payload` (the original bytes) are set.
     """
     columns = [field.with_nullable(True) for field in arrow_schema(topic.entity)]
     rows = decode_batch(records.column("value").combine_chunks(), topic.entity)

@@ -39,9 +39,11 @@ BATCH_SECONDS = Gauge("meterstream_batch_seconds", "How long the last batch took
 ENDED = Gauge("meterstream_batch_ended_timestamp_seconds", "When the last batch ended.", ["job"], registry=REGISTRY)
 SEEN = Gauge("meterstream_seen_timestamp_seconds", "When the query was last alive.", ["job"], registry=REGISTRY)
 STATE = Gauge("meterstream_state_rows", "Rows that the job keeps from batch to batch.", ["job"], registry=REGISTRY)
-BOUND = Gauge(
-    "meterstream_bound_timestamp_seconds", "Up to when the newest run's windows are over.", ["job"], registry=REGISTRY
-)
+WATERMARKS = [
+    Gauge(f"meterstream_{name}_timestamp_seconds", "Up to when the newest run's windows are over.", ["job"],
+          registry=REGISTRY)
+    for name in ("watermark", "bound")  # the second is the name of before, for one release
+]  # fmt: skip
 RECORDS = Counter("meterstream_records", "Records by where the books put them.", ["job", "bucket"], registry=REGISTRY)
 
 
@@ -52,7 +54,7 @@ def stands(job: str, number: int, state_rows: int) -> None:
 
 
 def batch(
-    job: str, number: int, seconds: float, buckets: Mapping[str, int], state_rows: int, bound: datetime | None
+    job: str, number: int, seconds: float, buckets: Mapping[str, int], state_rows: int, watermark: datetime | None
 ) -> None:
     """Tells of a batch that is written.
 
@@ -62,13 +64,14 @@ def batch(
         seconds: how long it took.
         buckets: records by bucket of the books.
         state_rows: what the next batch will read.
-        bound: up to when windows are over; None in a job that has none, or no arrival yet.
+        watermark: up to when windows are over; None in a job that has none, or no arrival yet.
     """
     stands(job, number, state_rows)
     BATCH_SECONDS.labels(job).set(seconds)
     ENDED.labels(job).set(time.time())
-    if bound:
-        BOUND.labels(job).set(bound.timestamp())
+    if watermark:
+        for gauge in WATERMARKS:
+            gauge.labels(job).set(watermark.timestamp())
     for bucket in Bucket:
         RECORDS.labels(job, bucket.value).inc(buckets.get(bucket.value, 0))
 

@@ -92,7 +92,7 @@ def in_order(jobs: Iterable[BatchJob]) -> list[BatchJob]:
 
 
 def midnight(day: datetime.date, time_zone: Column) -> Column:
-    """When a local day begins, as UTC; where clocks jump over midnight, the moment of the jump."""
+    """When a local day begins, as UTC; where clocks jump over midnight, the context of the jump."""
     return F.to_utc_timestamp(F.lit(day.isoformat()), F.coalesce(time_zone, F.lit(DEFAULT_ZONE)))
 
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pyspark import TaskContext
 from pyspark.sql import DataFrame
 
-from engine.batch import NO_DATE, TOGETHER, Cut, Frames, contract
+from engine.batch import CROSS_PARTITION, NO_DATE, BatchPlan, Frames, contract
 from engine.decoding import decoded
 from engine.settings import StreamSettings
 from kafka_io.ranges import KAFKA, RANGES, Range, fetched
@@ -27,15 +27,15 @@ from metering.accounting import BOOKS
 from schemas.errors import ContractBroken, StateLost
 from schemas.tables import TABLES, arrow_of, polars_schema
 
-COUNTED = pa.schema([pa.field("unit", pa.string()), pa.field("task", pa.int64()), *arrow_of(BOOKS)])
+COUNTED = pa.schema([pa.field("partition", pa.string()), pa.field("task", pa.int64()), *arrow_of(BOOKS)])
 
 
-def run(records: DataFrame | None, cut: Cut) -> pl.DataFrame:
+def run(records: DataFrame | None, plan: BatchPlan) -> pl.DataFrame:
     """Does every partition that has rows or state. Returns the lines of the books.
 
     Args:
         records: what came, columns `KAFKA`, or where it lies, columns `RANGES`; None where nothing came.
-        cut: how.
+        plan: how.
 
     Raises:
         ContractBroken: a Kafka partition came in two tasks.
@@ -46,36 +46,36 @@ def run(records: DataFrame | None, cut: Cut) -> pl.DataFrame:
         def work(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             context = TaskContext.get()
             task = context.partitionId() if context else 0
-            yield from _task(batches, cut, task)
+            yield from _task(batches, plan, task)
 
         lines = records.mapInArrow(work, spark_schema(COUNTED)).collect()
         counted = pl.DataFrame(lines, schema=counted.schema, orient="row")
-    tasks = counted.group_by("unit").agg(pl.col("task").n_unique())
+    tasks = counted.group_by("partition").agg(pl.col("task").n_unique())
     if len(tasks) and tasks.get_column("task").max() != 1:
         msg = "a Kafka partition came in two tasks: leave minPartitions and maxRecordsPerPartition alone"
         raise ContractBroken(msg)
-    silent = sorted(_units(cut.before) - set(tasks.get_column("unit")))
-    is_moved = cut.moment.settings.close_all or "clock" in cut.state
-    for unit in silent:
+    silent = sorted(_partitions(plan.before) - set(tasks.get_column("partition")))
+    is_moved = plan.context.close_all or "clock" in plan.state
+    for partition in silent:
         if is_moved:
-            _unit(unit, KAFKA.empty_table(), cut)
+            _partition(partition, KAFKA.empty_table(), plan)
         else:
-            _link(cut, unit)
+            _link(plan, partition)
     return counted.select(BOOKS.names())
 
 
-def _units(folder: Path | None) -> set[str]:
-    return {unit.name for unit in folder.iterdir() if unit.name != TOGETHER} if folder else set()
+def _partitions(folder: Path | None) -> set[str]:
+    return {partition.name for partition in folder.iterdir() if partition.name != CROSS_PARTITION} if folder else set()
 
 
-def _task(batches: Iterable[pa.RecordBatch], cut: Cut, task: int) -> Iterator[pa.RecordBatch]:
+def _task(batches: Iterable[pa.RecordBatch], plan: BatchPlan, task: int) -> Iterator[pa.RecordBatch]:
     pieces = list(batches)
     if not pieces:
         return
-    for unit, records in _by_partition(pa.Table.from_batches(pieces), cut.moment.settings):
-        books = _unit(unit, records, cut)
+    for partition, records in _by_partition(pa.Table.from_batches(pieces), plan.context.settings):
+        books = _partition(partition, records, plan)
         table = (
-            books.with_columns(unit=pl.lit(unit), task=pl.lit(task, pl.Int64))
+            books.with_columns(partition=pl.lit(partition), task=pl.lit(task, pl.Int64))
             .select(COUNTED.names)
             .to_arrow()
             .cast(COUNTED)
@@ -96,17 +96,17 @@ def _by_partition(given: pa.Table, settings: StreamSettings) -> Iterator[tuple[s
         yield f"{place['topic']}-{place['partition']}", given.filter(is_here)
 
 
-def _unit(unit: str, records: pa.Table, cut: Cut) -> pl.DataFrame:
+def _partition(partition: str, records: pa.Table, plan: BatchPlan) -> pl.DataFrame:
     """One Kafka partition: decodes, transforms, writes. Returns its lines of the books."""
-    rows = decoded(records, cut.topics[unit.rpartition("-")[0]])
-    known = known_frames(cut.before, unit, cut.state)
+    rows = decoded(records, plan.topics[partition.rpartition("-")[0]])
+    known = known_frames(plan.before, partition, plan.state)
     if "recent" in known and len(records):
         known["recent"] = _of_this_topic(known["recent"], records.column("offset")[0].as_py())
-    frames = cut.transform(rows, newest_registry(cut.registry), known, cut.moment)
-    keep(frames, known, unit, cut)
+    frames = plan.transform(rows, newest_registry(plan.registry), known, plan.context)
+    keep(frames, known, partition, plan)
     if len(rows):
-        for table in cut.current:
-            _written(contract(frames[table], table), cut.staging / table / f"current-{unit}.parquet")
+        for table in plan.current:
+            _written(contract(frames[table], table), plan.staging / table / f"current-{partition}.parquet")
     return frames["books"]
 
 
@@ -116,13 +116,13 @@ def _of_this_topic(recent: pl.DataFrame, first_offset: int) -> pl.DataFrame:
     return recent if is_before.all() else recent.filter(is_before)
 
 
-def known_frames(before: Path | None, unit: str, state: Mapping[str, pl.Schema]) -> dict[str, pl.DataFrame]:
+def known_frames(before: Path | None, partition: str, state: Mapping[str, pl.Schema]) -> dict[str, pl.DataFrame]:
     """The state that the batch before left for a partition; empty where it had none of it.
 
     Raises:
         StateLost: of what it left a file is gone, or cannot be read.
     """
-    folder = before / unit if before else None
+    folder = before / partition if before else None
     if folder is None or not folder.exists():
         return {kind: pl.DataFrame(schema=schema) for kind, schema in state.items()}
     try:
@@ -132,31 +132,31 @@ def known_frames(before: Path | None, unit: str, state: Mapping[str, pl.Schema])
         raise StateLost(msg) from error
 
 
-def staged(cut: Cut, table: str) -> pl.DataFrame:
+def staged(plan: BatchPlan, table: str) -> pl.DataFrame:
     """The rows of a table that the partitions have written."""
-    parts = sorted((cut.staging / table).glob("date=*/*.parquet"))
+    parts = sorted((plan.staging / table).glob("date=*/*.parquet"))
     schema = polars_schema(TABLES[table])
     return pl.concat([pl.DataFrame(schema=schema), *[pl.read_parquet(part, hive_partitioning=False) for part in parts]])
 
 
-def keep(frames: Frames, known: Frames, unit: str, cut: Cut) -> None:
+def keep(frames: Frames, known: Frames, partition: str, plan: BatchPlan) -> None:
     """Writes a partition's rows to staging, a file per table and date, and its state; what did not change is linked."""
-    for kind, schema in cut.state.items():
-        if frames[kind] is known[kind] and cut.before and (cut.before / unit / f"{kind}.arrow").exists():
-            _link(cut, unit, kind)
+    for kind, schema in plan.state.items():
+        if frames[kind] is known[kind] and plan.before and (plan.before / partition / f"{kind}.arrow").exists():
+            _link(plan, partition, kind)
             continue
-        path = cut.after / unit / f"{kind}.arrow"
+        path = plan.after / partition / f"{kind}.arrow"
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         frames[kind].select(schema.names()).cast(schema).rechunk().write_ipc(part)
         part.rename(path)
-    for table, dated_by in cut.writes.items():
+    for table, dated_by in plan.writes.items():
         frame = frames.get(table)
         if frame is None or not len(frame):
             continue
         dated = contract(frame, table).with_columns(date=pl.col(dated_by).dt.date())
         for (date,), rows in dated.partition_by("date", as_dict=True, include_key=False).items():
-            _written(rows, cut.staging / table / f"date={date or NO_DATE}" / f"{unit}.parquet")
+            _written(rows, plan.staging / table / f"date={date or NO_DATE}" / f"{partition}.parquet")
 
 
 def _written(frame: pl.DataFrame, path: Path) -> None:
@@ -166,12 +166,12 @@ def _written(frame: pl.DataFrame, path: Path) -> None:
     part.rename(path)
 
 
-def _link(cut: Cut, unit: str, *kinds: str) -> None:
+def _link(plan: BatchPlan, partition: str, *kinds: str) -> None:
     """Hands a partition's state on as it is."""
-    assert cut.before
-    (cut.after / unit).mkdir(parents=True, exist_ok=True)
-    for kind in kinds or cut.state:
-        source, target = cut.before / unit / f"{kind}.arrow", cut.after / unit / f"{kind}.arrow"
+    assert plan.before
+    (plan.after / partition).mkdir(parents=True, exist_ok=True)
+    for kind in kinds or plan.state:
+        source, target = plan.before / partition / f"{kind}.arrow", plan.after / partition / f"{kind}.arrow"
         if source.exists():
             target.unlink(missing_ok=True)
             os.link(source, target)

@@ -29,7 +29,6 @@ class StreamSettings(ClockSettings):
         recent_records: offsets per Kafka partition within which a redelivered record is recognised; several times what
             the broker leaves unacknowledged.
         flush: on the way out take what Kafka has by then, then close what is open.
-        close_all: set by a flush: every window is over.
         accept_loss: go on where Kafka no longer has what was not read yet.
         metrics_port: where `GET /metrics` is answered; 0 is nowhere.
         listen: address for that.
@@ -42,7 +41,6 @@ class StreamSettings(ClockSettings):
     merge_files: int = Field(64, ge=2)
     recent_records: int = Field(10_000, ge=0)
     flush: bool = False
-    close_all: bool = False
     accept_loss: bool = False
     metrics_port: int = Field(0, ge=0, le=65535)
     listen: str = "127.0.0.1"

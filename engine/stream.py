@@ -25,7 +25,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
 from engine import metrics
-from engine.batch import TOGETHER, Cut, Frames, Moment, Transform
+from engine.batch import CROSS_PARTITION, BatchContext, BatchPlan, Frames, Transform
 from engine.checkpoint import (
     KAFKA_IS_AWAY,
     LOST_IN_KAFKA,
@@ -44,7 +44,7 @@ from engine.partition_tasks import keep, known_frames, staged
 from engine.partition_tasks import run as run_partitions
 from engine.session import spark_session
 from engine.settings import StreamSettings
-from engine.watermark import bounds
+from engine.watermark import watermarks
 from kafka_io import clients
 from kafka_io.offsets import newest_offsets
 from kafka_io.ranges import RANGES
@@ -66,7 +66,7 @@ JAVA_OPTIONS = "-XX:TieredStopAtLevel=1"
 """No record goes through the JVM, so its best compiler takes longer than it saves (docs/bench.md)."""
 
 
-Together = Callable[[Frames, pl.DataFrame, Frames, Moment], Frames]
+CrossPartition = Callable[[Frames, pl.DataFrame, Frames, BatchContext], Frames]
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,15 @@ class StreamingJob:
         topics: what it reads; their key is the meter.
         writes: lake table → the timestamp column that dates its rows.
         state: kinds of frames that are kept from batch to batch, a partition at a time.
-        transform: (rows of one Kafka partition by `engine.decoding.decoded`, registry, state, moment) → frames: tables,
-            state, and `books` (run_id, bucket, records: where each input record went); pure, runs on static frames.
+        transform: (rows of one Kafka partition by `engine.decoding.decoded`, registry, state, context) → frames:
+            tables, state, and `books` (run_id, bucket, records: where each input record went); pure, runs on static
+            frames.
         sends: lake table → the topic that gets its rows too.
         current: lake tables that are replaced by their newest version.
-        hands: tables whose rows of a batch are handed to `together`.
-        together: ({table: rows of all partitions}, registry, its state, moment) → frames: tables, state; for what does
-            not belong to one meter.
-        together_state: kinds of frames that it keeps.
+        hands: tables whose rows of a batch are handed to `cross_partition`.
+        cross_partition: the step after all partitions, for what does not belong to one meter: ({table: rows of all
+            partitions}, registry, its state, context) → frames: tables, state.
+        cross_partition_state: kinds of frames that it keeps.
     """
 
     name: str
@@ -98,8 +99,8 @@ class StreamingJob:
     sends: Mapping[str, Topic] = field(default_factory=dict)
     current: tuple[str, ...] = ()
     hands: tuple[str, ...] = ()
-    together: Together | None = None
-    together_state: Mapping[str, pl.Schema] = field(default_factory=dict)
+    cross_partition: CrossPartition | None = None
+    cross_partition_state: Mapping[str, pl.Schema] = field(default_factory=dict)
 
 
 class Runner:
@@ -160,9 +161,9 @@ class Runner:
         """Writes one batch; the same rows in the same files when it is tried again."""
         key = BatchKey(self.job.name, self.query_id, f"{batch_id:08d}")
         began, after = time.monotonic(), self._states / str(batch_id)
-        buckets, bound = self._write(records, self._state(batch_id - 1), key, self.settings, after)
+        buckets, watermark = self._write(records, self._state(batch_id - 1), key, after)
         seconds = round(time.monotonic() - began, 2)
-        metrics.batch(self.job.name, batch_id, seconds, buckets, metrics.rows_of(after), bound)
+        metrics.batch(self.job.name, batch_id, seconds, buckets, metrics.rows_of(after), watermark)
         log.info("batch", job=self.job.name, batch=batch_id, received=sum(buckets.values()), seconds=seconds)
         if self._merger:
             self._merger.merge(before=batch_id - 1)  # whose commit may be damaged, and is then done again
@@ -210,11 +211,10 @@ class Runner:
         if last is None or self.is_flushed:
             return
         (self._states / f"{last}.flush").mkdir(parents=True, exist_ok=True)
-        settings = self.settings.model_copy(update={"close_all": True})
         key = BatchKey(self.job.name, self.query_id, f"{last:08d}f")
         self._first = True
         staged = self._states / f"{last}.flushing"
-        self._write(None, self._state(last), key, settings, staged)
+        self._write(None, self._state(last), key, staged, close_all=True)
         staged.rename(self._states / f"{last}.flushed")
 
     def tidy(self) -> None:
@@ -240,34 +240,34 @@ class Runner:
         return folder
 
     def _write(
-        self, records: DataFrame | None, before: Path | None, key: BatchKey, settings: StreamSettings, after: Path
+        self, records: DataFrame | None, before: Path | None, key: BatchKey, after: Path, close_all: bool = False
     ) -> tuple[dict[str, int], datetime | None]:
         """Writes rows, books and state. Returns the records by bucket, and up to when windows are over."""
-        job = self.job
+        job, settings = self.job, self.settings
         for left in (after, key.staging):
             shutil.rmtree(left, ignore_errors=True)
         after.mkdir(parents=True)
         clocks = [pl.read_ipc(file) for file in sorted(before.glob("*/clock.arrow"))] if before else []
-        bound = bounds(clocks, settings.allowed_lateness_s, planned_at(self.checkpoint, key.number))
-        cut = Cut(
+        watermark = watermarks(clocks, settings.allowed_lateness_s, planned_at(self.checkpoint, key.number))
+        plan = BatchPlan(
             topics={topic.name: topic for topic in job.topics},
             writes=job.writes,
             current=job.current,
             state=job.state,
             transform=job.transform,
             registry=registry_files(),
-            moment=Moment(settings, bound),
+            context=BatchContext(settings, watermark, close_all),
             before=before,
             after=after,
             staging=key.staging,
         )
         folders: list[Path] = []
         try:
-            books = run_partitions(records, cut)
-            if job.together:
-                self._put_together(job.together, cut)
+            books = run_partitions(records, plan)
+            if job.cross_partition:
+                self._do_cross_partition(job.cross_partition, plan)
             for table, topic in job.sends.items():
-                send(staged(cut, table), topic, settings.kafka_bootstrap)
+                send(staged(plan, table), topic, settings.kafka_bootstrap)
             if self._first:
                 remove_parts(key, [*job.writes, "accounting"])
             for table in job.writes:
@@ -283,16 +283,18 @@ class Runner:
             self._merger = Merger(f"{job.name}-{self.query_id}", tables, settings.merge_files)
         else:
             self._merger.added(folders)
-        newest = cut.moment.bounds.get_column("bound_after").max()
+        newest = plan.context.watermarks.get_column("watermark").max()
         counted = books.group_by("bucket").agg(pl.col("records").sum())
         return dict(counted.iter_rows()), newest if isinstance(newest, datetime) else None
 
-    def _put_together(self, together: Together, cut: Cut) -> None:
+    def _do_cross_partition(self, cross_partition: CrossPartition, plan: BatchPlan) -> None:
         """What does not belong to one meter, on the driver."""
-        whole = replace(cut, state=self.job.together_state)
-        known = known_frames(whole.before, TOGETHER, whole.state)
-        handed = {table: staged(cut, table) for table in self.job.hands}
-        keep(together(handed, newest_registry(cut.registry), known, cut.moment), known, TOGETHER, whole)
+        whole = replace(plan, state=self.job.cross_partition_state)
+        known = known_frames(whole.before, CROSS_PARTITION, whole.state)
+        handed = {table: staged(plan, table) for table in self.job.hands}
+        keep(
+            cross_partition(handed, newest_registry(plan.registry), known, plan.context), known, CROSS_PARTITION, whole
+        )
 
     def _publish_books(self, books: pl.DataFrame, key: BatchKey) -> list[Path]:
         """Writes the batch's lines. Returns their folder."""

@@ -1,42 +1,42 @@
-"""Up to when windows are over: our own bound by arrivals, where Spark's watermark is the maximum over all rows."""
+"""Up to when windows are over: our own watermark by arrivals, where Spark's watermark is the maximum over all rows."""
 
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 
 import polars as pl
 
-BOUNDS = pl.Schema(
-    {"run_id": pl.String(), "bound_before": pl.Datetime("us", "UTC"), "bound_after": pl.Datetime("us", "UTC")}
+WATERMARKS = pl.Schema(
+    {"run_id": pl.String(), "previous_watermark": pl.Datetime("us", "UTC"), "watermark": pl.Datetime("us", "UTC")}
 )
 CLOCK = pl.Schema(
     {
         "run_id": pl.String(),
         "newest_at": pl.Datetime("us", "UTC"),
         "has_come": pl.Boolean(),
-        "bound_at": pl.Datetime("us", "UTC"),
+        "watermark_at": pl.Datetime("us", "UTC"),
     }
 )
 """State of a job that closes windows: a partition's newest arrival of each run, whether the batch had one, and the
-bound of the batch."""
+watermark of the batch."""
 
 
-def clock(rows: pl.DataFrame, known: pl.DataFrame, bounds: pl.DataFrame) -> pl.DataFrame:
+def clock(rows: pl.DataFrame, known: pl.DataFrame, watermarks: pl.DataFrame) -> pl.DataFrame:
     """The partition's clock after a batch, columns `CLOCK`: arrivals are ours, so one meter's clock moves nobody's.
 
     Args:
         rows: with run_id and arrival_at.
         known: the clock before.
-        bounds: of this batch, columns `BOUNDS`: they become the next one's `bound_before`.
+        watermarks: of this batch, columns `WATERMARKS`: they become the next one's `previous_watermark`.
     """
     arrivals = rows.select("run_id", newest_at="arrival_at", has_come=pl.lit(True))
     before = known.select("run_id", "newest_at", has_come=pl.lit(False))
     newest = pl.concat([before, arrivals]).group_by("run_id").agg(pl.col("newest_at").max(), pl.col("has_come").any())
-    bound = bounds.select("run_id", bound_at="bound_after")
-    return newest.join(bound, on="run_id", how="left", nulls_equal=True).select(CLOCK.names())
+    watermark = watermarks.select("run_id", watermark_at="watermark")
+    return newest.join(watermark, on="run_id", how="left", nulls_equal=True).select(CLOCK.names())
 
 
-def bounds(clocks: Iterable[pl.DataFrame], allowed_lateness_s: float, planned_at: datetime) -> pl.DataFrame:
-    """Up to when windows are over, columns `BOUNDS`, by the clocks that the batch before left, columns `CLOCK`.
+def watermarks(clocks: Iterable[pl.DataFrame], allowed_lateness_s: float, planned_at: datetime) -> pl.DataFrame:
+    """Up to when windows are over, columns `WATERMARKS`, by the clocks that the batch before left, columns `CLOCK`.
 
     Of the partitions that the batch had records of, the one that stands furthest back says how far a run has come:
     while a backlog is taken in, they do not stand at the same hour, and what one still has to bring is not late. A
@@ -52,5 +52,5 @@ def bounds(clocks: Iterable[pl.DataFrame], allowed_lateness_s: float, planned_at
     sane = pl.when(is_real).then(pl.min_horizontal(newest_at, pl.lit(planned_at))).otherwise(newest_at)
     after = sane.filter(pl.col("has_come")).min() - timedelta(seconds=allowed_lateness_s)
     known = pl.concat([pl.DataFrame(schema=CLOCK), *clocks])
-    newest = known.group_by("run_id").agg(bound_before=pl.col("bound_at").max(), bound_after=after)
-    return newest.with_columns(bound_after=pl.max_horizontal("bound_before", "bound_after")).cast(BOUNDS)
+    newest = known.group_by("run_id").agg(previous_watermark=pl.col("watermark_at").max(), watermark=after)
+    return newest.with_columns(watermark=pl.max_horizontal("previous_watermark", "watermark")).cast(WATERMARKS)

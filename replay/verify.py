@@ -456,7 +456,7 @@ def _steps(lake: duckdb.DuckDBPyConnection) -> list[pl.DataFrame]:
 def _wrong_steps() -> str:
     """Accepted steps that do not follow from the one before: its time and value, the energy, the reason.
 
-    The rules are those of the domain reference, section 3, written down once more: no code is shared with the stream.
+    The rules are those of docs/domain.md, Register steps, written down once more: no code is shared with the stream.
     """
     at = "register || ' ' || strftime(observed_at, '%Y-%m-%d %H:%M:%S')"
     wh_max = f"max_w * (epoch(observed_at) - epoch(previous_at)) / 3600 + {STEP_SLACK_WH}"

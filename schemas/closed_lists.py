@@ -31,7 +31,7 @@ class Bucket(StrEnum):
 
 
 class DeltaReason(StrEnum):
-    """Why a register step has the energy it has (domain reference, section 3)."""
+    """Why a register step has the energy it has (docs/domain.md, Register steps)."""
 
     FIRST = "first"
     OK = "ok"

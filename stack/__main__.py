@@ -41,7 +41,7 @@ Cluster = Annotated[bool, typer.Option(envvar="CLUSTER", help="The jobs on a Spa
 Critical = Annotated[bool, typer.Option(envvar="CRITICAL", help="Critical events too, told within milliseconds.")]
 FOLLOW_EVERY_S = 0.3
 LEGEND = """lag: records in Kafka that are not taken · took s: seconds of the last batch, ended: how long ago
-state: rows kept · late, bad: records kept apart since the start · over to: windows up to then are closed"""
+state: rows kept · late, bad: records kept apart since the start · watermark: windows up to then are closed"""
 COLOURS = {"running": "green", "starting": "yellow", "died": "red", "stopped": "dim"}
 
 
@@ -265,7 +265,7 @@ def _jobs_table(found: list[JobMetrics]) -> Table:
     """How the jobs get on; red is more in Kafka than ten batches of the last one's speed take."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("job", no_wrap=True)
-    for column in ("lag", "rec/s", "took s", "ended", "state", "late", "bad", "over to"):
+    for column in ("lag", "rec/s", "took s", "ended", "state", "late", "bad", "watermark"):
         table.add_column(column, justify="right", no_wrap=True)
     for job in found:
         rate, lag = job.records_per_second or 0.0, job.lag_records or 0
@@ -279,7 +279,7 @@ def _jobs_table(found: list[JobMetrics]) -> Table:
             "-" if job.state_rows is None else f"{job.state_rows:,}",
             f"{job.late:,}",
             f"{job.quarantined:,}",
-            "-" if job.bound is None else f"{datetime.fromtimestamp(job.bound, UTC):%m-%d %H:%M}",
+            "-" if job.watermark is None else f"{datetime.fromtimestamp(job.watermark, UTC):%m-%d %H:%M}",
         )
     return table
 

@@ -22,7 +22,7 @@ class JobMetrics:
         batch_seconds: how long that took.
         batch_ended: when, seconds since 1970.
         state_rows: kept from batch to batch.
-        bound: up to when windows are over, seconds since 1970.
+        watermark: up to when windows are over, seconds since 1970.
         records: taken since the driver's start.
         late: of these, kept apart as late.
         quarantined: of these, kept apart as wrong.
@@ -35,7 +35,7 @@ class JobMetrics:
     batch_seconds: float | None = None
     batch_ended: float | None = None
     state_rows: int | None = None
-    bound: float | None = None
+    watermark: float | None = None
     records: int = 0
     late: int = 0
     quarantined: int = 0
@@ -73,7 +73,7 @@ def jobs(text: str) -> list[JobMetrics]:
             batch_seconds=found.get("batch_seconds"),
             batch_ended=found.get("batch_ended_timestamp_seconds"),
             state_rows=whole(found, "state_rows"),
-            bound=found.get("bound_timestamp_seconds"),
+            watermark=found.get("watermark_timestamp_seconds"),
             records=sum(records.get(job, {}).values()),
             late=records.get(job, {}).get("late", 0),
             quarantined=records.get(job, {}).get("quarantined", 0),

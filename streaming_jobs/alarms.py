@@ -19,7 +19,7 @@ from pathlib import Path
 
 import polars as pl
 
-from engine.batch import Frames, Moment
+from engine.batch import BatchContext, Frames
 from engine.stream import StreamingJob, command
 from engine.watermark import CLOCK, clock
 from metering import accounting
@@ -38,9 +38,9 @@ NEEDED = [*IDENTITY, "dialect_version", "run_id", "arrival_at", *PLACE]
 NAME = Path(__file__).stem
 
 
-def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
+def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
     """Changes of alarms, or acknowledgements, by the topic; see the module."""
-    settings = moment.settings
+    settings = context.settings
     if "acknowledged_by" in rows.columns:
         return _acknowledged(rows, state)
     clock_is_wrong = is_impossible(settings.max_ahead_s, settings.max_behind_s)
@@ -49,8 +49,8 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment:
     events = valid.select(*NEEDED, event_at=event_at)
     marked = with_seen(events, state["recent"], IDENTITY, [])
     result = life_cycle.lives(marked, state["open"], state["once"])
-    counted = counts.advance_events(
-        counts.placed(result.events, registry), state["event_count"], moment.bounds, settings.close_all
+    counted = counts.count_events(
+        counts.placed(result.events, registry), state["event_count"], context.watermarks, context.close_all
     )
     return {
         "alarms": result.alarms,
@@ -63,7 +63,7 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment:
         "once": result.once,
         "event_count": counted.counts,
         "recent": originals(state["recent"], marked).filter(is_recent(settings.recent_records)),
-        "clock": clock(valid, state["clock"], moment.bounds),
+        "clock": clock(valid, state["clock"], context.watermarks),
         "books": pl.concat([accounting.count(result.events), accounting.invalid(rows)]),
     }
 
@@ -81,12 +81,12 @@ def _acknowledged(rows: pl.DataFrame, state: Frames) -> Frames:
     }
 
 
-def together(handed: Frames, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
+def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
     """Outages per transformer, and counts."""
     changes = counts.placed(handed["alarms"], registry)
     failures = changes.filter(pl.col("alarm_type") == outages.POWER_FAILURE)
-    grouped = outages.advance(failures, state["member"], moment.bounds)
-    counted = counts.advance(changes, state["count"], moment.bounds, moment.settings.close_all)
+    grouped = outages.group_outages(failures, state["member"], context.watermarks)
+    counted = counts.count_alarms(changes, state["count"], context.watermarks, context.close_all)
     return {
         "outages": grouped.rows,
         "member": grouped.members,
@@ -97,7 +97,7 @@ def together(handed: Frames, registry: pl.DataFrame, state: Frames, moment: Mome
 
 JOB = StreamingJob(
     name=NAME,
-    version=5,
+    version=6,
     topics=(EVENTS, COMMANDS),
     writes={
         "alarms": "raised_at",
@@ -119,8 +119,8 @@ JOB = StreamingJob(
     },
     transform=transform,
     hands=("alarms",),
-    together=together,
-    together_state={"member": outages.MEMBER, "count": counts.COUNT},
+    cross_partition=cross_partition,
+    cross_partition_state={"member": outages.MEMBER, "count": counts.COUNT},
 )
 
 

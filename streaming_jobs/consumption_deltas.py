@@ -15,7 +15,7 @@ from pathlib import Path
 
 import polars as pl
 
-from engine.batch import Frames, Moment
+from engine.batch import BatchContext, Frames
 from engine.stream import StreamingJob, command
 from metering import accounting
 from metering.accounting import only_valid
@@ -35,9 +35,9 @@ RECENT = pl.Schema({name: READING[name] for name in [*IDENTITY, *PLACE, *VALUES]
 NAME = Path(__file__).stem
 
 
-def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
+def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
     """Steps of every register; see the module."""
-    settings = moment.settings
+    settings = context.settings
     impossible = is_impossible(settings.max_ahead_s, settings.max_behind_s)
     readings = (
         only_valid(rows)
@@ -48,19 +48,19 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment:
     right = delta_engine.with_limits(readings.filter(~pl.col("is_impossible")))
     right = with_seen(right, state["recent"], IDENTITY, VALUES)
     result = delta_engine.steps(right, state["baseline"])
-    moved = intervals.advance(result.steps, state["open"], result.baseline)
+    quarters = intervals.quarter_hours(result.steps, state["open"], result.baseline)
     known = originals(state["recent"], right)
     judged = pl.concat([delta_engine.with_bucket(right, result.steps), wrong], how="diagonal")
     return {
         "consumption_deltas": result.steps,
-        "interval_readings": moved.rows,
+        "interval_readings": quarters.rows,
         "conflicts": delta_engine.conflicts(result.steps, known, state["baseline"]),
         "quarantined_readings": accounting.kept_apart(rows, judged, Bucket.QUARANTINED, NAME, "quarantined_readings"),
         "late_readings": accounting.kept_apart(rows, judged, Bucket.LATE, NAME, "late_readings"),
         "latest_readings": latest(result.baseline),
         "baseline": result.baseline,
         "recent": known.filter(is_recent(settings.recent_records)),
-        "open": moved.open,
+        "open": quarters.open,
         "books": pl.concat([accounting.count(judged), accounting.invalid(rows)]),
     }
 

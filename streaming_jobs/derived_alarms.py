@@ -16,7 +16,7 @@ from pathlib import Path
 
 import polars as pl
 
-from engine.batch import Frames, Moment
+from engine.batch import BatchContext, Frames
 from engine.stream import StreamingJob, command
 from engine.watermark import CLOCK, clock
 from metering import accounting
@@ -34,39 +34,39 @@ RECENT = pl.Schema({name: READING[name] for name in [*IDENTITY, *PLACE]})
 NAME = Path(__file__).stem
 
 
-def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
+def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
     """Changes of alarms; see the module."""
-    settings = moment.settings
+    settings = context.settings
     valid = only_valid(rows)
     impossible = is_impossible(settings.max_ahead_s, settings.max_behind_s)
     readings = valid.select(*derived.NEEDED, *PLACE, is_impossible=impossible)
     wrong = accounting.impossible(readings)
     right = with_seen(readings.filter(~pl.col("is_impossible")), state["recent"], IDENTITY, [])
     known = registry.select(derived.KNOWN)
-    moved = derived.advance(right, state["meter"], state["level"], known, moment.bounds)
-    judged = pl.concat([moved.readings, wrong], how="diagonal")
+    result = derived.derived_alarms(right, state["meter"], state["level"], known, context.watermarks)
+    judged = pl.concat([result.readings, wrong], how="diagonal")
     return {
-        "alarms": moved.alarms,
+        "alarms": result.alarms,
         "quarantined_readings": accounting.kept_apart(rows, judged, Bucket.QUARANTINED, NAME, "quarantined_readings"),
         "late_readings": accounting.kept_apart(rows, judged, Bucket.LATE, NAME, "late_readings"),
-        "meter": moved.meters,
-        "level": moved.levels,
+        "meter": result.meters,
+        "level": result.levels,
         "recent": originals(state["recent"], right).filter(is_recent(settings.recent_records)),
-        "clock": clock(valid, state["clock"], moment.bounds),
+        "clock": clock(valid, state["clock"], context.watermarks),
         "books": pl.concat([accounting.count(judged), accounting.invalid(rows)]),
     }
 
 
-def together(handed: Frames, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
+def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
     """Counts per transformer and feeder."""
     changes = counts.placed(handed["alarms"], registry)
-    counted = counts.advance(changes, state["count"], moment.bounds, moment.settings.close_all)
+    counted = counts.count_alarms(changes, state["count"], context.watermarks, context.close_all)
     return {"alarm_counts": counted.rows, "count": counted.counts}
 
 
 JOB = StreamingJob(
     name=NAME,
-    version=2,
+    version=3,
     topics=(READINGS,),
     writes={
         "alarms": "raised_at",
@@ -78,8 +78,8 @@ JOB = StreamingJob(
     state={"meter": derived.METER, "level": derived.LEVEL, "recent": RECENT, "clock": CLOCK},
     transform=transform,
     hands=("alarms",),
-    together=together,
-    together_state={"count": counts.COUNT},
+    cross_partition=cross_partition,
+    cross_partition_state={"count": counts.COUNT},
 )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import polars as pl
 
-from engine.batch import Frames, Moment
+from engine.batch import BatchContext, Frames
 from engine.stream import StreamingJob, command
 from metering import accounting
 from metering.accounting import only_valid
@@ -31,7 +31,7 @@ OURS = ("received_at", "arrival_at", "kafka_at", "refused_because", "refused_det
 """Columns that differ when the same message is delivered again, and those that are no part of it."""
 
 
-def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
+def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
     """Rows of one of the three topics; see the module."""
     valid = only_valid(rows)
     sent = valid.select(sorted(set(valid.columns) - set(OURS)))
@@ -50,7 +50,7 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment:
         .otherwise(pl.lit(Bucket.STORED.value))
     )
     frames = {
-        "recent": originals(state["recent"], marked).filter(is_recent(moment.settings.recent_records)),
+        "recent": originals(state["recent"], marked).filter(is_recent(context.settings.recent_records)),
         "books": pl.concat([accounting.count(marked.with_columns(bucket=bucket)), accounting.invalid(rows)]),
         "dead_letters": accounting.refused(rows),
     }

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import polars as pl
 
-from engine.batch import Frames, Moment
+from engine.batch import BatchContext, Frames
 from engine.stream import StreamingJob, command
 from engine.watermark import CLOCK, clock
 from metering import accounting
@@ -37,39 +37,39 @@ CLOSED = pl.Schema({name: windows.WINDOWS[name] for name in ["meter_id", "run_id
 NAME = Path(__file__).stem
 
 
-def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
+def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
     """Windows that are over; see the module."""
-    settings = moment.settings
+    settings = context.settings
     valid = only_valid(rows)
     impossible = is_impossible(settings.max_ahead_s, settings.max_behind_s)
     readings = valid.select(*NEEDED, *COUNTED, is_impossible=impossible)
     wrong = accounting.impossible(readings)
     right = readings.filter(~pl.col("is_impossible"))
-    moved = windows.advance(
+    closed = windows.close_windows(
         right,
         state["sample"],
         state["closed"],
-        moment.bounds,
+        context.watermarks,
         registry.select("meter_id", "nominal_mv", "jurisdiction"),
         settings.recent_records,
-        settings.close_all,
+        context.close_all,
     )
-    events, counters = windows.counted(moved.readings.filter(pl.col("seen").is_null()), state["counter"])
-    judged = pl.concat([moved.readings, wrong], how="diagonal")
+    events, counters = windows.counted(closed.readings.filter(pl.col("seen").is_null()), state["counter"])
+    judged = pl.concat([closed.readings, wrong], how="diagonal")
     return {
-        "voltage_windows": moved.windows,
+        "voltage_windows": closed.windows,
         "voltage_events": events,
         "quarantined_readings": accounting.kept_apart(rows, judged, Bucket.QUARANTINED, NAME, "quarantined_readings"),
         "late_readings": accounting.kept_apart(rows, judged, Bucket.LATE, NAME, "late_readings"),
-        "sample": moved.samples,
-        "closed": moved.closed,
+        "sample": closed.samples,
+        "closed": closed.closed,
         "counter": counters,
-        "clock": clock(valid, state["clock"], moment.bounds),
+        "clock": clock(valid, state["clock"], context.watermarks),
         "books": pl.concat([accounting.count(judged), accounting.invalid(rows)]),
     }
 
 
-def together(handed: Frames, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
+def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
     """Roll-ups of the windows that are over, and who is out of step."""
     members = pl.concat(
         [
@@ -77,13 +77,13 @@ def together(handed: Frames, registry: pl.DataFrame, state: Frames, moment: Mome
             for level in GridLevel
         ]
     ).with_columns(group=pl.format("{}/{}", "level", "group_id"))
-    moved = groups.advance(handed["voltage_windows"].join(members, on="meter_id"), state["movement"])
-    return {"voltage_rollups": moved.rollups, "suspicious_meters": moved.suspicious, "movement": moved.movement}
+    rolled = groups.roll_up(handed["voltage_windows"].join(members, on="meter_id"), state["movement"])
+    return {"voltage_rollups": rolled.rollups, "suspicious_meters": rolled.suspicious, "movement": rolled.movement}
 
 
 JOB = StreamingJob(
     name=NAME,
-    version=4,
+    version=5,
     topics=(READINGS,),
     writes={
         "voltage_windows": "window_start",
@@ -96,8 +96,8 @@ JOB = StreamingJob(
     state={"sample": SAMPLE, "closed": CLOSED, "counter": windows.COUNTER, "clock": CLOCK},
     transform=transform,
     hands=("voltage_windows",),
-    together=together,
-    together_state={"movement": groups.MOVEMENT},
+    cross_partition=cross_partition,
+    cross_partition_state={"movement": groups.MOVEMENT},
 )
 
 

@@ -6,7 +6,7 @@ others of the table are null. No conflicts, no plausibility, no quarter hours, n
 
 import polars as pl
 
-from engine.batch import Frames, Moment
+from engine.batch import BatchContext, Frames
 from engine.stream import StreamingJob
 from engine.watermark import CLOCK, clock
 from metering.accounting import BOOKS, only_valid
@@ -21,7 +21,7 @@ LAST = pl.Schema({"meter_id": pl.String(), "previous_at": STAMP, "previous_wh": 
 SAMPLE = pl.Schema({"meter_id": pl.String(), "observed_at": STAMP, **dict.fromkeys(VOLTAGES, pl.Int64())})
 
 
-def deltas(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
+def deltas(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
     """Energy of each step of one register; within a batch readings are sorted, older ones are out of order."""
     at, wh, meter = pl.col("observed_at"), pl.col("wh"), pl.col("meter")
     readings = only_valid(rows).select("meter_id", "observed_at", "offset", wh=f"{REGISTER}_wh")
@@ -64,15 +64,15 @@ def deltas(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment: Mo
     }
 
 
-def windows(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment: Moment) -> Frames:
+def windows(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
     """Ten minutes of each phase, closed when arrivals are past their end by the lateness, or by a flush."""
     valid = only_valid(rows)
-    bound = pl.lit(moment.bounds.get_column("bound_after").max(), STAMP)
-    is_over = (window_start() + WINDOW <= bound).fill_null(False)
+    watermark = pl.lit(context.watermarks.get_column("watermark").max(), STAMP)
+    is_over = (window_start() + WINDOW <= watermark).fill_null(False)
     fresh = valid.select(*SAMPLE.names())
     in_time = fresh.filter(~is_over)
     samples = pl.concat([state["sample"], in_time])
-    closing = samples if moment.settings.close_all else samples.filter(is_over)
+    closing = samples if context.close_all else samples.filter(is_over)
     wide = (
         closing.unique(["meter_id", "observed_at"])
         .group_by("meter_id", window_start=window_start())
@@ -94,8 +94,8 @@ def windows(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, moment: M
     )
     return {
         "voltage_windows": _filled("voltage_windows", long.filter(pl.col("sample_count") > 0)),
-        "sample": samples.clear() if moment.settings.close_all else samples.filter(~is_over),
-        "clock": clock(valid, state["clock"], moment.bounds),
+        "sample": samples.clear() if context.close_all else samples.filter(~is_over),
+        "clock": clock(valid, state["clock"], context.watermarks),
         "books": _books(len(rows), late=len(fresh) - len(in_time)),
     }
 

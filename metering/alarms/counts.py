@@ -23,8 +23,8 @@ EVENT_COUNT = pl.Schema({name: kind for name, kind in EVENT_ROWS.items() if name
 """State: counts of events in quarter hours that are not over."""
 
 
-class Advance(NamedTuple):
-    """What `advance` and `advance_events` return.
+class Counts(NamedTuple):
+    """What `count_alarms` and `count_events` return.
 
     Attributes:
         rows: counts of the quarter hours that are over, columns `ROWS` or `EVENT_ROWS`.
@@ -41,13 +41,15 @@ def placed(changes: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
     return changes.join(places, on="meter_id", how="left", maintain_order="left")
 
 
-def advance(changes: pl.DataFrame, counts: pl.DataFrame, bounds: pl.DataFrame, close_all: bool = False) -> Advance:
+def count_alarms(
+    changes: pl.DataFrame, counts: pl.DataFrame, watermarks: pl.DataFrame, close_all: bool = False
+) -> Counts:
     """Counts a batch's changes and gives the quarter hours that are over.
 
     Args:
         changes: columns of the table alarms, transformer_id, feeder_id.
         counts: the state so far, columns `COUNT`.
-        bounds: per run_id `bound_after`, up to which quarter hours are over.
+        watermarks: per run_id `watermark`, up to which quarter hours are over.
         close_all: at the end of a run: all are over.
     """
     is_active, is_first = pl.col("state") == AlarmState.ACTIVE.value, pl.col("repeat_count") == 0
@@ -58,20 +60,20 @@ def advance(changes: pl.DataFrame, counts: pl.DataFrame, bounds: pl.DataFrame, c
         repeated_count=(is_active & ~is_first).cast(pl.Int64),
         cleared_count=(~is_active).cast(pl.Int64),
     ).select(COUNT.names())
-    return _over(pl.concat([counts, each]), bounds, close_all, ROWS)
+    return _over(pl.concat([counts, each]), watermarks, close_all, ROWS)
 
 
-def advance_events(
-    events: pl.DataFrame, counts: pl.DataFrame, bounds: pl.DataFrame, close_all: bool = False
-) -> Advance:
+def count_events(
+    events: pl.DataFrame, counts: pl.DataFrame, watermarks: pl.DataFrame, close_all: bool = False
+) -> Counts:
     """Counts those of a batch's events whose code is counted only, and gives the quarter hours that are over.
 
     Args:
         events: of `metering.alarms.life_cycle.lives`: run_id, arrival_at, event_type, action, is_told_again, why;
             transformer_id, feeder_id.
         counts: the state so far, columns `EVENT_COUNT`.
-        bounds: as for `advance`.
-        close_all: as for `advance`.
+        watermarks: as for `count_alarms`.
+        close_all: as for `count_alarms`.
     """
     is_counted = (pl.col("action") == EventAction.COUNT.value) & pl.col("why").is_null() & ~pl.col("is_told_again")
     each = events.filter(is_counted).select(
@@ -82,10 +84,10 @@ def advance_events(
         window_start=pl.col("arrival_at").dt.truncate("15m"),
         event_count=pl.lit(1, pl.Int64),
     )
-    return _over(pl.concat([counts, each.select(EVENT_COUNT.names())]), bounds, close_all, EVENT_ROWS)
+    return _over(pl.concat([counts, each.select(EVENT_COUNT.names())]), watermarks, close_all, EVENT_ROWS)
 
 
-def _over(each: pl.DataFrame, bounds: pl.DataFrame, close_all: bool, columns: pl.Schema) -> Advance:
+def _over(each: pl.DataFrame, watermarks: pl.DataFrame, close_all: bool, columns: pl.Schema) -> Counts:
     """Adds up, and parts the quarter hours that are over from the others."""
     counted = [name for name in each.columns if name.endswith("_count")]
     of = [name for name in each.columns if name not in counted]
@@ -93,9 +95,11 @@ def _over(each: pl.DataFrame, bounds: pl.DataFrame, close_all: bool, columns: pl
         each.group_by(of)
         .agg(pl.col(counted).sum())
         .sort(of)
-        .join(bounds.select("run_id", "bound_after"), on="run_id", how="left", nulls_equal=True, maintain_order="left")
+        .join(
+            watermarks.select("run_id", "watermark"), on="run_id", how="left", nulls_equal=True, maintain_order="left"
+        )
     )
     end = pl.col("window_start") + WINDOW
-    is_over = pl.lit(True) if close_all else (end <= pl.col("bound_after")).fill_null(False)
+    is_over = pl.lit(True) if close_all else (end <= pl.col("watermark")).fill_null(False)
     rows = known.filter(is_over).with_columns(window_end=end)
-    return Advance(rows.select(columns.names()).cast(columns), known.filter(~is_over).select(each.columns))
+    return Counts(rows.select(columns.names()).cast(columns), known.filter(~is_over).select(each.columns))

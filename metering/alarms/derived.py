@@ -1,10 +1,10 @@
 """Readings → alarms that no meter raises itself. Pure functions over Polars frames.
 
-Voltage: outside its jurisdiction's band (domain reference, section 4), and for a minute or more not back inside by a
+Voltage: outside its jurisdiction's band (docs/domain.md, Voltage), and for a minute or more not back inside by a
 hysteresis, by which it also clears. Implausible load: more power than the connection's fuses let through. Reverse
-energy: the export registers of one box rise, of a meter that had exported nothing when they were first seen. Silence:
-no reading for several intervals, on the arrival clock of its run. A condition that holds on raises no second alarm
-(section 5).
+energy: the export registers of one piece of equipment rise, of a meter that had exported nothing when they were first
+seen. Silence: no reading for several intervals, on the arrival clock of its run. A condition that holds on raises no
+second alarm (docs/domain.md, Alarms).
 """
 
 from dataclasses import dataclass
@@ -71,8 +71,8 @@ class Condition:
     shortest: timedelta = timedelta()
 
 
-class Advance(NamedTuple):
-    """What `advance` returns.
+class DerivedAlarms(NamedTuple):
+    """What `derived_alarms` returns.
 
     Attributes:
         alarms: one row per change, columns of the table alarms.
@@ -88,7 +88,7 @@ class Advance(NamedTuple):
 
 
 def conditions() -> dict[str, Condition]:
-    """Each alarm type over the columns that `advance` makes."""
+    """Each alarm type over the columns that `derived_alarms` makes."""
     held = {}
     for phase, voltage in zip(PHASES, VOLTAGES, strict=True):
         deviation = ((pl.col(voltage) - pl.col("nominal_mv")) / pl.col("nominal_mv") * 100).round(9)
@@ -106,13 +106,13 @@ def conditions() -> dict[str, Condition]:
     return held
 
 
-def advance(
+def derived_alarms(
     readings: pl.DataFrame,
     meters: pl.DataFrame,
     levels: pl.DataFrame,
     registry: pl.DataFrame,
-    bounds: pl.DataFrame,
-) -> Advance:
+    watermarks: pl.DataFrame,
+) -> DerivedAlarms:
     """Moves the alarms of a Kafka partition's meters by a batch of readings.
 
     A reading that is older than the newest of its meter is late and changes nothing but the meter's silence.
@@ -122,7 +122,7 @@ def advance(
         meters: the state so far, columns `METER`.
         levels: the state so far, columns `LEVEL`.
         registry: columns `KNOWN`; what is null there applies no rule but the default voltage.
-        bounds: per run_id `bound_after`, which says how far the arrivals of the run have come for certain.
+        watermarks: per run_id `watermark`, which says how far the arrivals of the run have come for certain.
     """
     before = meters.select(
         "meter_id",
@@ -137,9 +137,9 @@ def advance(
     rows = _measured(marked.filter(pl.col("seen").is_null() & ~pl.col("is_late")), registry)
     moved, changes = _moved(rows, levels)
     newest = _newest(rows, readings, meters)
-    told, silent = _silence(newest, registry, bounds)
+    told, silent = _silence(newest, registry, watermarks)
     alarms = pl.DataFrame([*changes, *told], schema=ALARMS, orient="row")
-    return Advance(alarms, silent.select(METER.names()).cast(METER), moved, judged(marked, pl.col("is_late")))
+    return DerivedAlarms(alarms, silent.select(METER.names()).cast(METER), moved, judged(marked, pl.col("is_late")))
 
 
 def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
@@ -235,7 +235,7 @@ def _newest(rows: pl.DataFrame, readings: pl.DataFrame, meters: pl.DataFrame) ->
 
 
 def _silence(
-    newest: pl.DataFrame, registry: pl.DataFrame, bounds: pl.DataFrame
+    newest: pl.DataFrame, registry: pl.DataFrame, watermarks: pl.DataFrame
 ) -> tuple[list[dict[str, Any]], pl.DataFrame]:
     """Alarms of meters that fell silent or are heard again, and the meters with `silent_at`."""
     again = newest.filter(pl.col("silent_at").is_not_null() & pl.col("heard_at").is_not_null())
@@ -243,10 +243,12 @@ def _silence(
     known = (
         newest.with_columns(silent_at=pl.when(pl.col("heard_at").is_null()).then("silent_at"))
         .join(registry.select("meter_id", "interval_s"), on="meter_id", how="left", maintain_order="left")
-        .join(bounds.select("run_id", "bound_after"), on="run_id", how="left", nulls_equal=True, maintain_order="left")
+        .join(
+            watermarks.select("run_id", "watermark"), on="run_id", how="left", nulls_equal=True, maintain_order="left"
+        )
         .with_columns(due_at=pl.when(pl.col("interval_s").is_not_null()).then(pl.col("arrival_at") + limit))
     )
-    is_new = pl.col("silent_at").is_null() & (pl.col("due_at") <= pl.col("bound_after")).fill_null(False)
+    is_new = pl.col("silent_at").is_null() & (pl.col("due_at") <= pl.col("watermark")).fill_null(False)
     fallen = known.filter(is_new)
 
     def level(row: dict[str, Any], since: str) -> dict[str, Any]:

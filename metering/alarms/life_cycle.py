@@ -1,7 +1,7 @@
 """Events of meters → life cycle of alarms. Pure functions over Polars frames.
 
 One alarm per meter and alarm type at a time; start and clear close each other; repeats are counted on the open alarm.
-alarm_id = f(meter, type, begin), so that reprocessing writes the same row (domain reference, section 5).
+alarm_id = f(meter, type, begin), so that reprocessing writes the same row (docs/domain.md, Alarms).
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Power failures of meters → outages per transformer. Pure functions on Polars frames.
 
 Several meters of one transformer that lose power at about the same time are one outage, with its members; one meter
-alone is a blown fuse. An outage is momentary up to five minutes, sustained after (domain reference, section 5).
+alone is a blown fuse. An outage is momentary up to five minutes, sustained after (docs/domain.md, Outages).
 """
 
 import hashlib
@@ -40,8 +40,8 @@ Key = tuple[str | None, str, datetime]
 """A group: run, transformer and time of its first failure."""
 
 
-class Advance(NamedTuple):
-    """What `advance` returns.
+class Outages(NamedTuple):
+    """What `group_outages` returns.
 
     Attributes:
         rows: one row per outage that began or changed, columns `ROWS`; the highest revision of an outage_id is
@@ -53,7 +53,7 @@ class Advance(NamedTuple):
     members: pl.DataFrame
 
 
-def advance(failures: pl.DataFrame, members: pl.DataFrame, bounds: pl.DataFrame) -> Advance:
+def group_outages(failures: pl.DataFrame, members: pl.DataFrame, watermarks: pl.DataFrame) -> Outages:
     """Puts power failures into groups and tells the outages among them.
 
     A failure belongs to a group of its transformer when it lies within two minutes of the group's first, or when the
@@ -63,7 +63,7 @@ def advance(failures: pl.DataFrame, members: pl.DataFrame, bounds: pl.DataFrame)
     Args:
         failures: changes of alarms of one type: columns of the table alarms, transformer_id, feeder_id.
         members: the state so far, columns `MEMBER`.
-        bounds: per run_id `bound_after`: what was over before it gets no further member.
+        watermarks: per run_id `watermark`: what was over before it gets no further member.
     """
     groups: dict[Key, list[dict[str, Any]]] = {}
     under: dict[tuple[str | None, str], list[Key]] = {}
@@ -97,9 +97,9 @@ def advance(failures: pl.DataFrame, members: pl.DataFrame, bounds: pl.DataFrame)
             row |= {"up_at": change["cleared_at"], "updated_at": change["updated_at"]}
         changed.add(key)
     told = [_row(groups[key]) for key in sorted(changed, key=str) if groups[key][0]["outage_id"]]
-    over = dict(bounds.select("run_id", "bound_after").iter_rows())
+    over = dict(watermarks.select("run_id", "watermark").iter_rows())
     kept = [row for key, rows in groups.items() if not _is_past(rows, over.get(key[0])) for row in rows]
-    return Advance(pl.DataFrame(told, schema=ROWS, orient="row"), pl.DataFrame(kept, schema=MEMBER, orient="row"))
+    return Outages(pl.DataFrame(told, schema=ROWS, orient="row"), pl.DataFrame(kept, schema=MEMBER, orient="row"))
 
 
 def outage_id(run_id: str | None, transformer_id: str, begin_at: datetime) -> str:
@@ -128,11 +128,11 @@ def _member(change: dict[str, Any], key: Key) -> dict[str, Any]:
     }
 
 
-def _is_past(rows: list[dict[str, Any]], bound: datetime | None) -> bool:
+def _is_past(rows: list[dict[str, Any]], watermark: datetime | None) -> bool:
     """Whether a group can have no further member: too small for an outage, or over, or long without a change."""
     is_open = rows[0]["outage_id"] is not None and any(row["up_at"] is None for row in rows)
     newest_at = max(row["updated_at"] for row in rows)
-    return bool(newest_at + (UNCHANGED if is_open else WITHIN) < (bound or NEVER))
+    return bool(newest_at + (UNCHANGED if is_open else WITHIN) < (watermark or NEVER))
 
 
 def _row(rows: list[dict[str, Any]]) -> dict[str, Any]:

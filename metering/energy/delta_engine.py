@@ -1,9 +1,9 @@
-"""Cumulative registers → energy, step by step: the rules of the domain reference, section 3.
+"""Cumulative registers → energy, step by step: the rules of docs/domain.md, Register steps.
 
 Pure functions over Polars frames, the same for the stream, the night and the tests. Records that were seen before are
 marked already (`metering/deduplication.py`). Where a whole series is plain (times rise, values do not fall, no step is
-too large, the box stays) it is differenced by columns; the others go through `walk`, one reading at a time, which is
-the definition.
+too large, the equipment stays) it is differenced by columns; the others go through `walk`, one reading at a time, which
+is the definition.
 
 The invariant, under every fault: over the accepted readings of a segment, rollovers unrolled, the sum of delta_wh is
 the last value minus the segment's start.
@@ -108,7 +108,7 @@ class Limits:
 
 
 def fuses_w() -> pl.Expr:
-    """The most power by the registry's columns, fuse A × phases × V (domain reference, section 3); null is unknown."""
+    """The most power by the registry: fuse A × phases × V (docs/domain.md, Register steps); null where not known."""
     phases = pl.col("phases").str.split(",").list.len()
     volts = pl.coalesce(pl.col("nominal_mv") / 1000, pl.lit(PHASE_VOLTAGE_V))
     return pl.col("fuse_a") * phases * volts

@@ -2,7 +2,7 @@
 
 The energy of a step is taken as even over its span, so a quarter hour that begins or ends between two readings gets its
 share of the step; whole Wh, and the shares of a step sum up to it exactly. A step that is longer than two hours is left
-as it is in consumption_deltas: to spread it is an estimate for the night (domain reference, sections 3 and 6).
+as it is in consumption_deltas: to spread it is an estimate for the night (docs/domain.md, Quarter hours).
 """
 
 from datetime import timedelta
@@ -34,8 +34,8 @@ OPEN = pl.Schema(
 """State: what is known of the quarter hour that a register's newest reading lies in."""
 
 
-class Advance(NamedTuple):
-    """What `advance` returns.
+class QuarterHours(NamedTuple):
+    """What `quarter_hours` returns.
 
     Attributes:
         rows: quarter hours that are over, columns `ROWS`.
@@ -46,7 +46,7 @@ class Advance(NamedTuple):
     open: pl.DataFrame
 
 
-def advance(steps: pl.DataFrame, open_intervals: pl.DataFrame, baseline: pl.DataFrame) -> Advance:
+def quarter_hours(steps: pl.DataFrame, open_intervals: pl.DataFrame, baseline: pl.DataFrame) -> QuarterHours:
     """Puts a batch's steps into quarter hours and gives those that are over.
 
     A quarter hour is over when its register has an accepted reading at its end or later; as accepted readings only go
@@ -77,7 +77,7 @@ def advance(steps: pl.DataFrame, open_intervals: pl.DataFrame, baseline: pl.Data
     rows = known.filter(is_over).with_columns(
         interval_end=pl.col("interval_start") + INTERVAL, covered_s=pl.col("covered_us") // 1_000_000, quality=quality
     )
-    return Advance(rows.select(ROWS.keys()).cast(ROWS), known.filter(~is_over).select(OPEN.keys()).cast(OPEN))
+    return QuarterHours(rows.select(ROWS.keys()).cast(ROWS), known.filter(~is_over).select(OPEN.keys()).cast(OPEN))
 
 
 def _shares(steps: pl.DataFrame) -> pl.DataFrame:

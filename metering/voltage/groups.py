@@ -1,7 +1,7 @@
 """Voltage of meters that hang together: roll-ups per transformer and feeder, and meters out of step with the others.
 
 Pure functions over Polars frames. Meters under one transformer move together, with a correlation of 0.9 and more
-(domain reference, section 4); one that does not has a wrong place in the registry, a wrong phase, or a measurement that
+(docs/domain.md, Voltage); one that does not has a wrong place in the registry, a wrong phase, or a measurement that
 cannot be trusted. It is told by the correlation of its ten-minute means with the median of its transformer's on the
 same phase, over about a day: means and products with a weight that fades, so that a phase's state is a few numbers.
 """
@@ -40,8 +40,8 @@ MOVEMENT = pl.Schema(
 OF = ["level", "group_id", "phase", "window_start", "run_id"]
 
 
-class Advance(NamedTuple):
-    """What `advance` returns.
+class Rollups(NamedTuple):
+    """What `roll_up` returns.
 
     Attributes:
         rollups: one row per group, phase and window, columns `ROLLUPS`.
@@ -54,7 +54,7 @@ class Advance(NamedTuple):
     movement: pl.DataFrame
 
 
-def advance(windows: pl.DataFrame, movement: pl.DataFrame) -> Advance:
+def roll_up(windows: pl.DataFrame, movement: pl.DataFrame) -> Rollups:
     """Sums windows up by group and follows how each meter moves with its transformer.
 
     Args:
@@ -69,11 +69,11 @@ def advance(windows: pl.DataFrame, movement: pl.DataFrame) -> Advance:
         changes.append(_changes(moved, start))
         states = moved.select(MOVEMENT.keys()).cast(MOVEMENT)
         movement = pl.concat([movement.join(states, on=["meter_id", "phase"], how="anti"), states])
-    return Advance(rollups(windows), pl.concat(changes), movement.sort("meter_id", "phase"))
+    return Rollups(rollups(windows), pl.concat(changes), movement.sort("meter_id", "phase"))
 
 
 def rollups(windows: pl.DataFrame) -> pl.DataFrame:
-    """One row per group, phase, window and run; see `advance`."""
+    """One row per group, phase, window and run; see `roll_up`."""
     low, high = pl.col("min_mv").min(), pl.col("max_mv").max()
     return (
         windows.sort(*OF, "meter_id")

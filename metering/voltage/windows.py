@@ -1,8 +1,8 @@
 """Voltage samples → 10-minute windows per meter and phase, with deviation and band. Pure functions over Polars frames.
 
-`windows` says what a window holds, for the stream and the night; `advance` says when a window is over, for the stream.
+`windows` says what a window holds, for the stream and the night; `close_windows` when it is over, for the stream.
 
-deviation % = (V − Vn) / Vn × 100 with Vn per meter, each phase on its own (domain reference, section 4).
+deviation % = (V − Vn) / Vn × 100 with Vn per meter, each phase on its own (docs/domain.md, Voltage).
 """
 
 from collections.abc import Callable
@@ -59,8 +59,8 @@ COUNTER = pl.Schema(
 NEVER = datetime(1, 1, 1, tzinfo=UTC)
 
 
-class Advance(NamedTuple):
-    """What `advance` returns.
+class ClosedWindows(NamedTuple):
+    """What `close_windows` returns.
 
     Attributes:
         windows: windows that are over now, columns `WINDOWS`.
@@ -75,30 +75,31 @@ class Advance(NamedTuple):
     closed: pl.DataFrame
 
 
-def advance(
+def close_windows(
     readings: pl.DataFrame,
     samples: pl.DataFrame,
     closed: pl.DataFrame,
-    bounds: pl.DataFrame,
+    watermarks: pl.DataFrame,
     registry: pl.DataFrame,
     horizon: int,
     close_all: bool = False,
-) -> Advance:
+) -> ClosedWindows:
     """Closes the windows that are over, then puts a batch of readings into the others.
 
-    A window is over when its run's bound (arrivals before the batch − allowed lateness) has reached its end.
+    A window is over when its run's watermark (arrivals before the batch − allowed lateness) has reached its end.
 
     Args:
         readings: meter_id, observed_at, run_id, topic, partition, offset, voltages.
         samples: the state so far, the same columns.
         closed: the state so far: meter_id, run_id, window_start.
-        bounds: per run_id `bound_before`, up to which windows were closed, and `bound_after`, up to which they are now.
+        watermarks: per run_id `previous_watermark`, up to which windows were closed, and `watermark`, up to which they
+            are now.
         registry: meter_id, nominal_mv, jurisdiction: what a window is judged by when it is over.
         horizon: offsets within which a redelivered record is recognised.
         close_all: at the end of a run: every window is over.
     """
     window = ["meter_id", "run_id", "window_start"]
-    known = _with_bounds(closed, bounds)
+    known = _with_watermarks(closed, watermarks)
     early = known.select(*window, is_early=pl.lit(True))
     marked = with_seen(readings, samples, ["meter_id", "observed_at"], VOLTAGES)
     state = pl.concat(
@@ -108,18 +109,18 @@ def advance(
         ]
     )
     end = pl.col("window_start") + WINDOW
-    closed_to = pl.when("fresh").then("bound_after").otherwise("bound_before")
+    closed_to = pl.when("fresh").then("watermark").otherwise("previous_watermark")
     placed = (
-        _with_bounds(state.with_columns(window_start=window_start()), bounds)
+        _with_watermarks(state.with_columns(window_start=window_start()), watermarks)
         .join(early, on=window, how="left", nulls_equal=True)
         .with_columns(was_over=(end <= closed_to).fill_null(False) | pl.col("is_early").fill_null(False))
     )
     late = placed.filter(pl.col("fresh") & pl.col("was_over")).select(*PLACE, is_late=pl.lit(True))
-    is_over = pl.lit(True) if close_all else (end <= pl.col("bound_after")).fill_null(False)
+    is_over = pl.lit(True) if close_all else (end <= pl.col("watermark")).fill_null(False)
     closing = placed.filter(is_over & ~pl.col("was_over"))
     newly_early = closing.select(window).unique() if close_all else closed.clear()
-    still_early = known.filter(~(end <= pl.col("bound_after")).fill_null(False)).select(window)
-    return Advance(
+    still_early = known.filter(~(end <= pl.col("watermark")).fill_null(False)).select(window)
+    return ClosedWindows(
         windows(closing.join(registry, on="meter_id", how="left")),
         judged(marked.join(late, on=PLACE, how="left"), pl.col("is_late").fill_null(False)),
         placed.filter(~(is_over | pl.col("was_over")) | is_recent(horizon)).select(samples.columns),
@@ -127,8 +128,8 @@ def advance(
     )
 
 
-def _with_bounds(frame: pl.DataFrame, bounds: pl.DataFrame) -> pl.DataFrame:
-    return frame.join(bounds, on="run_id", how="left", nulls_equal=True)
+def _with_watermarks(frame: pl.DataFrame, watermarks: pl.DataFrame) -> pl.DataFrame:
+    return frame.join(watermarks, on="run_id", how="left", nulls_equal=True)
 
 
 def counted(readings: pl.DataFrame, counters: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:

@@ -3,10 +3,14 @@
 `when/<entity>.csv` has columns of the entity; a column `batch` cuts it into micro-batches (state goes from one to the
 next), a column `payload` stands for bytes that are none of ours. `when/registry.csv` and, for a night job,
 `when/<table>.csv` are tables. `when/settings.csv` has name,value. `then/<table>.csv` names the columns it speaks of;
-its rows are all the rows, in any order.
+its rows are all the rows, in any order. A column `#` holds prose. `about.md` says in a sentence what is given, what
+happens, and what must follow. A file or a column that nobody reads is refused; a streaming job's scenario says in
+`then/accounting.csv` where every record went.
 """
 
 import csv
+import re
+from collections.abc import Iterable, Mapping
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -16,12 +20,12 @@ import polars as pl
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
-from engine.batch import Moment, contract
+from engine.batch import BatchContext, contract
 from engine.decoding import decoded
 from engine.night import BatchJob
 from engine.settings import StreamSettings
 from engine.stream import StreamingJob
-from engine.watermark import bounds
+from engine.watermark import watermarks
 from kafka_io.ranges import KAFKA
 from lake.reading import spark_schema
 from schemas.codec import arrow_schema, decode, encode
@@ -34,6 +38,12 @@ KAFKA_AT = datetime(2024, 1, 1, tzinfo=UTC)
 PLANNED_AT = datetime(2100, 1, 1, tzinfo=UTC)  # every arrival was before
 
 
+PROSE = "#"
+OF_RECORDS = {"batch", "key", "payload", PROSE}
+"""Columns of `when/<entity>s.csv` beside the entity's own."""
+SENTENCE = re.compile(r"Given .+; when .+; then .+\.\n")
+
+
 def scenarios() -> list[Path]:
     return sorted(FOLDER.glob("*/given_*"))
 
@@ -43,6 +53,38 @@ def read(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as lines:
         return list(csv.DictReader(lines))
+
+
+def columns_of(path: Path) -> list[str]:
+    with path.open(newline="") as lines:
+        return next(csv.reader(lines))
+
+
+def problems(folder: Path, when: Mapping[str, Iterable[str]], then: Iterable[str], needs: Iterable[str]) -> list[str]:
+    """What is wrong with a scenario's files, a sentence each.
+
+    Args:
+        folder: of the scenario.
+        when: names of files that may come → their columns.
+        then: names of files that may be expected.
+        needs: those that must be.
+    """
+    about = folder / "about.md"
+    found = [] if about.exists() and SENTENCE.fullmatch(about.read_text()) else ["about.md: Given …; when …; then …."]
+    for path in sorted(folder.glob("when/*")):
+        if path.suffix != ".csv" or path.stem not in when:
+            found.append(f"when/{path.name}: nobody reads it; there are {', '.join(sorted(when))}")
+        elif unknown := sorted(set(columns_of(path)) - {*when[path.stem], PROSE}):
+            found.append(f"when/{path.name}: no such column: {', '.join(unknown)}")
+    found += [f"then/{path.name}: nobody writes it" for path in folder.glob("then/*") if path.stem not in set(then)]
+    found += [f"then/{name}.csv is missing" for name in needs if not (folder / "then" / f"{name}.csv").exists()]
+    return found
+
+
+def of_stream(topics: Iterable[Topic]) -> dict[str, Iterable[str]]:
+    """Files of `when` for who reads these topics."""
+    entities = {f"{topic.entity}s": {*arrow_schema(topic.entity).names, *OF_RECORDS} for topic in topics}
+    return {**entities, "registry": TABLES["registry"].names, "settings": ("name", "value")}
 
 
 def typed(text: str | None, kind: pa.DataType) -> Any:
@@ -99,17 +141,17 @@ def stream(job: StreamingJob, folder: Path) -> dict[str, list[dict[str, Any]]]:
     states: dict[str, dict[str, pl.DataFrame]] = {}
     offsets = dict.fromkeys(job.topics, 0)
     nothing = {kind: pl.DataFrame(schema=schema) for kind, schema in job.state.items()}
-    kept = {kind: pl.DataFrame(schema=schema) for kind, schema in job.together_state.items()}
+    kept = {kind: pl.DataFrame(schema=schema) for kind, schema in job.cross_partition_state.items()}
     for batch in [*batches, "", *(["flush"] if flush else [])]:
         clocks = [state["clock"] for state in states.values() if "clock" in state]
-        asked = settings.model_copy(update={"close_all": batch == "flush"})
-        moment = Moment(asked, bounds(clocks, settings.allowed_lateness_s, PLANNED_AT))
+        known_so_far = watermarks(clocks, settings.allowed_lateness_s, PLANNED_AT)
+        context = BatchContext(settings, known_so_far, close_all=batch == "flush")
         tables: dict[str, list[pl.DataFrame]] = {name: [] for name in job.writes}
         for topic in job.topics:
             rows = kafka_rows(topic, when[topic], batch, offsets[topic])
             offsets[topic] += len(rows)
             known = states.get(topic.name) or nothing
-            frames = job.transform(decoded(kafka_table(rows), topic), registry, known, moment)
+            frames = job.transform(decoded(kafka_table(rows), topic), registry, known, context)
             states[topic.name] = {kind: frames[kind].cast(kind_of) for kind, kind_of in job.state.items()}
             for name in job.writes:
                 if name in frames:
@@ -117,10 +159,10 @@ def stream(job: StreamingJob, folder: Path) -> dict[str, list[dict[str, Any]]]:
             found["accounting"] += frames["books"].to_dicts()
             for name in job.current:
                 found[name] = contract(frames[name], name).to_dicts()
-        if job.together:
+        if job.cross_partition:
             handed = {name: pl.concat(tables[name]) for name in job.hands}
-            frames = job.together(handed, registry, kept, moment)
-            kept = {kind: frames[kind] for kind in job.together_state}
+            frames = job.cross_partition(handed, registry, kept, context)
+            kept = {kind: frames[kind] for kind in job.cross_partition_state}
             for name in set(job.writes) & set(frames):
                 tables[name].append(contract(frames[name], name))
         for name, parts in tables.items():
@@ -202,8 +244,7 @@ def check(found: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     expectations = sorted((folder / "then").glob("*.csv"))
     assert expectations, f"{folder} expects nothing"
     for path in expectations:
-        with path.open(newline="") as lines:
-            columns = next(csv.reader(lines))
+        columns = [column for column in columns_of(path) if column != PROSE]
         expected = sorted(tuple(row[column] for column in columns) for row in read(path))
         actual = sorted(tuple(text(row[column]) for column in columns) for row in found[path.stem])
         missing, extra = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
+from schemas.tables import TABLES
+from schemas.topics import EVENTS, READINGS
 from streaming_jobs import critical_events
 from tests.spark import scenario
 
@@ -18,9 +20,46 @@ def test_what_comes_gives_what_must_be_there(request: pytest.FixtureRequest, fol
 
     name = folder.parent.name
     if name == critical_events.NAME:
+        assert scenario.problems(folder, scenario.of_stream([EVENTS, READINGS]), [name], [name]) == []
         found = scenario.at_once(spark(), folder)
     elif (Path(__file__).parents[2] / "streaming_jobs" / f"{name}.py").exists():
-        found = scenario.stream(import_module(f"streaming_jobs.{name}").JOB, folder)
+        job = import_module(f"streaming_jobs.{name}").JOB
+        written = [*job.writes, *job.current, "accounting"]
+        assert scenario.problems(folder, scenario.of_stream(job.topics), written, ["accounting"]) == []
+        found = scenario.stream(job, folder)
     else:
-        found = scenario.night(spark(), import_module(f"batch_jobs.{name}").JOB, folder)
+        job = import_module(f"batch_jobs.{name}").JOB
+        tables = {table: TABLES[table].names for table in [*job.reads, "registry"]}
+        assert scenario.problems(folder, tables | {"settings": ["name", "value"]}, [name], [name]) == []
+        found = scenario.night(spark(), job, folder)
     scenario.check(found, folder)
+
+
+def written(folder: Path, about: str, **files: str) -> Path:
+    for name, text in files.items():
+        path = folder / name.replace("__", "/").replace("_csv", ".csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (folder / "about.md").write_text(about)
+    return folder
+
+
+def test_what_a_scenario_lacks_or_has_too_much_is_found(tmp_path: Path) -> None:
+    when = scenario.of_stream([READINGS])
+    sentence = "Given a meter; when it sends; then it is stored.\n"
+    good = {"when__readings_csv": "batch,meter_id,#\n", "then__accounting_csv": "bucket,records\n"}
+    assert scenario.problems(written(tmp_path / "a", sentence, **good), when, ["accounting"], ["accounting"]) == []
+    bad = written(
+        tmp_path / "b",
+        "A meter.\n",
+        when__readings_csv="meter,volts\n",
+        when__reading_csv="meter_id\n",
+        then__x_csv="y\n",
+    )
+    assert scenario.problems(bad, when, ["accounting"], ["accounting"]) == [
+        "about.md: Given …; when …; then ….",
+        "when/reading.csv: nobody reads it; there are readings, registry, settings",
+        "when/readings.csv: no such column: meter, volts",
+        "then/x.csv: nobody writes it",
+        "then/accounting.csv is missing",
+    ]

@@ -12,11 +12,11 @@ import pytest
 from bench.peers import core
 from bench.streams import per_meter
 from bench.truth import PARTITIONS, REASONS, SHAPES, Shape, differences, expected, generate, payloads
-from engine.batch import Moment
+from engine.batch import BatchContext
 from engine.decoding import decoded
 from engine.settings import StreamSettings
 from engine.stream import StreamingJob
-from engine.watermark import bounds
+from engine.watermark import watermarks
 from kafka_io.ranges import KAFKA
 from schemas.codec import decode_batch
 from schemas.tables import REGISTRY, TABLES, polars_schema
@@ -136,7 +136,7 @@ def written_by(job: StreamingJob, table: str, rows: pl.DataFrame) -> pl.DataFram
     for begin, end in [*pairwise([0, *ENDS]), (ENDS[-1], ENDS[-1])]:
         clocks = [state["clock"] for state in states.values() if "clock" in state]
         is_flush = begin == end
-        moment = Moment(settings.model_copy(update={"close_all": is_flush}), bounds(clocks, 1_800, datetime.now(UTC)))
+        context = BatchContext(settings, watermarks(clocks, 1_800, datetime.now(UTC)), is_flush)
         for partition, state in states.items():
             part = rows.filter(pl.col("partition") == partition, pl.col("offset").is_between(begin, end - 1))
             records = pa.table(
@@ -150,7 +150,7 @@ def written_by(job: StreamingJob, table: str, rows: pl.DataFrame) -> pl.DataFram
                 ],
                 names=KAFKA.names,
             ).cast(KAFKA)
-            frames = job.transform(decoded(records, READINGS), registry, state, moment)
+            frames = job.transform(decoded(records, READINGS), registry, state, context)
             assert frames["books"].get_column("records").sum() == len(part)
             states[partition] = {kind: frames[kind] for kind in job.state}
             tables.append(frames[table].cast(polars_schema(TABLES[table])))

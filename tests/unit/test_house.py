@@ -270,3 +270,54 @@ def test_what_a_job_lacks_is_found(tmp_path: Path, broken: str, complaint: str) 
 
 def test_a_job_without_a_scenario_is_found(tmp_path: Path) -> None:
     assert wrong_job(Path("job.py"), GOOD, tmp_path) == ["has no scenario"]
+
+
+CITED = re.compile(r"`((?:[a-z_]+/)+[\w.-]+\.(?:py|md|csv|yml|conf))`|(docs/[\w/-]+\.md)(?:, ([A-Z][a-z ]+[a-z]))?")
+"""A file in backticks, or a page of the docs with its heading."""
+OLD = {
+    "Moment": "BatchContext",
+    "class Cut": "BatchPlan",
+    "TOGETHER": "CROSS_PARTITION",
+    "put_together": "cross-partition step",
+    "Advance": "what it is the result of",
+    "seen_before": "deduplication",
+    "bound_after": "watermark",
+    "bound_before": "previous_watermark",
+}
+"""Words of before → the trade's."""
+
+
+def wrong_citations(text: str, root: Path) -> list[str]:
+    """Files and headings that a text names and the repository does not have."""
+    found = []
+    for path, page, heading in CITED.findall(text):
+        file = root / (path or page)
+        if not file.exists():
+            found.append(path or page)
+        elif heading and f"## {heading}\n" not in file.read_text():
+            found.append(f"{page}, {heading}")
+    return found
+
+
+def texts() -> list[Path]:
+    """What people read: the docs, and all code of ours."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *modules(*MAY_IMPORT, "bench", "tools")]
+
+
+@pytest.mark.parametrize("path", texts(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_a_text_cites_is_there_and_no_old_word_is_left(path: Path) -> None:
+    text = path.read_text()
+    assert wrong_citations(text, ROOT) == []
+    assert [word for word in OLD if re.search(rf"\b{word}\b", text)] == []
+
+
+def test_a_citation_of_nothing_is_found() -> None:
+    assert wrong_citations("see `lake/nothing.py`", ROOT) == ["lake/nothing.py"]
+    assert wrong_citations("by docs/domain.md, Nowhere at all", ROOT) == ["docs/domain.md, Nowhere at all"]
+    assert wrong_citations("by docs/domain.md, Voltage; `engine/stream.py`", ROOT) == []
+
+
+def test_the_glossary_is_short_and_says_where_each_word_lives() -> None:
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| `[^`]+` \|$", (ROOT / "docs" / "glossary.md").read_text(), re.MULTILINE)
+    assert 20 <= len(rows) <= 30
+    assert rows == sorted(rows, key=str.lower)

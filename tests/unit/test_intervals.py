@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metering.energy.delta_engine import BASELINE, STEPS
-from metering.energy.intervals import OPEN, advance
+from metering.energy.intervals import OPEN, quarter_hours
 
 START = datetime(2024, 3, 31, tzinfo=UTC)
 QUARTER_S = 900
@@ -100,9 +100,9 @@ def test_any_cut_into_batches_gives_the_definition(case):
     for left, right in pairwise(cuts):
         batch = rows[left:right]
         newest |= {meter: until for meter, _, until, _, _ in batch}
-        moved = advance(frame(batch), open_intervals, baseline(newest))
-        over.append(moved.rows)
-        open_intervals = moved.open
+        quarters = quarter_hours(frame(batch), open_intervals, baseline(newest))
+        over.append(quarters.rows)
+        open_intervals = quarters.open
     together = pl.concat(over) if over else pl.DataFrame()
     assert found(together) == defined(rows)
     assert len(together) == len(found(together)), "a quarter hour is over once"
@@ -115,10 +115,10 @@ def test_the_energy_of_whole_quarter_hours_is_the_registers_rise():
         ("m1", 700, 2000, 29, "ok"),
         ("m1", 2000, 2700, 1, "ok"),
     ]
-    moved = advance(frame(rows), pl.DataFrame(schema=OPEN), baseline({"m1": 2700}))
-    assert moved.rows.get_column("energy_wh").sum() == 40
-    assert moved.rows.get_column("quality").to_list() == ["interpolated", "interpolated", "interpolated"]
-    assert len(moved.open) == 0
+    quarters = quarter_hours(frame(rows), pl.DataFrame(schema=OPEN), baseline({"m1": 2700}))
+    assert quarters.rows.get_column("energy_wh").sum() == 40
+    assert quarters.rows.get_column("quality").to_list() == ["interpolated", "interpolated", "interpolated"]
+    assert len(quarters.open) == 0
 
 
 def test_a_step_that_is_longer_than_two_hours_is_not_spread():
@@ -128,5 +128,5 @@ def test_a_step_that_is_longer_than_two_hours_is_not_spread():
         ("m1", 600, 9000, 5000, "gap"),
         ("m1", 9000, 9900, 7, "ok"),
     ]
-    moved = advance(frame(rows), pl.DataFrame(schema=OPEN), baseline({"m1": 9900}))
-    assert found(moved.rows) == {("m1", 0): (10, 600, "incomplete"), ("m1", 10): (7, 900, "measured")}
+    quarters = quarter_hours(frame(rows), pl.DataFrame(schema=OPEN), baseline({"m1": 9900}))
+    assert found(quarters.rows) == {("m1", 0): (10, 600, "incomplete"), ("m1", 10): (7, 900, "measured")}

@@ -7,8 +7,8 @@ import polars as pl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.watermark import BOUNDS
-from metering.alarms.outages import MEMBER, ROWS, advance
+from engine.watermark import WATERMARKS
+from metering.alarms.outages import MEMBER, ROWS, group_outages
 from schemas.tables import ALARMS, polars_schema
 
 START = datetime(2024, 3, 31, tzinfo=UTC)
@@ -38,12 +38,12 @@ class Stream:
         self.members = MEMBER.to_frame()
         self.rows: list[dict[str, Any]] = []
 
-    def batch(self, *changes: dict[str, Any], bound: float = -3600) -> None:
+    def batch(self, *changes: dict[str, Any], watermark: float = -3600) -> None:
         runs = {change.get("run_id") for change in changes} | {None}
-        bounds = pl.DataFrame([{"run_id": run, "bound_after": at(bound)} for run in runs], schema=BOUNDS)
-        moved = advance(pl.DataFrame(changes, schema=FAILURES), self.members, bounds)
-        self.members = moved.members
-        self.rows += moved.rows.to_dicts()
+        watermarks = pl.DataFrame([{"run_id": run, "watermark": at(watermark)} for run in runs], schema=WATERMARKS)
+        found = group_outages(pl.DataFrame(changes, schema=FAILURES), self.members, watermarks)
+        self.members = found.members
+        self.rows += found.rows.to_dicts()
 
     def newest(self) -> dict[str, dict[str, Any]]:
         """Each outage as it stands, without its name."""
@@ -119,7 +119,7 @@ def test_an_outage_of_which_one_meter_never_came_back_does_not_take_the_failures
     late = 600 + 2 * week + 1
     stream.batch(down("m1", late), down("m2", late), down("m5", late))
     assert [row["meters"] for row in stream.newest().values()] == [["m1", "m2", "m3", "m4"], ["m1", "m2", "m5"]]
-    stream.batch(bound=late + 1)
+    stream.batch(watermark=late + 1)
     assert sorted(stream.members["meter_id"]) == ["m1", "m2", "m5"]
 
 
@@ -127,11 +127,11 @@ def test_what_is_over_is_forgotten_when_the_bound_has_passed_it_and_an_open_outa
     failures = [down("m1", 0), down("m2", 0), down("m3", 0)]
     stream = Stream()
     stream.batch(*failures, down("m9", 0, transformer_id="T2"))
-    stream.batch(bound=86_400)
+    stream.batch(watermark=86_400)
     assert sorted(stream.members["meter_id"]) == ["m1", "m2", "m3"]
-    stream.batch(*[up(failure, 90_000) for failure in failures], bound=86_400)
+    stream.batch(*[up(failure, 90_000) for failure in failures], watermark=86_400)
     assert len(stream.members) == 3
-    stream.batch(bound=90_000 + 122)
+    stream.batch(watermark=90_000 + 122)
     assert stream.members.is_empty()
 
 
@@ -158,6 +158,6 @@ def test_an_outage_ends_the_same_however_batches_are_cut(
 
 
 def test_nothing_gives_nothing() -> None:
-    moved = advance(FAILURES.to_frame(), MEMBER.to_frame(), pl.DataFrame(schema=BOUNDS))
-    assert moved.rows.schema == ROWS
-    assert moved.members.schema == MEMBER
+    found = group_outages(FAILURES.to_frame(), MEMBER.to_frame(), pl.DataFrame(schema=WATERMARKS))
+    assert found.rows.schema == ROWS
+    assert found.members.schema == MEMBER

@@ -156,19 +156,19 @@ class Chain:
         newest: datetime | None = None
         late = timedelta(minutes=30)
         for number, (right, wrong) in enumerate(self.cut(readings, batches)):
-            bounds = pl.DataFrame(  # what a batch finds is over is what had arrived before it
-                {"run_id": ["r1"], "bound_before": [before], "bound_after": [newest]},
-                schema={"run_id": pl.String, "bound_before": delta_engine.STAMP, "bound_after": delta_engine.STAMP},
-            ).with_columns(pl.col("bound_before", "bound_after") - late)
+            watermarks = pl.DataFrame(  # what a batch finds is over is what had arrived before it
+                {"run_id": ["r1"], "previous_watermark": [before], "watermark": [newest]},
+                schema={"run_id": pl.String, "previous_watermark": delta_engine.STAMP, "watermark": delta_engine.STAMP},
+            ).with_columns(pl.col("previous_watermark", "watermark") - late)
             arrived = [each for each in (newest, right.get_column("arrival_at").max()) if isinstance(each, datetime)]
             before, newest = newest, max(arrived, default=None)
-            moved = windows.advance(
-                right.select(columns), samples, closed, bounds, judged_by, 10_000, number == batches - 1
+            closed_now = windows.close_windows(
+                right.select(columns), samples, closed, watermarks, judged_by, 10_000, number == batches - 1
             )
-            samples, closed = moved.samples, moved.closed
-            self.add("voltage_windows", moved.windows)
+            samples, closed = closed_now.samples, closed_now.closed
+            self.add("voltage_windows", closed_now.windows)
             place = ["topic", "partition", "offset"]
-            judged = right.join(moved.readings.select(*place, "why", "bucket"), on=place)
+            judged = right.join(closed_now.readings.select(*place, "why", "bucket"), on=place)
             self.apart(
                 "voltage_deviation",
                 pl.concat([judged, wrong], how="diagonal"),
@@ -419,9 +419,9 @@ def test_records_that_change_places_are_found_where_no_fault_moved_them(lake: Ca
     mine = rows.filter(pl.col("meter_id") == "m0000005").sort("seq")
     first, second = mine.row(50, named=True), mine.row(51, named=True)
     swap = {first["offset"]: second["offset"], second["offset"]: first["offset"]}
-    moved = mine.with_columns(pl.col("offset").replace(swap))
+    closed_now = mine.with_columns(pl.col("offset").replace(swap))
     others = rows.filter(pl.col("meter_id") != "m0000005")
-    pl.concat([others, moved]).write_parquet(table("readings"))
+    pl.concat([others, closed_now]).write_parquet(table("readings"))
     verdict = verify("r1")
     assert verdict.totals["reordered"] == 1
     assert named(verdict) == {"m0000005"}

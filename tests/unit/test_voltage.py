@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch import Moment
+from engine.batch import BatchContext
 from engine.settings import StreamSettings
-from engine.watermark import CLOCK, bounds, clock
+from engine.watermark import CLOCK, clock, watermarks
 from metering.energy.delta_engine import STAMP
-from metering.voltage.windows import VOLTAGES, WINDOWS, Advance, advance, windows
+from metering.voltage.windows import VOLTAGES, WINDOWS, ClosedWindows, close_windows, windows
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 SAMPLES = pl.Schema(
@@ -29,7 +29,7 @@ SAMPLES = pl.Schema(
 JUDGED_BY = pl.Schema({"nominal_mv": pl.Int64(), "jurisdiction": pl.String()})
 REGISTRY = pl.Schema({"meter_id": pl.String(), **JUDGED_BY}).to_frame()
 CLOSED = pl.Schema({"meter_id": pl.String(), "run_id": pl.String(), "window_start": STAMP})
-BOUNDS = {"run_id": pl.String, "bound_before": STAMP, "bound_after": STAMP}
+WATERMARKS = {"run_id": pl.String, "previous_watermark": STAMP, "watermark": STAMP}
 
 
 def at(minutes: float) -> datetime:
@@ -48,30 +48,34 @@ class Stream:
 
     def __init__(self, horizon: int = 1_000) -> None:
         self.samples, self.closed, self.horizon = SAMPLES.to_frame(), CLOSED.to_frame(), horizon
-        self.bound: datetime | None = None
+        self.watermark: datetime | None = None
         self.windows: list[dict[str, Any]] = []
 
-    def batch(self, rows: list[dict[str, Any]], bound: float | None = None, close_all: bool = False) -> Advance:
-        """One batch after which the bound of the one run lies at so many minutes, and what the next one closes."""
-        moved = self.advance(rows, self.bound, close_all)
-        assert len(moved.readings) == len(rows)
-        self.advance([], self.bound if bound is None else at(bound))
-        return moved
+    def batch(
+        self, rows: list[dict[str, Any]], watermark: float | None = None, close_all: bool = False
+    ) -> ClosedWindows:
+        """One batch after which the watermark of the one run lies at so many minutes, and what the next one closes."""
+        result = self.step(rows, self.watermark, close_all)
+        assert len(result.readings) == len(rows)
+        self.step([], self.watermark if watermark is None else at(watermark))
+        return result
 
-    def advance(self, rows: list[dict[str, Any]], after: datetime | None, close_all: bool = False) -> Advance:
-        bounds = pl.DataFrame([{"run_id": None, "bound_before": self.bound, "bound_after": after}], schema=BOUNDS)
+    def step(self, rows: list[dict[str, Any]], after: datetime | None, close_all: bool = False) -> ClosedWindows:
+        watermarks = pl.DataFrame(
+            [{"run_id": None, "previous_watermark": self.watermark, "watermark": after}], schema=WATERMARKS
+        )
         fresh = pl.DataFrame(rows, schema=SAMPLES)
-        moved = advance(fresh, self.samples, self.closed, bounds, REGISTRY, self.horizon, close_all)
-        self.bound, self.samples, self.closed = after, moved.samples, moved.closed
-        self.windows += moved.windows.to_dicts()
-        return moved
+        result = close_windows(fresh, self.samples, self.closed, watermarks, REGISTRY, self.horizon, close_all)
+        self.watermark, self.samples, self.closed = after, result.samples, result.closed
+        self.windows += result.windows.to_dicts()
+        return result
 
     def starts(self) -> list[float]:
         return [(row["window_start"] - START).total_seconds() / 60 for row in self.windows]
 
 
-def buckets(moved: Advance) -> list[str]:
-    return moved.readings.sort("offset")["bucket"].to_list()
+def buckets(result: ClosedWindows) -> list[str]:
+    return result.readings.sort("offset")["bucket"].to_list()
 
 
 class Expected(NamedTuple):
@@ -138,84 +142,84 @@ def test_a_limit_itself_is_within_the_band(
 
 def test_a_window_closes_when_the_bound_reaches_its_end_and_not_before() -> None:
     stream = Stream()
-    stream.batch([sample(0, 1)], bound=9.99)
+    stream.batch([sample(0, 1)], watermark=9.99)
     assert stream.starts() == []
-    stream.batch([], bound=10)
+    stream.batch([], watermark=10)
     assert stream.starts() == [0]
-    stream.batch([], bound=100)
+    stream.batch([], watermark=100)
     assert stream.starts() == [0]
 
 
 def test_a_reading_for_a_window_that_is_over_is_late_and_changes_nothing() -> None:
     stream = Stream()
-    stream.batch([sample(0, 1)], bound=10)
-    moved = stream.batch([sample(1, 9.9), sample(2, 10)], bound=10)
-    assert buckets(moved) == ["late", "stored"]
+    stream.batch([sample(0, 1)], watermark=10)
+    result = stream.batch([sample(1, 9.9), sample(2, 10)], watermark=10)
+    assert buckets(result) == ["late", "stored"]
     stream.batch([], close_all=True)
     assert [(row["window_start"], row["sample_count"]) for row in stream.windows] == [(at(0), 1), (at(10), 1)]
 
 
 def test_a_reading_out_of_order_within_the_bound_is_stored() -> None:
     stream = Stream()
-    stream.batch([sample(0, 12)], bound=5)
-    assert buckets(stream.batch([sample(1, 3)], bound=5)) == ["stored"]
+    stream.batch([sample(0, 12)], watermark=5)
+    assert buckets(stream.batch([sample(1, 3)], watermark=5)) == ["stored"]
 
 
 def test_what_comes_with_the_bound_that_closes_its_window_is_still_in_it() -> None:
     stream = Stream()
-    assert buckets(stream.batch([sample(0, 1)], bound=60)) == ["stored"]
+    assert buckets(stream.batch([sample(0, 1)], watermark=60)) == ["stored"]
     assert stream.starts() == [0]
 
 
-@pytest.mark.parametrize("flush", [False, True], ids=["closed by the bound", "closed by a flush"])
+@pytest.mark.parametrize("flush", [False, True], ids=["closed by the watermark", "closed by a flush"])
 def test_a_reading_redelivered_into_a_closed_window_is_a_duplicate_and_never_changes_it(flush: bool) -> None:
     stream = Stream()
-    stream.batch([sample(0, 1)], bound=None if flush else 10)
+    stream.batch([sample(0, 1)], watermark=None if flush else 10)
     if flush:
         stream.batch([], close_all=True)
-    moved = stream.batch([sample(1, 1), sample(2, 1, 999_000)])
-    assert buckets(moved) == ["duplicate", "quarantined"]
+    result = stream.batch([sample(1, 1), sample(2, 1, 999_000)])
+    assert buckets(result) == ["duplicate", "quarantined"]
     stream.batch([], close_all=True)
     assert [row["sample_count"] for row in stream.windows] == [1]
 
 
 def test_beyond_the_horizon_a_redelivered_reading_is_late() -> None:
     stream = Stream(horizon=2)
-    stream.batch([sample(0, 1)], bound=10)
-    stream.batch([sample(1, 11), sample(2, 12), sample(3, 13)], bound=10)
-    assert buckets(stream.batch([sample(4, 1)], bound=10)) == ["late"]
+    stream.batch([sample(0, 1)], watermark=10)
+    stream.batch([sample(1, 11), sample(2, 12), sample(3, 13)], watermark=10)
+    assert buckets(stream.batch([sample(4, 1)], watermark=10)) == ["late"]
 
 
 def test_in_an_open_window_a_redelivered_reading_is_a_duplicate_whatever_the_horizon() -> None:
     stream = Stream(horizon=1)
-    stream.batch([sample(0, 1), sample(1, 2), sample(2, 3)], bound=0)
-    assert buckets(stream.batch([sample(3, 1)], bound=0)) == ["duplicate"]
+    stream.batch([sample(0, 1), sample(1, 2), sample(2, 3)], watermark=0)
+    assert buckets(stream.batch([sample(3, 1)], watermark=0)) == ["duplicate"]
 
 
 def test_a_flush_closes_each_window_once_and_what_comes_after_is_late() -> None:
     stream = Stream()
-    stream.batch([sample(0, 1)], bound=0)
+    stream.batch([sample(0, 1)], watermark=0)
     stream.batch([], close_all=True)
     stream.batch([], close_all=True)
     assert stream.starts() == [0]
-    assert buckets(stream.batch([sample(1, 2), sample(2, 11)], bound=0)) == ["late", "stored"]
-    stream.batch([], bound=30)
+    assert buckets(stream.batch([sample(1, 2), sample(2, 11)], watermark=0)) == ["late", "stored"]
+    stream.batch([], watermark=30)
     assert stream.starts() == [0, 10]
     assert stream.closed.is_empty()
 
 
 def test_the_bound_of_one_run_is_not_that_of_another() -> None:
     rows = [sample(0, 1, run_id="old"), sample(1, 1, meter_id="m2")]
-    bounds = pl.DataFrame([("old", None, at(60)), (None, None, at(5))], schema=BOUNDS, orient="row")
+    watermarks = pl.DataFrame([("old", None, at(60)), (None, None, at(5))], schema=WATERMARKS, orient="row")
     known = pl.DataFrame(rows, schema=SAMPLES)
-    moved = advance(SAMPLES.to_frame(), known, CLOSED.to_frame(), bounds, REGISTRY, horizon=10)
-    assert moved.windows["meter_id"].to_list() == ["m1"]
+    result = close_windows(SAMPLES.to_frame(), known, CLOSED.to_frame(), watermarks, REGISTRY, horizon=10)
+    assert result.windows["meter_id"].to_list() == ["m1"]
 
 
 def test_nothing_gives_nothing() -> None:
-    moved = Stream().batch([])
-    assert moved.windows.is_empty()
-    assert moved.windows.schema == WINDOWS
+    result = Stream().batch([])
+    assert result.windows.is_empty()
+    assert result.windows.schema == WINDOWS
 
 
 @settings(max_examples=60, deadline=None)
@@ -227,46 +231,48 @@ def test_the_windows_do_not_depend_on_how_batches_are_cut(samples: list[tuple[in
     rows = [sample(offset, minutes, volts * 1_000) for offset, (minutes, volts) in enumerate(samples)]
     stream = Stream(horizon=3)
     for low, high in zip([0, *cuts], [*cuts, len(rows)], strict=True):
-        stream.batch(rows[low:high], bound=-60)
+        stream.batch(rows[low:high], watermark=-60)
     stream.batch([], close_all=True)
     found = pl.DataFrame(stream.windows, schema=WINDOWS).sort("window_start")
     assert found.equals(windows(pl.DataFrame(rows, schema=SAMPLES | JUDGED_BY)))
 
 
-def bound_after(*clocks: list[tuple[str | None, datetime, bool, datetime | None]]) -> dict[str | None, datetime]:
+def watermark(*clocks: list[tuple[str | None, datetime, bool, datetime | None]]) -> dict[str | None, datetime]:
     """By run, a minute of lateness allowed, of a batch that was planned in minute 5."""
     frames = [pl.DataFrame(rows, CLOCK, orient="row") for rows in clocks]
-    return dict(bounds(frames, 60, at(5)).select("run_id", "bound_after").iter_rows())
+    return dict(watermarks(frames, 60, at(5)).select("run_id", "watermark").iter_rows())
 
 
 def test_an_arrival_of_the_future_holds_no_clock_but_that_of_a_replay() -> None:
     """The clock of a bridge was in 2036 for a message: windows are over by the batch's own time."""
     future = datetime(2036, 1, 1, tzinfo=UTC)
-    assert bound_after([(None, future, True, None), ("r1", future, True, None)]) == {
+    assert watermark([(None, future, True, None), ("r1", future, True, None)]) == {
         None: at(4),
         "r1": future - timedelta(minutes=1),
     }
-    assert bound_after([(None, at(3), True, None)], [(None, future, True, None)]) == {None: at(2)}
+    assert watermark([(None, at(3), True, None)], [(None, future, True, None)]) == {None: at(2)}
 
 
 def test_the_partition_that_stands_furthest_back_says_how_far_a_run_has_come() -> None:
     """A backlog is taken in: one partition is hours ahead of another, and nothing of the other is late for that."""
     fast, slow = ("r1", at(300), True, at(60)), ("r1", at(90), True, at(60))
-    assert bound_after([fast], [slow]) == {"r1": at(89)}
+    assert watermark([fast], [slow]) == {"r1": at(89)}
     through = ("r1", at(90), False, at(60))
-    assert bound_after([fast], [through]) == {"r1": at(299)}, "the batch had nothing of it: it holds nobody"
-    assert bound_after([("r1", at(300), False, at(60))], [through]) == {"r1": at(60)}, "time passes with arrivals"
-    assert bound_after([fast], [("r1", at(30), True, at(60))]) == {"r1": at(60)}, "what is over stays over"
-    assert bound_after([fast, (None, at(2), True, None)], [slow]) == {"r1": at(89), None: at(1)}
+    assert watermark([fast], [through]) == {"r1": at(299)}, "the batch had nothing of it: it holds nobody"
+    assert watermark([("r1", at(300), False, at(60))], [through]) == {"r1": at(60)}, "time passes with arrivals"
+    assert watermark([fast], [("r1", at(30), True, at(60))]) == {"r1": at(60)}, "what is over stays over"
+    assert watermark([fast, (None, at(2), True, None)], [slow]) == {"r1": at(89), None: at(1)}
 
 
 def test_a_partitions_clock_says_whether_the_batch_had_anything_of_a_run() -> None:
-    moment = Moment(StreamSettings(kafka_bootstrap="none:0"), pl.DataFrame([("r1", None, at(1))], BOUNDS, orient="row"))
+    context = BatchContext(
+        StreamSettings(kafka_bootstrap="none:0"), pl.DataFrame([("r1", None, at(1))], WATERMARKS, orient="row")
+    )
     nothing = pl.DataFrame(schema=CLOCK)
     said = {"run_id": pl.String, "arrival_at": STAMP}
     rows = pl.DataFrame([("r1", at(5)), ("r1", at(4)), (None, at(9))], said, orient="row")
-    first = clock(rows, nothing, moment.bounds)
+    first = clock(rows, nothing, context.watermarks)
     assert sorted(first.rows(), key=str) == [("r1", at(5), True, at(1)), (None, at(9), True, None)]
-    second = clock(rows.filter(pl.col("run_id").is_null()), first, moment.bounds)
+    second = clock(rows.filter(pl.col("run_id").is_null()), first, context.watermarks)
     assert sorted(second.rows(), key=str) == [("r1", at(5), False, at(1)), (None, at(9), True, None)]
-    assert second.schema == CLOCK == clock(rows.clear(), nothing, moment.bounds).schema
+    assert second.schema == CLOCK == clock(rows.clear(), nothing, context.watermarks).schema

@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from metering.voltage.groups import FEWEST_WINDOWS, MEMORY_WINDOWS, MOVEMENT, advance
+from metering.voltage.groups import FEWEST_WINDOWS, MEMORY_WINDOWS, MOVEMENT, roll_up
 from metering.voltage.windows import WINDOWS
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -35,12 +35,12 @@ def neighbours(count, seed=1, meters=6):
     return {f"m{number}": common + drawn.normal(0, 0.1, count) - number / 2 for number in range(meters)}
 
 
-def told(moved):
-    return [(row["meter_id"], row["is_suspicious"]) for row in moved.suspicious.to_dicts()]
+def told(rolled):
+    return [(row["meter_id"], row["is_suspicious"]) for row in rolled.suspicious.to_dicts()]
 
 
 def test_neighbours_are_in_step():
-    assert told(advance(windows(neighbours(200)), NOTHING)) == []
+    assert told(roll_up(windows(neighbours(200)), NOTHING)) == []
 
 
 @pytest.mark.parametrize("kind", ["of another transformer", "frozen", "upside down"])
@@ -49,10 +49,10 @@ def test_a_meter_that_does_not_move_with_the_others_is_told_once(kind):
     others["m0"] = {
         "of another transformer": neighbours(100, seed=2)["m0"], "frozen": np.zeros(100), "upside down": -others["m0"],
     }[kind]  # fmt: skip
-    moved = advance(windows(others), NOTHING)
-    assert told(moved)[0] == ("m0", True)
-    assert {meter for meter, _ in told(moved)} == {"m0"}
-    row = moved.suspicious.row(0, named=True)
+    rolled = roll_up(windows(others), NOTHING)
+    assert told(rolled)[0] == ("m0", True)
+    assert {meter for meter, _ in told(rolled)} == {"m0"}
+    row = rolled.suspicious.row(0, named=True)
     assert (row["transformer_id"], row["window_count"]) == ("T1", FEWEST_WINDOWS)
     assert row["correlation"] < 0.5
 
@@ -60,16 +60,16 @@ def test_a_meter_that_does_not_move_with_the_others_is_told_once(kind):
 def test_it_is_told_when_it_comes_back_into_step():
     out, back = neighbours(60), neighbours(2 * MEMORY_WINDOWS, seed=3)
     out["m0"] = -out["m0"]
-    first = advance(windows(out), NOTHING)
-    second = advance(windows(back, first=60), first.movement)
+    first = roll_up(windows(out), NOTHING)
+    second = roll_up(windows(back, first=60), first.movement)
     assert told(first) == [("m0", True)]
     assert told(second) == [("m0", False)]
 
 
 def test_the_numbers_are_those_of_numpy_while_nothing_has_faded():
     others = neighbours(80)
-    moved = advance(windows(others), NOTHING)
-    state = moved.movement.row(by_predicate=pl.col("meter_id") == "m3", named=True)
+    rolled = roll_up(windows(others), NOTHING)
+    state = rolled.movement.row(by_predicate=pl.col("meter_id") == "m3", named=True)
     median = np.median(np.array(list(others.values())), axis=0)
     assert state["window_count"] == 80
     assert state["mean_pct"] == pytest.approx(others["m3"].mean())
@@ -81,9 +81,9 @@ def test_the_numbers_are_those_of_numpy_while_nothing_has_faded():
 def test_any_cut_into_batches_gives_the_same():
     others = neighbours(100)
     others["m0"] = -others["m0"]
-    at_once = advance(windows(others), NOTHING)
-    first = advance(windows({meter: series[:41] for meter, series in others.items()}), NOTHING)
-    second = advance(windows({meter: series[41:] for meter, series in others.items()}, first=41), first.movement)
+    at_once = roll_up(windows(others), NOTHING)
+    first = roll_up(windows({meter: series[:41] for meter, series in others.items()}), NOTHING)
+    second = roll_up(windows({meter: series[41:] for meter, series in others.items()}, first=41), first.movement)
     assert pl.concat([first.suspicious, second.suspicious]).equals(at_once.suspicious)
     assert second.movement.equals(at_once.movement)
 
@@ -91,7 +91,7 @@ def test_any_cut_into_batches_gives_the_same():
 def test_too_few_meters_say_nothing_and_another_transformer_begins_anew():
     few = neighbours(100, meters=3)
     few["m0"] = -few["m0"]
-    assert len(advance(windows(few), NOTHING).movement) == 0
-    many = advance(windows(neighbours(50)), NOTHING)
-    elsewhere = advance(windows(neighbours(1), first=50, group="T2"), many.movement).movement
+    assert len(roll_up(windows(few), NOTHING).movement) == 0
+    many = roll_up(windows(neighbours(50)), NOTHING)
+    elsewhere = roll_up(windows(neighbours(1), first=50, group="T2"), many.movement).movement
     assert elsewhere.get_column("window_count").to_list() == [1] * 6

@@ -286,7 +286,7 @@ def test_a_driver_tells_how_far_each_job_is_what_it_keeps_and_what_came_too_late
         assert max(job.state_rows or 0 for job in each) > 0, name
         assert min(job.batch_seconds for job in each if job.batch_seconds is not None) > 0
     assert max(job.late for job in heard["voltage_deviation"]) > 0
-    ends = [job.bound for job in heard["voltage_deviation"] if job.bound]
+    ends = [job.watermark for job in heard["voltage_deviation"] if job.watermark]
     assert ends == sorted(ends)
     assert START.timestamp() - 600 <= ends[-1] <= START.timestamp() + READINGS_EACH * 60
 

@@ -6,7 +6,8 @@ Writes: daily_consumption_v1, a row for each meter with readings and each that t
 Key: meter_id, date.
 Energy: the steps of `metering/energy/delta_engine.py` that end in the day, from the last accepted reading at or before
 local midnight. A reading exactly at midnight ends the earlier day; where there is none, the whole step across midnight
-counts to the day in which it ends (validated intervals interpolate). The days of a series add up to its register.
+counts to the day in which it ends (validated intervals interpolate). The days of a series add up to its register
+exactly.
 `<register>_from_wh` is the value the day is counted from, `<register>_to_wh` the last in it; gaps, resets and the like
 count the times at which any register has such a step.
 Quality: `missing`, no energy known · `measured` · `incomplete`, energy of another time or none for part of the day: no

@@ -25,7 +25,7 @@ from pyspark.sql.streaming.listener import (
 
 from engine.checkpoint import next_offsets
 from kafka_io.clients import admin
-from kafka_io.offsets import Offsets, end_offsets
+from kafka_io.offsets import Offsets, ends_of
 from schemas.closed_lists import Bucket
 from schemas.errors import ConfigError
 
@@ -39,7 +39,7 @@ BATCH_SECONDS = Gauge("meterstream_batch_seconds", "How long the last batch took
 ENDED = Gauge("meterstream_batch_ended_timestamp_seconds", "When the last batch ended.", ["job"], registry=REGISTRY)
 SEEN = Gauge("meterstream_seen_timestamp_seconds", "When the query was last alive.", ["job"], registry=REGISTRY)
 STATE = Gauge("meterstream_state_rows", "Rows that the job keeps from batch to batch.", ["job"], registry=REGISTRY)
-WATERMARKS = [
+WATERMARK_GAUGES = [
     Gauge(f"meterstream_{name}_timestamp_seconds", "Up to when the newest run's windows are over.", ["job"],
           registry=REGISTRY)
     for name in ("watermark", "bound")  # the second is the name of before, for one release
@@ -70,7 +70,7 @@ def batch(
     BATCH_SECONDS.labels(job).set(seconds)
     ENDED.labels(job).set(time.time())
     if watermark:
-        for gauge in WATERMARKS:
+        for gauge in WATERMARK_GAUGES:
             gauge.labels(job).set(watermark.timestamp())
     for bucket in Bucket:
         RECORDS.labels(job, bucket.value).inc(buckets.get(bucket.value, 0))
@@ -128,7 +128,7 @@ class Listener(StreamingQueryListener):
             if time.monotonic() - self._asked > FRESH_S or not set(taken) <= set(self._newest):
                 wanted = set(taken) | set(self._newest)
                 try:
-                    self._newest = end_offsets(self._admin, wanted, ANSWER_S)
+                    self._newest = ends_of(self._admin, wanted, ANSWER_S)
                 except KafkaException:
                     return nan
                 self._asked = time.monotonic()

@@ -248,7 +248,7 @@ class Runner:
             shutil.rmtree(left, ignore_errors=True)
         after.mkdir(parents=True)
         clocks = [pl.read_ipc(file) for file in sorted(before.glob("*/clock.arrow"))] if before else []
-        watermark = watermarks(clocks, settings.allowed_lateness_s, planned_at(self.checkpoint, key.number))
+        over = watermarks(clocks, settings.allowed_lateness_s, planned_at(self.checkpoint, key.number))
         plan = BatchPlan(
             topics={topic.name: topic for topic in job.topics},
             writes=job.writes,
@@ -256,7 +256,7 @@ class Runner:
             state=job.state,
             transform=job.transform,
             registry=registry_files(),
-            context=BatchContext(settings, watermark, close_all),
+            context=BatchContext(settings, over, close_all),
             before=before,
             after=after,
             staging=key.staging,
@@ -292,9 +292,8 @@ class Runner:
         whole = replace(plan, state=self.job.cross_partition_state)
         known = known_frames(whole.before, CROSS_PARTITION, whole.state)
         handed = {table: staged(plan, table) for table in self.job.hands}
-        keep(
-            cross_partition(handed, newest_registry(plan.registry), known, plan.context), known, CROSS_PARTITION, whole
-        )
+        frames = cross_partition(handed, newest_registry(plan.registry), known, plan.context)
+        keep(frames, known, CROSS_PARTITION, whole)
 
     def _publish_books(self, books: pl.DataFrame, key: BatchKey) -> list[Path]:
         """Writes the batch's lines. Returns their folder."""

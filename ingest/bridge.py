@@ -136,11 +136,11 @@ class Subscription:
         self._left_because: str | None = None
         self._linger_until = self._began = self.came_at = 0.0
         self._mark = home() / "run" / f"{name}.session"
-        told = self._told()
-        self._may_be_open = told != CLEAN
-        self._brings_nothing_again = told == CLEAN
-        self._goes_on = told is not None
-        is_open = told not in (CLEAN, None)
+        mark = self._read_mark()
+        self._may_be_open = mark != CLEAN
+        self._brings_nothing_again = mark == CLEAN
+        self._goes_on = mark is not None
+        is_open = mark not in (CLEAN, None)
         self._due = time.monotonic() + (self.wait_s if is_open else 0.0)
         self._is_used = self._is_broker_away = False
         self.client = self._client(clean=False)
@@ -156,7 +156,7 @@ class Subscription:
             client.username_pw_set(self._settings.mqtt_username, self._settings.mqtt_password)
         return client
 
-    def _told(self) -> str | None:
+    def _read_mark(self) -> str | None:
         """How the session ended, by the mark: clean, open (it did not end), or None: it is not known."""
         try:
             return self._mark.read_text()
@@ -172,7 +172,7 @@ class Subscription:
         if self._left_because and self.client.socket() is not None:
             if now < self._linger_until and now - self.came_at < QUIET_S:
                 return
-            self._disconnect(self.client)
+            self.client.leave()
         if self.client.socket() is not None:
             if not self._left_because:
                 self._been_up(now - self._began)
@@ -239,29 +239,25 @@ class Subscription:
         """Ends the connection; where nothing is on its way any more, the next process need not wait for it."""
         is_quiet = self.is_ready and not self._left_because and time.monotonic() - self.came_at > QUIET_S
         is_clean = is_quiet and not self.open and not self._known and self.client.socket() is not None
-        self._disconnect(self.client)
+        self.client.leave()
         if is_clean and self.client.is_quiet_end:
             with contextlib.suppress(OSError):  # without the mark the next one waits
                 self._mark_as(CLEAN)
 
     def remove(self) -> None:
         """Removes the session from the broker; what it still holds is gone with it."""
-        self._disconnect(self.client)
+        self.client.leave()
         client = self._client(clean=True)
         with contextlib.suppress(OSError):  # the next start finds it again
             client.connect(self._settings.mqtt_host, self._settings.mqtt_port)
         until = time.monotonic() + DRAIN_S
         while not client.is_connected() and client.socket() is not None and time.monotonic() < until:
             turn([client], LOOP_S)
-        self._disconnect(client)
+        client.leave()
         self._mark.unlink(missing_ok=True)
 
-    def _disconnect(self, client: LoopClient) -> None:
-        client.disconnect()
-        client.loop_write()
-
     def _mark_as(self, state: str) -> None:
-        if self._told() != state:
+        if self._read_mark() != state:
             self._mark.parent.mkdir(parents=True, exist_ok=True)
             self._mark.write_text(state)
 

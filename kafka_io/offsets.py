@@ -34,7 +34,7 @@ def newest_offsets(kafka: str | AdminClient, topics: Iterable[Topic], patience_s
         try:
             known = client.list_topics(timeout=ANSWER_S).topics
             places = [(name, number) for name in names & set(known) for number in known[name].partitions]
-            return end_offsets(client, places)
+            return ends_of(client, places)
         except KafkaException as error:
             if time.monotonic() > until:
                 where = f" at {kafka}" if isinstance(kafka, str) else ""
@@ -43,7 +43,7 @@ def newest_offsets(kafka: str | AdminClient, topics: Iterable[Topic], patience_s
         time.sleep(0.2)
 
 
-def end_offsets(client: AdminClient, places: Iterable[tuple[str, int]], timeout_s: float = ANSWER_S) -> Offsets:
+def ends_of(client: AdminClient, places: Iterable[tuple[str, int]], timeout_s: float = ANSWER_S) -> Offsets:
     """The end of each of these partitions, asked once.
 
     Args:

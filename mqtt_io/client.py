@@ -56,6 +56,11 @@ class LoopClient(mqtt.Client):
         """Whether something waits for the socket."""
         return bool(self._unsent) or super().want_write()
 
+    def leave(self) -> None:
+        """Disconnects: sends what waits, and reads to the other side's end."""
+        self.disconnect()
+        self.loop_write()
+
     def loop_write(self) -> MQTTErrorCode:
         """Writes what waits, as far as the socket takes it."""
         code = super().loop_write()

@@ -100,6 +100,7 @@ def record(
     Raises:
         ConfigError: nothing to record, or the topics are not there.
         RetryLater: Kafka does not answer, or stops answering.
+        StateLost: Kafka drops records while they are read.
     """
     topics = [*KINDS.values(), DEAD_LETTERS]
     consumer = clients.consumer(bootstrap, clients.SILENT)

@@ -228,5 +228,4 @@ class MqttSink:
             self._drive(lambda: not self._open, "the MQTT broker did not acknowledge all")
         finally:
             for client in self._clients:
-                client.disconnect()
-                client.loop_write()
+                client.leave()

@@ -39,7 +39,7 @@ PLANNED_AT = datetime(2100, 1, 1, tzinfo=UTC)  # every arrival was before
 
 
 PROSE = "#"
-OF_RECORDS = {"batch", "key", "payload", PROSE}
+OF_RECORDS = {"batch", "key", "payload"}
 """Columns of `when/<entity>s.csv` beside the entity's own."""
 SENTENCE = re.compile(r"Given .+; when .+; then .+\.\n")
 

@@ -35,27 +35,21 @@ def test_what_comes_gives_what_must_be_there(request: pytest.FixtureRequest, fol
     scenario.check(found, folder)
 
 
-def written(folder: Path, about: str, **files: str) -> Path:
+def written(folder: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
-        path = folder / name.replace("__", "/").replace("_csv", ".csv")
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    (folder / "about.md").write_text(about)
     return folder
 
 
 def test_what_a_scenario_lacks_or_has_too_much_is_found(tmp_path: Path) -> None:
     when = scenario.of_stream([READINGS])
-    sentence = "Given a meter; when it sends; then it is stored.\n"
-    good = {"when__readings_csv": "batch,meter_id,#\n", "then__accounting_csv": "bucket,records\n"}
-    assert scenario.problems(written(tmp_path / "a", sentence, **good), when, ["accounting"], ["accounting"]) == []
-    bad = written(
-        tmp_path / "b",
-        "A meter.\n",
-        when__readings_csv="meter,volts\n",
-        when__reading_csv="meter_id\n",
-        then__x_csv="y\n",
-    )
+    sentence = {"about.md": "Given a meter; when it sends; then it is stored.\n"}
+    good = {"when/readings.csv": "batch,meter_id,#\n", "then/accounting.csv": "bucket,records\n"}
+    assert scenario.problems(written(tmp_path / "a", sentence | good), when, ["accounting"], ["accounting"]) == []
+    wrong = {"about.md": "A meter.\n", "when/readings.csv": "meter,volts\n", "when/reading.csv": "meter_id\n"}
+    bad = written(tmp_path / "b", wrong | {"then/x.csv": "y\n"})
     assert scenario.problems(bad, when, ["accounting"], ["accounting"]) == [
         "about.md: Given …; when …; then ….",
         "when/reading.csv: nobody reads it; there are readings, registry, settings",

@@ -29,7 +29,7 @@ CLIENTS = {"pyspark", "confluent_kafka", "kafka", "paho", "nats"}
 OUTSIDE = {"os", "io", "pathlib", "shutil", "tempfile", "glob", "fcntl", "subprocess", "pydantic_settings"}
 """Files, locks, environment, settings."""
 WITHOUT = {
-    "schemas": CLIENTS | {"os", "pathlib", "shutil", "tempfile", "glob", "fcntl", "subprocess", "pydantic_settings"},
+    "schemas": CLIENTS | OUTSIDE - {"io"},
     "metering": CLIENTS | OUTSIDE,
     "batch_jobs": {"confluent_kafka", "paho"},
 }

@@ -27,8 +27,8 @@ import pyarrow as pa
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from engine.night import BatchJob, command, day_s, only_believable, per_shard, with_local_day, with_silent
-from metering.clocks import utc_days
+from engine.night import BatchJob, command, day_s, per_shard, with_local_day, with_silent
+from metering.clocks import is_read_in_day, utc_days
 from metering.deduplication import with_seen
 from metering.energy import delta_engine
 from schemas import tables
@@ -81,7 +81,7 @@ def days(readings: pl.DataFrame) -> pl.DataFrame:
     done = delta_engine.steps(marked, pl.DataFrame(schema=delta_engine.BASELINE)).steps
     edges = readings.group_by("meter_id").agg(pl.col("day_start", "day_end", "interval_s").first())
     at, reason = pl.col("observed_at"), pl.col("reason")
-    in_day = (at > pl.col("day_start")) & (at <= pl.col("day_end"))
+    in_day = is_read_in_day()
     steps_of_day = done.join(edges, on="meter_id").filter(in_day).sort("meter_id", "observed_at")
     is_accepted = reason.is_in([accepted.value for accepted in ACCEPTED_DELTAS])
     is_first = reason == DeltaReason.FIRST.value
@@ -121,9 +121,7 @@ def days(readings: pl.DataFrame) -> pl.DataFrame:
 def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date) -> DataFrame:
     """A day's energy; see the module."""
     columns = ["meter_id", "observed_at", "run_id", "dialect", "topic", "partition", "offset", *VALUES]
-    readings = with_local_day(only_believable(lake["readings"]), registry, date, *KNOWN).select(
-        *columns, *KNOWN, "day_start", "day_end"
-    )
+    readings = with_local_day(lake["readings"], registry, date, *KNOWN).select(*columns, *KNOWN, "day_start", "day_end")
     evening = F.col("day_start") - F.expr(f"interval {EVENING_H} hours")
     earliest = F.lit(utc_days(date)[0].isoformat()).cast("timestamp")  # no local evening is before: files are skipped
     near = readings.where(F.col("observed_at") >= earliest).where(
@@ -186,7 +184,13 @@ def _kwh(wh: str) -> Column:
     return (F.col(wh).cast("decimal(18,0)") / 1000).cast("decimal(18,3)")
 
 
-JOB = BatchJob(name=Path(__file__).stem, version=1, reads={"readings": DAYS_BEFORE}, transform=transform)
+JOB = BatchJob(
+    name=Path(__file__).stem,
+    version=1,
+    reads={"readings": DAYS_BEFORE},
+    transform=transform,
+    refuses_impossible_clocks=("readings",),
+)
 
 
 def main() -> None:

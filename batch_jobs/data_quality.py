@@ -36,7 +36,6 @@ from engine.night import (
     command,
     day_s,
     is_read_in_day,
-    only_believable,
     per_shard,
     with_local_day,
     with_silent,
@@ -98,7 +97,7 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
     measured = [name for name in tables.READINGS.names if name not in WAY]
     place = ["topic", "partition", "offset"]
     readings = (
-        with_local_day(only_believable(lake["readings"]), registry, date)
+        with_local_day(lake["readings"], registry, date)
         .where(is_read_in_day("observed_at"))
         .withColumn("print", F.xxhash64(*measured))
         .select("meter_id", "observed_at", "arrival_at", *place, "print", "day_start", "day_end")
@@ -163,6 +162,7 @@ JOB = BatchJob(
     version=1,
     reads={"readings": 0, "late_readings": 0, "quarantined_readings": 0, "dead_letters": 0},
     transform=transform,
+    refuses_impossible_clocks=("readings",),
 )
 
 

@@ -25,7 +25,8 @@ import pyarrow as pa
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from engine.night import BatchJob, command, day_s, only_believable, per_shard, with_local_day, with_silent
+from engine.night import BatchJob, command, day_s, per_shard, with_local_day, with_silent
+from metering.clocks import is_begun_in_day, is_read_in_day
 from metering.deduplication import with_seen
 from metering.voltage.windows import JURISDICTION, NOMINAL_MV, VOLTAGES, WINDOW, window_start, windows
 from schemas import tables
@@ -59,8 +60,7 @@ def days(readings: pl.DataFrame) -> pl.DataFrame:
     """
     marked = with_seen(readings, readings.clear(), ["meter_id", "observed_at"], VOLTAGES)
     originals = marked.filter(pl.col("seen").is_null()).sort("meter_id", "observed_at")
-    begin = window_start()
-    samples = originals.filter((begin >= pl.col("day_start")) & (begin < pl.col("day_end")))
+    samples = originals.filter(is_begun_in_day(window_start()))
     failures = _rises(originals, "power_failure_count").filter(pl.col("rise") > 0)
     failed = pl.concat(
         [failures.select("meter_id", window_start=window_start(at)) for at in ("observed_at", "before_at")]
@@ -84,7 +84,7 @@ def days(readings: pl.DataFrame) -> pl.DataFrame:
     )  # fmt: skip
     counted = [
         _rises(originals, f"{counter}_{phase.lower()}")
-        .filter((pl.col("observed_at") > pl.col("day_start")) & (pl.col("observed_at") <= pl.col("day_end")))
+        .filter(is_read_in_day())
         .select("meter_id", "rise", phase=pl.lit(phase), kind=pl.lit(name))
         for name, counter in COUNTERS.items()
         for phase in tables.PHASES
@@ -111,7 +111,7 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
     """A day's voltage; see the module."""
     columns = ["meter_id", "observed_at", "run_id", "equipment_id", "topic", "partition", "offset"]
     readings = (
-        with_local_day(only_believable(lake["readings"]), registry, date, *KNOWN)
+        with_local_day(lake["readings"], registry, date, *KNOWN)
         .where(F.col("observed_at") < F.col("day_end") + F.expr(f"interval {WINDOW_S} seconds"))
         .select(*columns, *VOLTAGES, *COUNTER_COLUMNS, "power_failure_count", *KNOWN, "day_start", "day_end")
     )
@@ -153,7 +153,13 @@ def _volts(millivolts: str) -> Column:
     return (F.col(millivolts).try_cast("decimal(12,0)") / 1000).cast("decimal(12,3)")
 
 
-JOB = BatchJob(name=Path(__file__).stem, version=1, reads={"readings": 0}, transform=transform)
+JOB = BatchJob(
+    name=Path(__file__).stem,
+    version=1,
+    reads={"readings": 0},
+    transform=transform,
+    refuses_impossible_clocks=("readings",),
+)
 
 
 def main() -> None:

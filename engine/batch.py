@@ -1,38 +1,31 @@
-"""A batch: what is the same for all its partitions, and how each is done."""
+"""A batch of one Kafka partition: decode, refuse, deduplicate, the job's rule, keep apart, account. Pure.
 
-from collections.abc import Callable, Mapping
+received = stored + duplicate + late + quarantined + invalid: the engine gives every record that came exactly one
+verdict, so the accounting closes whatever a rule does.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+from polars import selectors
 
-from engine.settings import StreamSettings
+from engine.decoding import decoded
+from engine.job import CLOCKS, MEMORY, SAID, BatchContext, Frames, Output, Source, StreamingJob
+from engine.watermark import clock
 from lake.reading import RegistryFiles
+from metering import accounting
+from metering.clocks import is_impossible
+from metering.deduplication import FIRST, PLACE, is_recent, originals, with_seen
+from schemas.closed_lists import Bucket, QuarantineReason
+from schemas.errors import ContractBroken
 from schemas.tables import TABLES, polars_schema
-from schemas.topics import Topic
+from schemas.topics import DEAD_LETTERS
 
-Frames = Mapping[str, pl.DataFrame]
-CROSS_PARTITION = "cross_partition"
-NO_DATE = "__HIVE_DEFAULT_PARTITION__"  # as Spark names it
-
-
-@dataclass(frozen=True)
-class BatchContext:
-    """What is the same for all partitions of a batch.
-
-    Attributes:
-        settings: of the streaming jobs.
-        watermarks: per run_id `previous_watermark`, up to which the batch before closed its windows, and `watermark`,
-            up to which this one does (`engine.watermark.watermarks`).
-        close_all: a flush: every window is over.
-    """
-
-    settings: StreamSettings
-    watermarks: pl.DataFrame
-    close_all: bool = False
-
-
-Transform = Callable[[pl.DataFrame, pl.DataFrame, Frames, BatchContext], Frames]
+ADDED = ("received_at", "arrival_at", "kafka_at", "refused_because", "refused_detail", "refused_payload", *PLACE)
+"""Columns that differ when the same message is delivered again, and those that are no part of it."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +33,7 @@ class BatchPlan:
     """How the partitions of one batch are done.
 
     Attributes:
-        topics: by name.
-        writes: lake table → the timestamp column that dates its rows.
-        current: lake tables that are replaced, a file per partition.
-        state: kinds of frames that the next batch reads.
-        transform: (rows of a partition, registry, its state, context) → frames: tables, state, books.
+        job: its rules and what the engine does for it.
         registry: files of the registry.
         context: what is the same for all.
         before: state of the batch before, None before the first.
@@ -52,11 +41,7 @@ class BatchPlan:
         staging: where rows wait.
     """
 
-    topics: Mapping[str, Topic]
-    writes: Mapping[str, str]
-    current: tuple[str, ...]
-    state: Mapping[str, pl.Schema]
-    transform: Transform
+    job: StreamingJob
     registry: RegistryFiles
     context: BatchContext
     before: Path | None
@@ -64,6 +49,125 @@ class BatchPlan:
     staging: Path
 
 
+@dataclass(frozen=True)
+class Settled:
+    """What has become of a partition's records.
+
+    Attributes:
+        tables: lake table → rows, in the columns of the table.
+        state: all kinds of the source's state.
+        accounting: where each record went, columns `metering.accounting.LINES`.
+    """
+
+    tables: Frames
+    state: Frames
+    accounting: pl.DataFrame
+
+
+def settled(
+    records: pa.Table, source: Source, stage: str, registry: pl.DataFrame, state: Frames, context: BatchContext
+) -> Settled:
+    """Does one partition.
+
+    Args:
+        records: columns `KAFKA`, of the source's topic.
+        source: the rule, and what is to be done for it.
+        stage: the job's name.
+        registry: the newest row of each meter.
+        state: what the batch before left, kinds of `source.kept`.
+        context: what is the same for all partitions.
+
+    Raises:
+        ContractBroken: the rule gives a state, or a verdict, that nobody asked for.
+    """
+    settings = context.settings
+    rows = decoded(records, source.topic)
+    valid = accounting.only_valid(rows)
+    verdicts: list[pl.DataFrame] = []
+    kept: dict[str, pl.DataFrame] = {}
+    handed = valid
+    if source.refuses_impossible_clocks:
+        wrong = is_impossible(settings.max_ahead_s, settings.max_behind_s).fill_null(False)
+        verdicts.append(accounting.verdicts(valid.filter(wrong), pl.lit(QuarantineReason.IMPOSSIBLE_CLOCK.value)))
+        handed = valid.filter(~wrong)
+    if source.deduplicate_on:
+        handed, kept[MEMORY], seen = _deduplicated(handed, source, state[MEMORY], settings.recent_records)
+        verdicts.append(seen)
+    if source.closes_windows:
+        kept[CLOCKS] = clock(valid, state[CLOCKS], context.watermarks)
+    if source.topic == DEAD_LETTERS:
+        verdicts.append(accounting.verdicts(handed, pl.col("reason")))
+    if source.columns:
+        marks = selectors.by_name("seen", require_all=False) | selectors.starts_with(FIRST)
+        handed = handed.select(*dict.fromkeys([*source.columns, *PLACE]), marks)
+    output = source.transform(handed, registry, {kind: state[kind] for kind in source.state}, context)
+    judged = _judged(valid, [*verdicts, output.verdicts])
+    tables = {table: contract(frame, table) for table, frame in output.tables.items()}
+    for table, frame in _apart(rows, judged, source, stage).items():
+        tables[table] = pl.concat([tables[table], frame]) if table in tables else frame
+    return Settled(
+        tables,
+        {**state, **required(output, source.state, stage), **kept},
+        pl.concat([accounting.count(judged), accounting.invalid(rows)]),
+    )
+
+
 def contract(frame: pl.DataFrame, table: str) -> pl.DataFrame:
     """A lake table's columns, as they are written."""
     return frame.select(TABLES[table].names).cast(polars_schema(TABLES[table]))
+
+
+def required(output: Output, kinds: Mapping[str, pl.Schema], stage: str) -> dict[str, pl.DataFrame]:
+    """The state that a rule gives.
+
+    Args:
+        output: of the rule.
+        kinds: that are declared.
+        stage: the job's name.
+
+    Raises:
+        ContractBroken: it gives another kind, which nobody would keep.
+    """
+    if unknown := sorted(set(output.state) - set(kinds)):
+        msg = f"{stage} gives a state that it does not declare: {', '.join(unknown)}; it declares {', '.join(kinds)}"
+        raise ContractBroken(msg)
+    return dict(output.state)
+
+
+def _deduplicated(
+    rows: pl.DataFrame, source: Source, memory: pl.DataFrame, horizon: int
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """The rows that are handed over, the originals to remember, and the verdicts of the others."""
+    identity, values = list(source.deduplicate_on), list(source.compares)
+    if SAID in identity:
+        sent = rows.select(sorted(set(rows.columns) - set(ADDED)))
+        rows = rows.with_columns(sent.hash_rows().alias(SAID))
+    marked = with_seen(rows.select(*dict.fromkeys([*identity, *PLACE, *values])), memory, identity, values)
+    known = originals(memory, marked).filter(is_recent(horizon))
+    verdicts = accounting.verdicts(marked, pl.col("seen"))
+    if source.hands_duplicates:
+        return rows.with_columns(marked.select("seen", selectors.starts_with(FIRST))), known, verdicts
+    return (rows.filter(marked.get_column("seen").is_null()) if len(verdicts) else rows), known, verdicts
+
+
+def _judged(valid: pl.DataFrame, verdicts: list[pl.DataFrame]) -> pl.DataFrame:
+    """Each decoded record with run_id, reason and bucket: the first verdict counts, without one it was stored."""
+    run_id = pl.col("run_id") if "run_id" in valid.columns else pl.lit(None, pl.String).alias("run_id")
+    first = pl.concat(verdicts).unique("offset", keep="first", maintain_order=True)
+    return (
+        valid.select("offset", run_id)
+        .join(first, on="offset", how="left", maintain_order="left")
+        .with_columns(bucket=accounting.bucket_of(pl.col("reason")))
+    )
+
+
+def _apart(rows: pl.DataFrame, judged: pl.DataFrame, source: Source, stage: str) -> dict[str, pl.DataFrame]:
+    """Rows of the records that were not stored, by lake table."""
+    found = {}
+    for table in source.apart:
+        bucket = Bucket.LATE if table.startswith("late_") else Bucket.QUARANTINED
+        found[table] = contract(
+            accounting.refused(rows) if table == "dead_letters" else accounting.kept_apart(rows, judged, bucket, stage),
+            table,
+        )
+    return found

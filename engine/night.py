@@ -35,7 +35,7 @@ from lake.publishing import publish_report
 from lake.reading import read_registry, read_table, spark_schema, uri
 from metering.clocks import utc_days
 from schemas.errors import ConfigError, ContractBroken, exits
-from schemas.tables import TABLES
+from schemas.tables import REPORTS, TABLES
 from settings import load
 
 SHARDS = 32
@@ -56,13 +56,16 @@ class BatchJob:
         version: raised when columns of the report change their meaning; part of the report's name.
         reads: lake table or report → how many days before the local day it needs. Of a table the UTC days that these
             local days can touch are read, of a report the days themselves. None: the whole of a small table.
-        transform: (tables by name, registry, local day) → the report's rows; pure, runs on static frames too.
+        transform: (tables by name, registry, local day) → the report's rows, columns `schemas.tables.REPORTS`; pure,
+            runs on static frames too.
+        refuses_impossible_clocks: lake tables of which it is not handed the rows whose clock cannot be right.
     """
 
     name: str
     version: int
     reads: Mapping[str, int | None]
     transform: Transform
+    refuses_impossible_clocks: tuple[str, ...] = ()
 
     @property
     def report(self) -> str:
@@ -138,11 +141,34 @@ def impossible_clock(max_ahead_s: int, max_behind_s: int) -> Column:
     return (seconds > max_ahead_s) | (seconds < -max_behind_s)
 
 
-def only_believable(readings: DataFrame) -> DataFrame:
-    """Readings whose clock can be right; the stream has quarantined the others."""
-    limits = load(ClockSettings)
-    is_impossible = impossible_clock(limits.max_ahead_s, limits.max_behind_s)
-    return readings.where(~F.coalesce(is_impossible, F.lit(False)))
+def rows_of(
+    job: BatchJob, lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date, limits: ClockSettings
+) -> DataFrame:
+    """A report's rows, in its columns: what the engine does for a job as declared, its transform, the check.
+
+    Args:
+        job: whose.
+        lake: tables and reports that it reads, by name.
+        registry: one row per meter.
+        date: the local day.
+        limits: which clocks cannot be right; the stream has quarantined the records of those.
+
+    Raises:
+        ContractBroken: the transform gives other columns than the report is declared with.
+    """
+    is_impossible = F.coalesce(impossible_clock(limits.max_ahead_s, limits.max_behind_s), F.lit(False))
+    believable = {name: lake[name].where(~is_impossible) for name in job.refuses_impossible_clocks}
+    rows = job.transform({**lake, **believable}, registry, date)
+    declared = spark_schema(REPORTS[job.report])
+    found, wanted = ({field.name: field.dataType.simpleString() for field in of} for of in (rows.schema, declared))
+    if found != wanted:
+        wrong = sorted(set(found.items()) ^ set(wanted.items()))
+        msg = f"{job.report} is declared with other columns than its transform gives: "
+        msg += ", ".join(
+            f"{name} {kind} ({'given' if found.get(name) == kind else 'declared'})" for name, kind in wrong
+        )
+        raise ContractBroken(msg)
+    return rows.select(*declared.names)
 
 
 def with_silent(
@@ -202,8 +228,14 @@ def _read(session: SparkSession, name: str, date: datetime.date, days_before: in
     return session.read.parquet(*parts)
 
 
-def publish(session: SparkSession, job: BatchJob, date: datetime.date) -> int:
+def publish(session: SparkSession, job: BatchJob, date: datetime.date, limits: ClockSettings) -> int:
     """Replaces one date of a job's report.
+
+    Args:
+        session: Spark's.
+        job: whose report.
+        date: the local day.
+        limits: which clocks cannot be right.
 
     Returns:
         The number of rows.
@@ -218,7 +250,7 @@ def publish(session: SparkSession, job: BatchJob, date: datetime.date) -> int:
         raise ConfigError(msg)
     with files_kept(*(set(job.reads) & set(TABLES))):
         tables = {name: _read(session, name, date, days) for name, days in job.reads.items()}
-        return publish_report(job.transform(tables, registry, date), job.report, date.isoformat())
+        return publish_report(rows_of(job, tables, registry, date, limits), job.report, date.isoformat())
 
 
 def silent(date: datetime.date) -> str | None:
@@ -230,7 +262,7 @@ def silent(date: datetime.date) -> str | None:
     return f"The lake has no readings of {date.isoformat()}; {known}. The reports will say no more than that."
 
 
-def run(jobs: Iterable[BatchJob], date: datetime.date, as_json: bool = False) -> None:
+def run(jobs: Iterable[BatchJob], date: datetime.date, limits: ClockSettings, as_json: bool = False) -> None:
     """Runs the jobs, some at once, each after those whose reports it reads, and says rows and seconds of each.
 
     Raises:
@@ -257,7 +289,7 @@ def run(jobs: Iterable[BatchJob], date: datetime.date, as_json: bool = False) ->
                 try:
                     while left.is_active():
                         for job in sorted(left.get_ready(), key=lambda job: job.name):
-                            running[pool.submit(_timed, session, job, date)] = job
+                            running[pool.submit(_timed, session, job, date, limits)] = job
                         bar.update(task, told=", ".join(job.name for job in list(running.values())[:AT_ONCE]))
                         for done in wait(running, return_when=FIRST_COMPLETED).done:
                             job = running.pop(done)
@@ -278,10 +310,10 @@ def run(jobs: Iterable[BatchJob], date: datetime.date, as_json: bool = False) ->
             session.stop()
 
 
-def _timed(session: SparkSession, job: BatchJob, date: datetime.date) -> tuple[int, float]:
+def _timed(session: SparkSession, job: BatchJob, date: datetime.date, limits: ClockSettings) -> tuple[int, float]:
     """Publishes one job's report. Returns rows and seconds."""
     began = time.monotonic()
-    return publish(session, job, date), time.monotonic() - began
+    return publish(session, job, date, limits), time.monotonic() - began
 
 
 def command(jobs: list[BatchJob]) -> None:
@@ -297,7 +329,7 @@ def command(jobs: list[BatchJob]) -> None:
             except ValueError as error:
                 msg = f"--date is a day like 2016-06-15, not {date}"
                 raise ConfigError(msg) from error
-            run(jobs, day, as_json)
+            run(jobs, day, load(ClockSettings), as_json)
 
     main.__doc__ = f"Writes the reports of one local day: {', '.join(job.name for job in jobs)}."
     typer.run(main)

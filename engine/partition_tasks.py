@@ -1,8 +1,8 @@
 """A batch, cut by Kafka partition: the one place where Spark hands rows to Polars.
 
 Kafka's key is the meter, so a Kafka partition has all rows of its meters and nothing need be shuffled. A task fetches
-and decodes its partition, reads what the batch before left for it, calls the job's transform and writes rows and state
-to files of its own; the driver gets the books only. What a batch has no rows of keeps its state.
+its partition, reads what the batch before left for it, settles it (`engine/batch.py`) and writes rows and state to
+files of its own; the driver gets the accounting only. What a batch has no rows of keeps its state.
 
 A task that is tried again writes the same files again. Files lie under staging until the driver renames them in.
 """
@@ -17,21 +17,24 @@ import pyarrow.compute as pc
 from pyspark import TaskContext
 from pyspark.sql import DataFrame
 
-from engine.batch import CROSS_PARTITION, NO_DATE, BatchPlan, Frames, contract
-from engine.decoding import decoded
+from engine.batch import BatchPlan, contract, required, settled
+from engine.job import MEMORY, CrossPartition, Frames
 from engine.settings import StreamSettings
 from kafka_io.ranges import KAFKA, RANGES, Range, fetched
 from lake.publishing import COMPRESSION
 from lake.reading import newest_registry, spark_schema
-from metering.accounting import BOOKS
+from metering.accounting import LINES
 from schemas.errors import ContractBroken, StateLost
-from schemas.tables import TABLES, arrow_of, polars_schema
+from schemas.tables import DATED_BY, TABLES, arrow_of, polars_schema
 
-COUNTED = pa.schema([pa.field("partition", pa.string()), pa.field("task", pa.int64()), *arrow_of(BOOKS)])
+COUNTED = pa.schema([pa.field("partition", pa.string()), pa.field("task", pa.int64()), *arrow_of(LINES)])
+CROSS_PARTITION = "cross_partition"
+"""Name of the state that belongs to no partition."""
+NO_DATE = "__HIVE_DEFAULT_PARTITION__"  # as Spark names it
 
 
 def run(records: DataFrame | None, plan: BatchPlan) -> pl.DataFrame:
-    """Does every partition that has rows or state. Returns the lines of the books.
+    """Does every partition that has rows or state. Returns the lines of the accounting.
 
     Args:
         records: what came, columns `KAFKA`, or where it lies, columns `RANGES`; None where nothing came.
@@ -55,17 +58,21 @@ def run(records: DataFrame | None, plan: BatchPlan) -> pl.DataFrame:
         msg = "a Kafka partition came in two tasks: leave minPartitions and maxRecordsPerPartition alone"
         raise ContractBroken(msg)
     silent = sorted(_partitions(plan.before) - set(tasks.get_column("partition")))
-    is_moved = plan.context.close_all or "clock" in plan.state
     for partition in silent:
-        if is_moved:
+        source = plan.job.source(_topic(partition))
+        if plan.context.close_all or source.closes_windows:
             _partition(partition, KAFKA.empty_table(), plan)
         else:
-            _link(plan, partition)
-    return counted.select(BOOKS.names())
+            _link(plan, partition, source.kept)
+    return counted.select(LINES.names())
 
 
 def _partitions(folder: Path | None) -> set[str]:
     return {partition.name for partition in folder.iterdir() if partition.name != CROSS_PARTITION} if folder else set()
+
+
+def _topic(partition: str) -> str:
+    return partition.rpartition("-")[0]
 
 
 def _task(batches: Iterable[pa.RecordBatch], plan: BatchPlan, task: int) -> Iterator[pa.RecordBatch]:
@@ -73,9 +80,9 @@ def _task(batches: Iterable[pa.RecordBatch], plan: BatchPlan, task: int) -> Iter
     if not pieces:
         return
     for partition, records in _by_partition(pa.Table.from_batches(pieces), plan.context.settings):
-        books = _partition(partition, records, plan)
+        lines = _partition(partition, records, plan)
         table = (
-            books.with_columns(partition=pl.lit(partition), task=pl.lit(task, pl.Int64))
+            lines.with_columns(partition=pl.lit(partition), task=pl.lit(task, pl.Int64))
             .select(COUNTED.names)
             .to_arrow()
             .cast(COUNTED)
@@ -97,17 +104,33 @@ def _by_partition(given: pa.Table, settings: StreamSettings) -> Iterator[tuple[s
 
 
 def _partition(partition: str, records: pa.Table, plan: BatchPlan) -> pl.DataFrame:
-    """One Kafka partition: decodes, transforms, writes. Returns its lines of the books."""
-    rows = decoded(records, plan.topics[partition.rpartition("-")[0]])
-    known = known_frames(plan.before, partition, plan.state)
-    if "recent" in known and len(records):
-        known["recent"] = _of_this_topic(known["recent"], records.column("offset")[0].as_py())
-    frames = plan.transform(rows, newest_registry(plan.registry), known, plan.context)
-    keep(frames, known, partition, plan)
-    if len(rows):
-        for table in plan.current:
-            _written(contract(frames[table], table), plan.staging / table / f"current-{partition}.parquet")
-    return frames["books"]
+    """One Kafka partition: settles it and writes what came out. Returns its lines of the accounting."""
+    source = plan.job.source(_topic(partition))
+    known = known_frames(plan.before, partition, source.kept)
+    before = known
+    if MEMORY in known and len(records):
+        before = {**known, MEMORY: _of_this_topic(known[MEMORY], records.column("offset")[0].as_py())}
+    registry = newest_registry(plan.registry)
+    done = settled(records, source, plan.job.name, registry, before, plan.context)
+    _keep_state(done.state, known, partition, source.kept, plan)
+    for table in plan.job.tables:
+        if table in done.tables:
+            _keep_rows(done.tables[table], table, partition, plan)
+    for table in plan.job.current:
+        if len(records):
+            _written(done.tables[table], plan.staging / table / f"current-{partition}.parquet")
+    return done.accounting
+
+
+def across(step: CrossPartition, plan: BatchPlan) -> None:
+    """The step after all partitions, on the driver, for what does not belong to one meter."""
+    kinds = plan.job.cross_partition_state
+    known = known_frames(plan.before, CROSS_PARTITION, kinds)
+    handed = {table: staged(plan, table) for table in plan.job.hands}
+    output = step(handed, newest_registry(plan.registry), known, plan.context)
+    _keep_state({**known, **required(output, kinds, plan.job.name)}, known, CROSS_PARTITION, kinds, plan)
+    for table, frame in output.tables.items():
+        _keep_rows(contract(frame, table), table, CROSS_PARTITION, plan)
 
 
 def _of_this_topic(recent: pl.DataFrame, first_offset: int) -> pl.DataFrame:
@@ -139,24 +162,24 @@ def staged(plan: BatchPlan, table: str) -> pl.DataFrame:
     return pl.concat([pl.DataFrame(schema=schema), *[pl.read_parquet(part, hive_partitioning=False) for part in parts]])
 
 
-def keep(frames: Frames, known: Frames, partition: str, plan: BatchPlan) -> None:
-    """Writes a partition's rows to staging, a file per table and date, and its state; what did not change is linked."""
-    for kind, schema in plan.state.items():
-        if frames[kind] is known[kind] and plan.before and (plan.before / partition / f"{kind}.arrow").exists():
-            _link(plan, partition, kind)
+def _keep_state(state: Frames, known: Frames, partition: str, kinds: Mapping[str, pl.Schema], plan: BatchPlan) -> None:
+    """Writes a partition's state; what did not change is linked."""
+    for kind, schema in kinds.items():
+        if state[kind] is known[kind] and plan.before and (plan.before / partition / f"{kind}.arrow").exists():
+            _link(plan, partition, [kind])
             continue
         path = plan.after / partition / f"{kind}.arrow"
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        frames[kind].select(schema.names()).cast(schema).rechunk().write_ipc(part)
+        state[kind].select(schema.names()).cast(schema).rechunk().write_ipc(part)
         part.rename(path)
-    for table, dated_by in plan.writes.items():
-        frame = frames.get(table)
-        if frame is None or not len(frame):
-            continue
-        dated = contract(frame, table).with_columns(date=pl.col(dated_by).dt.date())
-        for (date,), rows in dated.partition_by("date", as_dict=True, include_key=False).items():
-            _written(rows, plan.staging / table / f"date={date or NO_DATE}" / f"{partition}.parquet")
+
+
+def _keep_rows(rows: pl.DataFrame, table: str, partition: str, plan: BatchPlan) -> None:
+    """Writes a partition's rows of a table to staging, a file per date."""
+    dated = rows.with_columns(date=pl.col(DATED_BY[table]).dt.date())
+    for (date,), those in dated.partition_by("date", as_dict=True, include_key=False).items():
+        _written(those, plan.staging / table / f"date={date or NO_DATE}" / f"{partition}.parquet")
 
 
 def _written(frame: pl.DataFrame, path: Path) -> None:
@@ -166,11 +189,11 @@ def _written(frame: pl.DataFrame, path: Path) -> None:
     part.rename(path)
 
 
-def _link(plan: BatchPlan, partition: str, *kinds: str) -> None:
+def _link(plan: BatchPlan, partition: str, kinds: Iterable[str]) -> None:
     """Hands a partition's state on as it is."""
     assert plan.before
     (plan.after / partition).mkdir(parents=True, exist_ok=True)
-    for kind in kinds or plan.state:
+    for kind in kinds:
         source, target = plan.before / partition / f"{kind}.arrow", plan.after / partition / f"{kind}.arrow"
         if source.exists():
             target.unlink(missing_ok=True)

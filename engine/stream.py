@@ -1,4 +1,4 @@
-"""Running streaming jobs: Kafka → transform → tables, with state by batch, books and restart.
+"""Running streaming jobs: Kafka → transform → tables, with state by batch, accounting and restart.
 
 Batch N reads the state that batch N−1 wrote, never the newest; N−1 stays until Spark has committed N. So a batch that
 is tried again gives the same rows in the same files, whenever the process died.
@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +24,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
 from engine import metrics
-from engine.batch import CROSS_PARTITION, BatchContext, BatchPlan, Frames, Transform
+from engine.batch import BatchPlan
 from engine.checkpoint import (
     KAFKA_IS_AWAY,
     LOST_IN_KAFKA,
@@ -40,7 +39,8 @@ from engine.checkpoint import (
     query_id,
     require_whole,
 )
-from engine.partition_tasks import keep, known_frames, staged
+from engine.job import BatchContext, StreamingJob
+from engine.partition_tasks import across, staged
 from engine.partition_tasks import run as run_partitions
 from engine.session import spark_session
 from engine.settings import StreamSettings
@@ -51,7 +51,7 @@ from kafka_io.ranges import RANGES
 from lake.compaction import Merger
 from lake.locks import job_run
 from lake.publishing import BatchKey, publish_small, remove_parts, rename_in, swap_in
-from lake.reading import newest_registry, registry_files, spark_schema, uri
+from lake.reading import registry_files, spark_schema, uri
 from schemas.closed_lists import Bucket
 from schemas.codec import encode_batch
 from schemas.errors import ContractBroken, MeterstreamError, RetryLater, StateLost, exits
@@ -64,43 +64,6 @@ NEXT_TIME = "this batch came when all that Kafka had at the flush was taken: it 
 SEND_TIMEOUT_S = 60
 JAVA_OPTIONS = "-XX:TieredStopAtLevel=1"
 """No record goes through the JVM, so its best compiler takes longer than it saves (docs/bench.md)."""
-
-
-CrossPartition = Callable[[Frames, pl.DataFrame, Frames, BatchContext], Frames]
-
-
-@dataclass(frozen=True)
-class StreamingJob:
-    """One streaming job.
-
-    Attributes:
-        name: its module's name: query, checkpoint, output prefix, CLI word.
-        version: raised when the state changes its form; part of the checkpoint's path.
-        topics: what it reads; their key is the meter.
-        writes: lake table → the timestamp column that dates its rows.
-        state: kinds of frames that are kept from batch to batch, a partition at a time.
-        transform: (rows of one Kafka partition by `engine.decoding.decoded`, registry, state, context) → frames:
-            tables, state, and `books` (run_id, bucket, records: where each input record went); pure, runs on static
-            frames.
-        sends: lake table → the topic that gets its rows too.
-        current: lake tables that are replaced by their newest version.
-        hands: tables whose rows of a batch are handed to `cross_partition`.
-        cross_partition: the step after all partitions, for what does not belong to one meter: ({table: rows of all
-            partitions}, registry, its state, context) → frames: tables, state.
-        cross_partition_state: kinds of frames that it keeps.
-    """
-
-    name: str
-    version: int
-    topics: tuple[Topic, ...]
-    writes: Mapping[str, str]
-    state: Mapping[str, pl.Schema]
-    transform: Transform
-    sends: Mapping[str, Topic] = field(default_factory=dict)
-    current: tuple[str, ...] = ()
-    hands: tuple[str, ...] = ()
-    cross_partition: CrossPartition | None = None
-    cross_partition_state: Mapping[str, pl.Schema] = field(default_factory=dict)
 
 
 class Runner:
@@ -242,63 +205,45 @@ class Runner:
     def _write(
         self, records: DataFrame | None, before: Path | None, key: BatchKey, after: Path, close_all: bool = False
     ) -> tuple[dict[str, int], datetime | None]:
-        """Writes rows, books and state. Returns the records by bucket, and up to when windows are over."""
+        """Writes rows, accounting and state. Returns the records by bucket, and the newest watermark."""
         job, settings = self.job, self.settings
         for left in (after, key.staging):
             shutil.rmtree(left, ignore_errors=True)
         after.mkdir(parents=True)
         clocks = [pl.read_ipc(file) for file in sorted(before.glob("*/clock.arrow"))] if before else []
         over = watermarks(clocks, settings.allowed_lateness_s, planned_at(self.checkpoint, key.number))
-        plan = BatchPlan(
-            topics={topic.name: topic for topic in job.topics},
-            writes=job.writes,
-            current=job.current,
-            state=job.state,
-            transform=job.transform,
-            registry=registry_files(),
-            context=BatchContext(settings, over, close_all),
-            before=before,
-            after=after,
-            staging=key.staging,
-        )
+        context = BatchContext(settings, over, close_all)
+        plan = BatchPlan(job, registry_files(), context, before, after, key.staging)
         folders: list[Path] = []
         try:
-            books = run_partitions(records, plan)
+            lines = run_partitions(records, plan)
             if job.cross_partition:
-                self._do_cross_partition(job.cross_partition, plan)
+                across(job.cross_partition, plan)
             for table, topic in job.sends.items():
                 send(staged(plan, table), topic, settings.kafka_bootstrap)
             if self._first:
-                remove_parts(key, [*job.writes, "accounting"])
-            for table in job.writes:
+                remove_parts(key, [*job.tables, "accounting"])
+            for table in job.tables:
                 folders += rename_in(table, key)
-            folders += self._publish_books(books, key)
+            folders += self._publish_accounting(lines, key)
             for table in job.current:
                 swap_in(table, key)
         finally:
             shutil.rmtree(key.staging, ignore_errors=True)
         self._first = False
         if self._merger is None:  # finds what is there, these too
-            tables = [*job.writes, "accounting"]
+            tables = [*job.tables, "accounting"]
             self._merger = Merger(f"{job.name}-{self.query_id}", tables, settings.merge_files)
         else:
             self._merger.added(folders)
         newest = plan.context.watermarks.get_column("watermark").max()
-        counted = books.group_by("bucket").agg(pl.col("records").sum())
+        counted = lines.group_by("bucket").agg(pl.col("records").sum())
         return dict(counted.iter_rows()), newest if isinstance(newest, datetime) else None
 
-    def _do_cross_partition(self, cross_partition: CrossPartition, plan: BatchPlan) -> None:
-        """What does not belong to one meter, on the driver."""
-        whole = replace(plan, state=self.job.cross_partition_state)
-        known = known_frames(whole.before, CROSS_PARTITION, whole.state)
-        handed = {table: staged(plan, table) for table in self.job.hands}
-        frames = cross_partition(handed, newest_registry(plan.registry), known, plan.context)
-        keep(frames, known, CROSS_PARTITION, whole)
-
-    def _publish_books(self, books: pl.DataFrame, key: BatchKey) -> list[Path]:
+    def _publish_accounting(self, lines: pl.DataFrame, key: BatchKey) -> list[Path]:
         """Writes the batch's lines. Returns their folder."""
         runs: dict[str | None, dict[str, int]] = {}
-        for run_id, bucket, records in books.iter_rows():
+        for run_id, bucket, records in lines.iter_rows():
             runs.setdefault(run_id, dict.fromkeys(Bucket, 0))[bucket] += records
         if not runs:
             return []

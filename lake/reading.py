@@ -12,7 +12,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 
 from lake.paths import table_path
-from metering.registry import MOST, newest
+from metering.registry import MOST, newest, usable
 from schemas.tables import TABLES, polars_schema
 
 
@@ -62,7 +62,17 @@ def newest_registry(files: RegistryFiles) -> pl.DataFrame:
     schema = polars_schema(TABLES["registry"])
     if not files:
         return pl.DataFrame(schema=schema)
-    return newest(pl.read_parquet([path for path, _ in files], columns=schema.names()))
+    return usable(newest(pl.read_parquet([path for path, _ in files], columns=schema.names())))
+
+
+def registered(meter_ids: pl.Series) -> pl.DataFrame:
+    """The newest row of each of these meters as it was registered, with the `file` that has it."""
+    schema = {**polars_schema(TABLES["registry"]), "file": pl.String()}
+    files = [path for path, _ in registry_files()]
+    if not files:
+        return pl.DataFrame(schema=schema)
+    is_one = pl.col("meter_id").is_in(meter_ids.implode())
+    return newest(pl.scan_parquet(files, include_file_paths="file").filter(is_one).select(*schema).collect())
 
 
 def read_registry(session: SparkSession) -> DataFrame:

@@ -1,11 +1,33 @@
-"""The books: received = stored + duplicate + late + quarantined + invalid, per run, stage and batch."""
+"""The accounting: received = stored + duplicate + late + quarantined + invalid, per run, stage and batch."""
 
 import polars as pl
 
-from schemas.closed_lists import Bucket, QuarantineReason
-from schemas.tables import TABLES, polars_schema
+from schemas.closed_lists import Bucket, DeadLetterReason, DeltaReason, QuarantineReason
 
-BOOKS = pl.Schema({"run_id": pl.String(), "bucket": pl.String(), "records": pl.Int64()})
+LINES = pl.Schema({"run_id": pl.String(), "bucket": pl.String(), "records": pl.Int64()})
+"""Where records went."""
+VERDICTS = pl.Schema({"offset": pl.Int64(), "reason": pl.String()})
+"""Records of one Kafka partition that were not stored, and why."""
+BUCKETS = {
+    DeltaReason.DUPLICATE.value: Bucket.DUPLICATE.value,
+    DeltaReason.OUT_OF_ORDER.value: Bucket.LATE.value,
+    DeltaReason.CONFLICT.value: Bucket.QUARANTINED.value,
+    DeltaReason.IMPLAUSIBLE.value: Bucket.QUARANTINED.value,
+    **{reason.value: Bucket.QUARANTINED.value for reason in QuarantineReason},
+    **{reason.value: Bucket.INVALID.value for reason in DeadLetterReason},
+}
+"""Bucket of a record that was not stored, by its reason."""
+
+
+def bucket_of(reason: pl.Expr) -> pl.Expr:
+    """Bucket by the reason why a record was not stored: null was stored, a reason that nobody knows is invalid."""
+    known = reason.replace_strict(BUCKETS, default=Bucket.INVALID.value, return_dtype=pl.String)
+    return pl.when(reason.is_null()).then(pl.lit(Bucket.STORED.value)).otherwise(known)
+
+
+def verdicts(records: pl.DataFrame, reason: pl.Expr) -> pl.DataFrame:
+    """Verdicts, columns `VERDICTS`, of the records that have a reason."""
+    return records.select(offset=pl.col("offset"), reason=reason).filter(pl.col("reason").is_not_null())
 
 
 def only_valid(rows: pl.DataFrame) -> pl.DataFrame:
@@ -15,12 +37,12 @@ def only_valid(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def count(records: pl.DataFrame) -> pl.DataFrame:
-    """Lines of the books, columns `BOOKS`, from records with run_id and bucket."""
-    return records.group_by("run_id", "bucket").agg(records=pl.len().cast(pl.Int64)).select(BOOKS.names())
+    """Lines of the accounting, columns `LINES`, from records with run_id and bucket."""
+    return records.group_by("run_id", "bucket").agg(records=pl.len().cast(pl.Int64)).select(LINES.names())
 
 
 def invalid(rows: pl.DataFrame) -> pl.DataFrame:
-    """Lines of the books for decoded rows that were refused."""
+    """Lines of the accounting for decoded rows that were refused."""
     refused = rows.filter(pl.col("refused_because").is_not_null())
     return count(refused.with_columns(run_id=pl.lit(None, pl.String), bucket=pl.lit(Bucket.INVALID.value)))
 
@@ -41,22 +63,14 @@ def refused(rows: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def impossible(records: pl.DataFrame) -> pl.DataFrame:
-    """The records whose clock cannot be right, quarantined before they touch any state."""
-    return records.filter("is_impossible").with_columns(
-        why=pl.lit(QuarantineReason.IMPOSSIBLE_CLOCK.value), bucket=pl.lit(Bucket.QUARANTINED.value)
-    )
-
-
-def kept_apart(rows: pl.DataFrame, judged: pl.DataFrame, bucket: Bucket, stage: str, table: str) -> pl.DataFrame:
+def kept_apart(rows: pl.DataFrame, judged: pl.DataFrame, bucket: Bucket, stage: str) -> pl.DataFrame:
     """Whole rows of the records of one bucket, with reason and stage.
 
     Args:
         rows: decoded rows of one Kafka partition.
-        judged: its records with offset, bucket and why.
+        judged: its records with offset, bucket and reason.
         bucket: which of them.
         stage: name of the job that refused them.
-        table: whose columns they get.
     """
-    apart = judged.filter(pl.col("bucket") == bucket.value).select("offset", reason="why")
-    return rows.join(apart, on="offset").with_columns(stage=pl.lit(stage)).select(polars_schema(TABLES[table]).names())
+    apart = judged.filter(pl.col("bucket") == bucket.value).select("offset", "reason")
+    return rows.join(apart, on="offset").with_columns(stage=pl.lit(stage))

@@ -12,6 +12,16 @@ def is_impossible(max_ahead_s: int, max_behind_s: int) -> pl.Expr:
     return (ahead_us > max_ahead_s * 1_000_000) | (ahead_us < -max_behind_s * 1_000_000)
 
 
+def is_read_in_day(at: str = "observed_at") -> pl.Expr:
+    """True where a reading ends a time of the local day: after its `day_start`, its `day_end` included."""
+    return (pl.col(at) > pl.col("day_start")) & (pl.col(at) <= pl.col("day_end"))
+
+
+def is_begun_in_day(at: pl.Expr) -> pl.Expr:
+    """True where something began in the local day: its `day_start` included, its `day_end` not."""
+    return (at >= pl.col("day_start")) & (at < pl.col("day_end"))
+
+
 def busiest_day(stamps: pa.ChunkedArray, time_zone: str) -> date:
     """The local day with the most of these times; the first of equals."""
     local = pl.Series("at", stamps).dt.convert_time_zone(time_zone).dt.date()

@@ -8,6 +8,8 @@ import polars as pl
 from schemas.closed_lists import DeltaReason
 
 PLACE = ["topic", "partition", "offset"]
+FIRST = "first_"
+"""Begin of the names of what an original has."""
 
 
 def with_seen(records: pl.DataFrame, recent: pl.DataFrame, identity: list[str], values: list[str]) -> pl.DataFrame:
@@ -20,7 +22,8 @@ def with_seen(records: pl.DataFrame, recent: pl.DataFrame, identity: list[str], 
         values: columns that differ in a conflict; none where the identity says all.
 
     Returns:
-        The records with `seen`: null for an original, else `duplicate` or `conflict`.
+        The records with `seen`: null for an original, else `duplicate` or `conflict`; and `first_<column>` of each of
+        `values`: what the original has, null for an original itself.
     """
     columns = list(dict.fromkeys([*identity, *PLACE, *values]))
     hashed = pl.struct(identity).hash()  # most records are alone: only those that share a hash are looked at
@@ -44,7 +47,10 @@ def with_seen(records: pl.DataFrame, recent: pl.DataFrame, identity: list[str], 
         .then(pl.lit(DeltaReason.DUPLICATE.value))
         .otherwise(pl.lit(DeltaReason.CONFLICT.value))
     )
-    marks = several.with_columns(seen=seen).filter(pl.col("row").is_not_null()).select("row", "seen")
+    first = [
+        pl.when(seen.is_not_null()).then(pl.col(name).first().over(identity)).alias(FIRST + name) for name in values
+    ]
+    marks = several.select("row", *first, seen=seen).filter(pl.col("row").is_not_null())
     return records.with_row_index("row").join(marks, on="row", how="left", maintain_order="left").drop("row")
 
 

@@ -7,12 +7,18 @@ MOST = {"nominal_mv": 1_000_000_000, "fuse_a": 1_000_000, "interval_s": 366 * 86
 
 
 def newest(rows: pl.DataFrame) -> pl.DataFrame:
-    """The newest row of each meter, by meter_id; numbers that cannot be are null (`MOST`).
+    """The newest row of each meter, by meter_id.
 
     Args:
-        rows: of the registry.
+        rows: of the registry; further columns stay.
     """
-    can_be = [pl.when(pl.col(name).is_between(1, most)).then(name).alias(name) for name, most in MOST.items()]
     order = ["meter_id", "valid_from", "usage_point_id"]
-    by_age = rows.with_columns(can_be).sort(order, descending=[False, True, False], nulls_last=[True, True, False])
+    by_age = rows.sort(order, descending=[False, True, False], nulls_last=[True, True, False])
     return by_age.unique("meter_id", keep="first", maintain_order=True)
+
+
+def usable(rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows of the registry in which numbers that cannot be are null (`MOST`)."""
+    return rows.with_columns(
+        pl.when(pl.col(name).is_between(1, most)).then(name).alias(name) for name, most in MOST.items()
+    )

@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from xxhash import xxh3_128_digest
 
 from lake.paths import table_path
+from lake.reading import registered, registry_files
 from replay.dirt import FAULTS, Dirt, Entry, Raw
 from replay.fleet import PREFIX, STAMP, Fleet, Integers, fleet, from_microseconds
 from replay.pace import ON_THE_WAY, SECOND, Pace, RunClock, Way
@@ -292,14 +293,9 @@ def _registry_file(ledger: Ledger) -> Path:
 
 def _check_is_new(crew: Fleet, again: bool) -> None:
     """Raises ConfigError where the lake's registry has a meter of the fleet: nobody could tell the two apart."""
-    files = sorted(table_path("registry").glob("date=*/*.parquet"))
-    for low, high in _blocks(len(crew)) if files else ():
+    for low, high in _blocks(len(crew)) if registry_files() else ():
         mine = crew.registry(low, high)
-        is_mine = pl.col("meter_id").is_in(mine.get_column("meter_id").implode())
-        known = pl.scan_parquet(files, include_file_paths="file").filter(is_mine).collect()
-        newest = known.sort("valid_from", "usage_point_id", descending=[True, False], nulls_last=True).unique(
-            "meter_id", keep="first", maintain_order=True
-        )
+        newest = registered(mine.get_column("meter_id"))
         other = "METERSTREAM_HOME names another data folder"
         if not crew.own_clock:
             other = f"--meter-prefix gives the fleet other names, {other}"

@@ -23,6 +23,7 @@ from rich.table import Table
 import schemas
 from lake.locks import files_kept
 from lake.paths import glob_of, table_path
+from lake.reading import newest_registry, registry_files
 from replay.dirt import encoding_of
 from replay.outcomes import GAP_FACTOR, MAX_AHEAD, MAX_BEHIND, STEP_SLACK_WH, judged
 from replay.pace import Pace
@@ -87,10 +88,7 @@ def open_lake() -> duckdb.DuckDBPyConnection:
             schema = polars_schema(TABLES[table])
             connection.register(f"no_{table}", pl.DataFrame(schema=schema).to_arrow())
             connection.execute(f"CREATE VIEW {table} AS FROM no_{table}")
-    connection.execute(
-        """CREATE VIEW newest_registry AS FROM registry QUALIFY row_number() OVER (
-            PARTITION BY meter_id ORDER BY valid_from DESC NULLS LAST, usage_point_id) = 1"""
-    )
+    connection.register("newest_registry", newest_registry(registry_files()).to_arrow())
     return connection
 
 

@@ -2,7 +2,8 @@
 
 A table is Parquet under `lake/<table>/date=YYYY-MM-DD/`, a report under `reports/<name>_v<N>/date=YYYY-MM-DD/`;
 `glob_of` gives the plain glob by which DuckDB, Polars, pandas and Spark read the committed rows. A table that has its
-newest version only (`latest_readings`) has no days: `lake/<table>/*.parquet`.
+newest version only (`latest_readings`) has no days: `lake/<table>/*.parquet`. What a job gives is checked against
+these columns before it is written.
 """
 
 import polars as pl
@@ -139,3 +140,62 @@ TABLES = {
     "accounting": ACCOUNTING,
     "latest_readings": LATEST_READINGS,
 }
+
+DATED_BY = {
+    "readings": "observed_at",
+    "events": "observed_at",
+    "dead_letters": "received_at",
+    "consumption_deltas": "observed_at",
+    "interval_readings": "interval_start",
+    "conflicts": "observed_at",
+    "voltage_windows": "window_start",
+    "voltage_events": "observed_at",
+    "voltage_rollups": "window_start",
+    "suspicious_meters": "window_start",
+    "alarms": "raised_at",
+    "alarm_acknowledgements": "acknowledged_at",
+    "alarm_counts": "window_start",
+    "event_counts": "window_start",
+    "outages": "began_at",
+    "quarantined_readings": "arrival_at",
+    "quarantined_events": "arrival_at",
+    "late_readings": "observed_at",
+    "late_events": "arrival_at",
+}
+"""Table that the stream adds to → the column whose UTC day dates a row."""
+
+HOUR_OF_DAY, MILLI = pa.int32(), 3
+DAY = {"day_start": TIMESTAMP, "day_end": TIMESTAMP}
+SPANS = {f"{register}_{end}_wh": LONG for register in REGISTERS for end in ("from", "to")}
+REPORTS = {
+    "alarm_report_v1": _columns(
+        alarm_id=STRING, meter_id=STRING, usage_point_id=STRING, transformer_id=STRING, feeder_id=STRING,
+        alarm_type=STRING, severity=STRING, state=STRING, raised_at=TIMESTAMP, cleared_at=TIMESTAMP, duration_s=LONG,
+        repeat_count=LONG, source=STRING, run_id=STRING, updated_at=TIMESTAMP, acknowledged_at=TIMESTAMP,
+        acknowledged_by=STRING, note=STRING,
+    ),
+    "daily_consumption_v1": _columns(
+        meter_id=STRING, usage_point_id=STRING, **DAY, **{f"{register}_wh": LONG for register in REGISTERS},
+        import_wh=LONG, export_wh=LONG, import_kwh=pa.decimal128(18, MILLI), export_kwh=pa.decimal128(18, MILLI),
+        from_at=TIMESTAMP, to_at=TIMESTAMP, **SPANS, readings=LONG, expected_readings=LONG, duplicates=LONG,
+        conflicts=LONG, gaps=LONG, resets=LONG, rollovers=LONG, exchanges=LONG, implausible=LONG, quality=STRING,
+    ),
+    "data_quality_v1": _columns(
+        meter_id=STRING, **DAY, expected=LONG, received=LONG, distinct_readings=LONG, duplicate=LONG, conflict=LONG,
+        missing=LONG, completeness_pct=DOUBLE, longest_gap_s=LONG, max_clock_ahead_s=LONG, max_delay_s=LONG, late=LONG,
+        quarantined=LONG, quarantined_impossible_clock=LONG, quarantined_conflict=LONG, quarantined_implausible=LONG,
+        dead_letters=LONG,
+    ),
+    "load_profile_v1": _columns(
+        meter_id=STRING, usage_point_id=STRING, hour_of_day=HOUR_OF_DAY, window_start=TIMESTAMP, window_end=TIMESTAMP,
+        hours=LONG, mean_wh=DOUBLE, min_wh=LONG, max_wh=LONG, stddev_wh=DOUBLE,
+    ),
+    "voltage_compliance_v1": _columns(
+        meter_id=STRING, phase=STRING, transformer_id=STRING, feeder_id=STRING, jurisdiction=STRING, nominal_mv=LONG,
+        **DAY, windows=LONG, valid_windows=LONG, expected_windows=LONG, week_windows=LONG, low_windows=LONG,
+        high_windows=LONG, very_low_windows=LONG, very_high_windows=LONG, min_mv=LONG, max_mv=LONG, mean_mv=LONG,
+        min_v=pa.decimal128(12, MILLI), max_v=pa.decimal128(12, MILLI), mean_v=pa.decimal128(12, MILLI),
+        within_10pct_pct=DOUBLE, en50160_day_compliant=pa.bool_(), sags=LONG, swells=LONG,
+    ),
+}  # fmt: skip
+"""Report with its version → its columns; what each means is in the docstring of its job in `batch_jobs/`."""

@@ -3,7 +3,7 @@
 import pkgutil
 from importlib import import_module
 
-from engine.stream import StreamingJob
+from engine.job import StreamingJob
 
 
 def discovered() -> list[StreamingJob]:

@@ -19,105 +19,65 @@ from pathlib import Path
 
 import polars as pl
 
-from engine.batch import BatchContext, Frames
-from engine.stream import StreamingJob, command
-from engine.watermark import CLOCK, clock
+from engine.job import BatchContext, Frames, Output, Source, StreamingJob
+from engine.stream import command
 from metering import accounting
-from metering.accounting import only_valid
 from metering.alarms import counts, life_cycle, outages
 from metering.clocks import is_impossible
-from metering.deduplication import PLACE, is_recent, originals, with_seen
-from schemas import tables
-from schemas.closed_lists import Bucket
 from schemas.topics import ALARMS, COMMANDS, EVENTS
 
-IDENTITY = ["meter_id", "observed_at", "sent_at", "seq", "dialect", "source_table", "code", "argument"]
-EVENT = tables.polars_schema(tables.EVENTS)
-RECENT = pl.Schema({name: EVENT[name] for name in [*IDENTITY, *PLACE]})
-NEEDED = [*IDENTITY, "dialect_version", "run_id", "arrival_at", *PLACE]
+IDENTITY = ("meter_id", "observed_at", "sent_at", "seq", "dialect", "source_table", "code", "argument")
+NEEDED = (*IDENTITY, "dialect_version", "run_id", "arrival_at")
 NAME = Path(__file__).stem
 
 
-def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
-    """Changes of alarms, or acknowledgements, by the topic; see the module."""
-    settings = context.settings
-    if "acknowledged_by" in rows.columns:
-        return _acknowledged(rows, state)
-    clock_is_wrong = is_impossible(settings.max_ahead_s, settings.max_behind_s)
+def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
+    """Changes of alarms; see the module."""
+    clock_is_wrong = is_impossible(context.settings.max_ahead_s, context.settings.max_behind_s)
     event_at = pl.when(clock_is_wrong).then("arrival_at").otherwise("observed_at")
-    valid = only_valid(rows)
-    events = valid.select(*NEEDED, event_at=event_at)
-    marked = with_seen(events, state["recent"], IDENTITY, [])
-    result = life_cycle.lives(marked, state["open"], state["once"])
-    counted = counts.count_events(
-        counts.placed(result.events, registry), state["event_count"], context.watermarks, context.close_all
+    result = life_cycle.lives(rows.with_columns(event_at=event_at), state["open"], state["once"])
+    placed = counts.placed(result.events, registry)
+    counted = counts.count_events(placed, state["event_count"], context.watermarks, context.close_all)
+    return Output(
+        tables={"alarms": result.alarms, "event_counts": counted.rows},
+        state={"open": result.open, "once": result.once, "event_count": counted.counts},
+        verdicts=accounting.verdicts(result.events, pl.col("why")),
     )
-    return {
-        "alarms": result.alarms,
-        "quarantined_events": accounting.kept_apart(
-            rows, result.events, Bucket.QUARANTINED, NAME, "quarantined_events"
-        ),
-        "late_events": accounting.kept_apart(rows, result.events, Bucket.LATE, NAME, "late_events"),
-        "event_counts": counted.rows,
-        "open": result.open,
-        "once": result.once,
-        "event_count": counted.counts,
-        "recent": originals(state["recent"], marked).filter(is_recent(settings.recent_records)),
-        "clock": clock(valid, state["clock"], context.watermarks),
-        "books": pl.concat([accounting.count(result.events), accounting.invalid(rows)]),
-    }
 
 
-def _acknowledged(rows: pl.DataFrame, state: Frames) -> Frames:
-    """A partition of the command topic: its rows, and the state as it was."""
-    valid = only_valid(rows)
-    stored = valid.with_columns(run_id=pl.lit(None, pl.String), bucket=pl.lit(Bucket.STORED.value))
-    return {
-        **state,
-        "alarms": pl.DataFrame(schema=life_cycle.ALARMS),
-        "alarm_acknowledgements": valid.select(tables.ALARM_ACKNOWLEDGEMENTS.names),
-        "dead_letters": accounting.refused(rows),
-        "books": pl.concat([accounting.count(stored), accounting.invalid(rows)]),
-    }
+def acknowledged(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
+    """Acknowledgements, as they were given."""
+    return Output(tables={"alarm_acknowledgements": rows})
 
 
-def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
+def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """Outages per transformer, and counts."""
     changes = counts.placed(handed["alarms"], registry)
     failures = changes.filter(pl.col("alarm_type") == outages.POWER_FAILURE)
     grouped = outages.group_outages(failures, state["member"], context.watermarks)
     counted = counts.count_alarms(changes, state["count"], context.watermarks, context.close_all)
-    return {
-        "outages": grouped.rows,
-        "member": grouped.members,
-        "alarm_counts": counted.rows,
-        "count": counted.counts,
-    }
+    return Output(
+        tables={"outages": grouped.rows, "alarm_counts": counted.rows},
+        state={"member": grouped.members, "count": counted.counts},
+    )
 
 
 JOB = StreamingJob(
     name=NAME,
     version=6,
-    topics=(EVENTS, COMMANDS),
-    writes={
-        "alarms": "raised_at",
-        "outages": "began_at",
-        "alarm_counts": "window_start",
-        "event_counts": "window_start",
-        "alarm_acknowledgements": "acknowledged_at",
-        "dead_letters": "received_at",
-        "quarantined_events": "arrival_at",
-        "late_events": "arrival_at",
-    },
+    sources=(
+        Source(
+            EVENTS,
+            transform,
+            columns=NEEDED,
+            state={"open": life_cycle.OPEN, "once": life_cycle.ONCE, "event_count": counts.EVENT_COUNT},
+            deduplicate_on=IDENTITY,
+            closes_windows=True,
+        ),
+        Source(COMMANDS, acknowledged, keeps_undecoded=True),
+    ),
+    writes=("alarms", "outages", "alarm_counts", "event_counts", "alarm_acknowledgements"),
     sends={"alarms": ALARMS},
-    state={
-        "open": life_cycle.OPEN,
-        "once": life_cycle.ONCE,
-        "event_count": counts.EVENT_COUNT,
-        "recent": RECENT,
-        "clock": CLOCK,
-    },
-    transform=transform,
     hands=("alarms",),
     cross_partition=cross_partition,
     cross_partition_state={"member": outages.MEMBER, "count": counts.COUNT},

@@ -15,54 +15,34 @@ from pathlib import Path
 
 import polars as pl
 
-from engine.batch import BatchContext, Frames
-from engine.stream import StreamingJob, command
+from engine.job import BatchContext, Frames, Output, Source, StreamingJob
+from engine.stream import command
 from metering import accounting
-from metering.accounting import only_valid
-from metering.clocks import is_impossible
-from metering.deduplication import PLACE, is_recent, originals, with_seen
 from metering.energy import delta_engine, intervals
 from schemas import tables
-from schemas.closed_lists import Bucket
 from schemas.topics import READINGS
 
 KNOWN = ["phases", "nominal_mv", "fuse_a", "interval_s"]
-VALUES = [*[f"{register}_wh" for register in tables.REGISTERS], "equipment_id"]
-IDENTITY = ["meter_id", "observed_at"]
-NEEDED = [*IDENTITY, "run_id", "dialect", *PLACE, *VALUES]
-READING = tables.polars_schema(tables.READINGS)
-RECENT = pl.Schema({name: READING[name] for name in [*IDENTITY, *PLACE, *VALUES]})
+VALUES = (*[f"{register}_wh" for register in tables.REGISTERS], "equipment_id")
+IDENTITY = ("meter_id", "observed_at")
 NAME = Path(__file__).stem
 
 
-def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
+def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """Steps of every register; see the module."""
-    settings = context.settings
-    impossible = is_impossible(settings.max_ahead_s, settings.max_behind_s)
-    readings = (
-        only_valid(rows)
-        .select(*NEEDED, is_impossible=impossible)
-        .join(registry.select("meter_id", *KNOWN), on="meter_id", how="left")
-    )
-    wrong = accounting.impossible(readings)
-    right = delta_engine.with_limits(readings.filter(~pl.col("is_impossible")))
-    right = with_seen(right, state["recent"], IDENTITY, VALUES)
-    result = delta_engine.steps(right, state["baseline"])
+    readings = delta_engine.with_limits(rows.join(registry.select("meter_id", *KNOWN), on="meter_id", how="left"))
+    result = delta_engine.steps(readings, state["baseline"])
     quarters = intervals.quarter_hours(result.steps, state["open"], result.baseline)
-    known = originals(state["recent"], right)
-    judged = pl.concat([delta_engine.with_bucket(right, result.steps), wrong], how="diagonal")
-    return {
-        "consumption_deltas": result.steps,
-        "interval_readings": quarters.rows,
-        "conflicts": delta_engine.conflicts(result.steps, known, state["baseline"]),
-        "quarantined_readings": accounting.kept_apart(rows, judged, Bucket.QUARANTINED, NAME, "quarantined_readings"),
-        "late_readings": accounting.kept_apart(rows, judged, Bucket.LATE, NAME, "late_readings"),
-        "latest_readings": latest(result.baseline),
-        "baseline": result.baseline,
-        "recent": known.filter(is_recent(settings.recent_records)),
-        "open": quarters.open,
-        "books": pl.concat([accounting.count(judged), accounting.invalid(rows)]),
-    }
+    return Output(
+        tables={
+            "consumption_deltas": result.steps,
+            "interval_readings": quarters.rows,
+            "conflicts": delta_engine.conflicts(result.steps, readings, state["baseline"]),
+            "latest_readings": latest(result.baseline),
+        },
+        state={"baseline": result.baseline, "open": quarters.open},
+        verdicts=accounting.verdicts(delta_engine.with_why(readings, result.steps), pl.col("why")),
+    )
 
 
 def latest(baselines: pl.DataFrame) -> pl.DataFrame:
@@ -82,17 +62,20 @@ def latest(baselines: pl.DataFrame) -> pl.DataFrame:
 JOB = StreamingJob(
     name=NAME,
     version=2,
-    topics=(READINGS,),
-    writes={
-        "consumption_deltas": "observed_at",
-        "interval_readings": "interval_start",
-        "conflicts": "observed_at",
-        "quarantined_readings": "arrival_at",
-        "late_readings": "observed_at",
-    },
+    sources=(
+        Source(
+            READINGS,
+            transform,
+            columns=(*IDENTITY, "run_id", "dialect", *VALUES),
+            state={"baseline": delta_engine.BASELINE, "open": intervals.OPEN},
+            refuses_impossible_clocks=True,
+            deduplicate_on=IDENTITY,
+            compares=VALUES,
+            hands_duplicates=True,
+        ),
+    ),
+    writes=("consumption_deltas", "interval_readings", "conflicts"),
     current=("latest_readings",),
-    state={"baseline": delta_engine.BASELINE, "recent": RECENT, "open": intervals.OPEN},
-    transform=transform,
 )
 
 

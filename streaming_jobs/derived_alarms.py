@@ -16,67 +16,48 @@ from pathlib import Path
 
 import polars as pl
 
-from engine.batch import BatchContext, Frames
-from engine.stream import StreamingJob, command
-from engine.watermark import CLOCK, clock
-from metering import accounting
-from metering.accounting import only_valid
+from engine.job import BatchContext, Frames, Output, Source, StreamingJob
+from engine.stream import command
 from metering.alarms import counts, derived
-from metering.clocks import is_impossible
-from metering.deduplication import PLACE, is_recent, originals, with_seen
-from schemas import tables
-from schemas.closed_lists import Bucket
 from schemas.topics import ALARMS, READINGS
 
-IDENTITY = ["meter_id", "observed_at"]
-READING = tables.polars_schema(tables.READINGS)
-RECENT = pl.Schema({name: READING[name] for name in [*IDENTITY, *PLACE]})
 NAME = Path(__file__).stem
 
 
-def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
+def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """Changes of alarms; see the module."""
-    settings = context.settings
-    valid = only_valid(rows)
-    impossible = is_impossible(settings.max_ahead_s, settings.max_behind_s)
-    readings = valid.select(*derived.NEEDED, *PLACE, is_impossible=impossible)
-    wrong = accounting.impossible(readings)
-    right = with_seen(readings.filter(~pl.col("is_impossible")), state["recent"], IDENTITY, [])
     known = registry.select(derived.KNOWN)
-    result = derived.derived_alarms(right, state["meter"], state["level"], known, context.watermarks)
-    judged = pl.concat([result.readings, wrong], how="diagonal")
-    return {
-        "alarms": result.alarms,
-        "quarantined_readings": accounting.kept_apart(rows, judged, Bucket.QUARANTINED, NAME, "quarantined_readings"),
-        "late_readings": accounting.kept_apart(rows, judged, Bucket.LATE, NAME, "late_readings"),
-        "meter": result.meters,
-        "level": result.levels,
-        "recent": originals(state["recent"], right).filter(is_recent(settings.recent_records)),
-        "clock": clock(valid, state["clock"], context.watermarks),
-        "books": pl.concat([accounting.count(judged), accounting.invalid(rows)]),
-    }
+    result = derived.derived_alarms(rows, state["meter"], state["level"], known, context.watermarks)
+    return Output(
+        tables={"alarms": result.alarms},
+        state={"meter": result.meters, "level": result.levels},
+        verdicts=result.late,
+    )
 
 
-def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
+def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """Counts per transformer and feeder."""
     changes = counts.placed(handed["alarms"], registry)
     counted = counts.count_alarms(changes, state["count"], context.watermarks, context.close_all)
-    return {"alarm_counts": counted.rows, "count": counted.counts}
+    return Output(tables={"alarm_counts": counted.rows}, state={"count": counted.counts})
 
 
 JOB = StreamingJob(
     name=NAME,
     version=3,
-    topics=(READINGS,),
-    writes={
-        "alarms": "raised_at",
-        "alarm_counts": "window_start",
-        "quarantined_readings": "arrival_at",
-        "late_readings": "observed_at",
-    },
+    sources=(
+        Source(
+            READINGS,
+            transform,
+            columns=tuple(derived.NEEDED),
+            state={"meter": derived.METER, "level": derived.LEVEL},
+            refuses_impossible_clocks=True,
+            deduplicate_on=("meter_id", "observed_at"),
+            closes_windows=True,
+        ),
+    ),
+    writes=("alarms", "alarm_counts"),
     sends={"alarms": ALARMS},
-    state={"meter": derived.METER, "level": derived.LEVEL, "recent": RECENT, "clock": CLOCK},
-    transform=transform,
     hands=("alarms",),
     cross_partition=cross_partition,
     cross_partition_state={"count": counts.COUNT},

@@ -10,64 +10,37 @@ Duplicates: kept, and counted as duplicate where they come within the last offse
 Restart: files are keyed by batch.
 """
 
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 
-from engine.batch import BatchContext, Frames
-from engine.stream import StreamingJob, command
-from metering import accounting
-from metering.accounting import only_valid
-from metering.deduplication import PLACE, is_recent, originals, with_seen
-from schemas import tables
-from schemas.closed_lists import Bucket
-from schemas.topics import DEAD_LETTERS, EVENTS, INGESTED, READINGS
+from engine.job import SAID, BatchContext, Frames, Output, Source, StreamingJob
+from engine.stream import command
+from schemas.topics import DEAD_LETTERS, EVENTS, READINGS
 
-RECENT = pl.Schema(
-    {"meter_id": pl.String(), "print": pl.UInt64(), "topic": pl.String(), "partition": pl.Int64(), "offset": pl.Int64()}
-)
-TABLE_OF = {READINGS.name: "readings", EVENTS.name: "events", DEAD_LETTERS.name: "dead_letters"}
-OURS = ("received_at", "arrival_at", "kafka_at", "refused_because", "refused_detail", "refused_payload", *PLACE)
-"""Columns that differ when the same message is delivered again, and those that are no part of it."""
+TABLE_OF = {READINGS: "readings", EVENTS: "events", DEAD_LETTERS: "dead_letters"}
 
 
-def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
+def transform(table: str, rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """Rows of one of the three topics; see the module."""
-    valid = only_valid(rows)
-    sent = valid.select(sorted(set(valid.columns) - set(OURS)))
-    prints = valid.select(
-        pl.col("meter_id").fill_null(""),
-        *PLACE,
-        pl.col("run_id") if "run_id" in valid.columns else pl.lit(None, pl.String).alias("run_id"),
-        print=sent.hash_rows(),
-    )
-    marked = with_seen(prints, state["recent"], ["meter_id", "print"], [])
-    bucket = (
-        pl.when(pl.col("seen").is_not_null())
-        .then(pl.lit(Bucket.DUPLICATE.value))
-        .when(pl.col("topic") == DEAD_LETTERS.name)
-        .then(pl.lit(Bucket.INVALID.value))
-        .otherwise(pl.lit(Bucket.STORED.value))
-    )
-    frames = {
-        "recent": originals(state["recent"], marked).filter(is_recent(context.settings.recent_records)),
-        "books": pl.concat([accounting.count(marked.with_columns(bucket=bucket)), accounting.invalid(rows)]),
-        "dead_letters": accounting.refused(rows),
-    }
-    for topic in rows.get_column("topic").unique():
-        table = TABLE_OF[topic]
-        stored = valid.select(tables.TABLES[table].names)
-        frames[table] = pl.concat([stored, frames[table]]) if table in frames else stored
-    return frames
+    return Output(tables={table: rows})
 
 
 JOB = StreamingJob(
     name=Path(__file__).stem,
     version=2,
-    topics=INGESTED,
-    writes={"readings": "observed_at", "events": "observed_at", "dead_letters": "received_at"},
-    state={"recent": RECENT},
-    transform=transform,
+    sources=tuple(
+        Source(
+            topic,
+            partial(transform, table),
+            deduplicate_on=("meter_id", SAID),
+            hands_duplicates=True,
+            keeps_undecoded=True,
+        )
+        for topic, table in TABLE_OF.items()
+    ),
+    writes=tuple(TABLE_OF.values()),
 )
 
 

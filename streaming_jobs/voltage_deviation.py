@@ -17,59 +17,42 @@ from pathlib import Path
 
 import polars as pl
 
-from engine.batch import BatchContext, Frames
-from engine.stream import StreamingJob, command
-from engine.watermark import CLOCK, clock
+from engine.job import BatchContext, Frames, Output, Source, StreamingJob
+from engine.stream import command
 from metering import accounting
-from metering.accounting import only_valid
-from metering.clocks import is_impossible
 from metering.deduplication import PLACE
 from metering.voltage import groups, windows
 from schemas import tables
-from schemas.closed_lists import Bucket, GridLevel
+from schemas.closed_lists import GridLevel
 from schemas.topics import READINGS
 
-NEEDED = ["meter_id", "observed_at", "run_id", *PLACE, *windows.VOLTAGES]
-COUNTED = ["equipment_id", *windows.COUNTERS]
+SAMPLED = ["meter_id", "observed_at", "run_id", *PLACE, *windows.VOLTAGES]
 READING = tables.polars_schema(tables.READINGS)
-SAMPLE = pl.Schema({name: READING[name] for name in NEEDED})
+SAMPLE = pl.Schema({name: READING[name] for name in SAMPLED})
 CLOSED = pl.Schema({name: windows.WINDOWS[name] for name in ["meter_id", "run_id", "window_start"]})
 NAME = Path(__file__).stem
 
 
-def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
+def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """Windows that are over; see the module."""
-    settings = context.settings
-    valid = only_valid(rows)
-    impossible = is_impossible(settings.max_ahead_s, settings.max_behind_s)
-    readings = valid.select(*NEEDED, *COUNTED, is_impossible=impossible)
-    wrong = accounting.impossible(readings)
-    right = readings.filter(~pl.col("is_impossible"))
     closed = windows.close_windows(
-        right,
+        rows,
         state["sample"],
         state["closed"],
         context.watermarks,
         registry.select("meter_id", "nominal_mv", "jurisdiction"),
-        settings.recent_records,
+        context.settings.recent_records,
         context.close_all,
     )
     events, counters = windows.counted(closed.readings.filter(pl.col("seen").is_null()), state["counter"])
-    judged = pl.concat([closed.readings, wrong], how="diagonal")
-    return {
-        "voltage_windows": closed.windows,
-        "voltage_events": events,
-        "quarantined_readings": accounting.kept_apart(rows, judged, Bucket.QUARANTINED, NAME, "quarantined_readings"),
-        "late_readings": accounting.kept_apart(rows, judged, Bucket.LATE, NAME, "late_readings"),
-        "sample": closed.samples,
-        "closed": closed.closed,
-        "counter": counters,
-        "clock": clock(valid, state["clock"], context.watermarks),
-        "books": pl.concat([accounting.count(judged), accounting.invalid(rows)]),
-    }
+    return Output(
+        tables={"voltage_windows": closed.windows, "voltage_events": events},
+        state={"sample": closed.samples, "closed": closed.closed, "counter": counters},
+        verdicts=accounting.verdicts(closed.readings, pl.col("why")),
+    )
 
 
-def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
+def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """Roll-ups of the windows that are over, and who is out of step."""
     members = pl.concat(
         [
@@ -78,23 +61,26 @@ def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, conte
         ]
     ).with_columns(group=pl.format("{}/{}", "level", "group_id"))
     rolled = groups.roll_up(handed["voltage_windows"].join(members, on="meter_id"), state["movement"])
-    return {"voltage_rollups": rolled.rollups, "suspicious_meters": rolled.suspicious, "movement": rolled.movement}
+    return Output(
+        tables={"voltage_rollups": rolled.rollups, "suspicious_meters": rolled.suspicious},
+        state={"movement": rolled.movement},
+    )
 
 
 JOB = StreamingJob(
     name=NAME,
     version=5,
-    topics=(READINGS,),
-    writes={
-        "voltage_windows": "window_start",
-        "voltage_rollups": "window_start",
-        "suspicious_meters": "window_start",
-        "voltage_events": "observed_at",
-        "quarantined_readings": "arrival_at",
-        "late_readings": "observed_at",
-    },
-    state={"sample": SAMPLE, "closed": CLOSED, "counter": windows.COUNTER, "clock": CLOCK},
-    transform=transform,
+    sources=(
+        Source(
+            READINGS,
+            transform,
+            columns=(*SAMPLED, "equipment_id", *windows.COUNTERS),
+            state={"sample": SAMPLE, "closed": CLOSED, "counter": windows.COUNTER},
+            refuses_impossible_clocks=True,
+            closes_windows=True,
+        ),
+    ),
+    writes=("voltage_windows", "voltage_rollups", "suspicious_meters", "voltage_events"),
     hands=("voltage_windows",),
     cross_partition=cross_partition,
     cross_partition_state={"movement": groups.MOVEMENT},

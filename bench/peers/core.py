@@ -6,13 +6,11 @@ others of the table are null. No conflicts, no plausibility, no quarter hours, n
 
 import polars as pl
 
-from engine.batch import BatchContext, Frames
-from engine.stream import StreamingJob
-from engine.watermark import CLOCK, clock
-from metering.accounting import BOOKS, only_valid
+from engine.job import BatchContext, Frames, Output, Source, StreamingJob
+from metering.accounting import verdicts
 from metering.energy.delta_engine import STAMP
 from metering.voltage.windows import VOLTAGES, WINDOW, window_start
-from schemas.closed_lists import Bucket, DeltaReason
+from schemas.closed_lists import DeltaReason
 from schemas.tables import PHASES, TABLES
 from schemas.topics import READINGS
 
@@ -21,10 +19,10 @@ LAST = pl.Schema({"meter_id": pl.String(), "previous_at": STAMP, "previous_wh": 
 SAMPLE = pl.Schema({"meter_id": pl.String(), "observed_at": STAMP, **dict.fromkeys(VOLTAGES, pl.Int64())})
 
 
-def deltas(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
+def deltas(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """Energy of each step of one register; within a batch readings are sorted, older ones are out of order."""
     at, wh, meter = pl.col("observed_at"), pl.col("wh"), pl.col("meter")
-    readings = only_valid(rows).select("meter_id", "observed_at", "offset", wh=f"{REGISTER}_wh")
+    readings = rows.select("meter_id", "observed_at", "offset", wh=f"{REGISTER}_wh")
     known = readings.select(pl.col("meter_id").unique()).join(state["last"], on="meter_id", how="left")
     ordered = (
         readings.join(known.with_row_index("meter"), on="meter_id", how="left", maintain_order="left")
@@ -50,27 +48,25 @@ def deltas(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: B
             .otherwise(pl.lit(DeltaReason.OK.value)),
         )
     )
-    refused = ordered.filter(pl.col("refused").is_not_null()).select("meter_id", "observed_at", "wh", reason="refused")
+    refused = ordered.filter(pl.col("refused").is_not_null()).with_columns(reason="refused")
     newest = accepted.filter((meter != meter.shift(-1)).fill_null(True)).select(
         "meter_id", previous_at="observed_at", previous_wh="wh"
     )
     rest = state["last"].join(newest, on="meter_id", how="anti")
-    steps = pl.concat([accepted, refused], how="diagonal").with_columns(register=pl.lit(REGISTER))
-    twice = len(refused.filter(reason=DeltaReason.DUPLICATE.value))
-    return {
-        "consumption_deltas": _filled("consumption_deltas", steps),
-        "last": pl.concat([rest, newest]),
-        "books": _books(len(rows), duplicate=twice, late=len(refused) - twice),
-    }
+    placed = refused.select("meter_id", "observed_at", "wh", "reason")
+    steps = pl.concat([accepted, placed], how="diagonal").with_columns(register=pl.lit(REGISTER))
+    return Output(
+        tables={"consumption_deltas": _filled("consumption_deltas", steps)},
+        state={"last": pl.concat([rest, newest])},
+        verdicts=verdicts(refused, pl.col("reason")),
+    )
 
 
-def windows(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Frames:
+def windows(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """Ten minutes of each phase, closed when arrivals are past their end by the lateness, or by a flush."""
-    valid = only_valid(rows)
     watermark = pl.lit(context.watermarks.get_column("watermark").max(), STAMP)
     is_over = (window_start() + WINDOW <= watermark).fill_null(False)
-    fresh = valid.select(*SAMPLE.names())
-    in_time = fresh.filter(~is_over)
+    in_time = rows.filter(~is_over).select(*SAMPLE.names())
     samples = pl.concat([state["sample"], in_time])
     closing = samples if context.close_all else samples.filter(is_over)
     wide = (
@@ -92,12 +88,11 @@ def windows(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: 
             for phase, name in zip(PHASES, VOLTAGES, strict=True)
         ]
     )
-    return {
-        "voltage_windows": _filled("voltage_windows", long.filter(pl.col("sample_count") > 0)),
-        "sample": samples.clear() if context.close_all else samples.filter(~is_over),
-        "clock": clock(valid, state["clock"], context.watermarks),
-        "books": _books(len(rows), late=len(fresh) - len(in_time)),
-    }
+    return Output(
+        tables={"voltage_windows": _filled("voltage_windows", long.filter(pl.col("sample_count") > 0))},
+        state={"sample": samples.clear() if context.close_all else samples.filter(~is_over)},
+        verdicts=verdicts(rows.filter(is_over), pl.lit(DeltaReason.OUT_OF_ORDER.value)),
+    )
 
 
 def _filled(table: str, rows: pl.DataFrame) -> pl.DataFrame:
@@ -105,27 +100,21 @@ def _filled(table: str, rows: pl.DataFrame) -> pl.DataFrame:
     return rows.select(name if name in rows.columns else pl.lit(None).alias(name) for name in TABLES[table].names)
 
 
-def _books(received: int, **counts: int) -> pl.DataFrame:
-    stored = {Bucket.STORED.value: received - sum(counts.values()), **counts}
-    lines = [(None, bucket, records) for bucket, records in stored.items() if records]
-    return pl.DataFrame(lines, schema=BOOKS, orient="row")
-
-
 JOBS = {
     "deltas": StreamingJob(
         name="core_deltas",
         version=1,
-        topics=(READINGS,),
-        writes={"consumption_deltas": "observed_at"},
-        state={"last": LAST},
-        transform=deltas,
+        sources=(
+            Source(READINGS, deltas, columns=("meter_id", "observed_at", f"{REGISTER}_wh"), state={"last": LAST}),
+        ),
+        writes=("consumption_deltas",),
     ),
     "windows": StreamingJob(
         name="core_windows",
         version=1,
-        topics=(READINGS,),
-        writes={"voltage_windows": "window_start"},
-        state={"sample": SAMPLE, "clock": CLOCK},
-        transform=windows,
+        sources=(
+            Source(READINGS, windows, columns=tuple(SAMPLE.names()), state={"sample": SAMPLE}, closes_windows=True),
+        ),
+        writes=("voltage_windows",),
     ),
 }

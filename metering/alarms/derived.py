@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
+from metering.accounting import verdicts
 from metering.alarms.life_cycle import ALARMS, alarm_id
-from metering.energy.delta_engine import STAMP, fuses_w, judged
+from metering.energy.delta_engine import STAMP, fuses_w
 from metering.voltage.windows import VOLTAGES, with_rules
-from schemas.closed_lists import AlarmSource, AlarmState, Severity
+from schemas.closed_lists import AlarmSource, AlarmState, DeltaReason, Severity
 from schemas.tables import PHASES
 
 HYSTERESIS_PCT = 1.0
@@ -78,13 +79,13 @@ class DerivedAlarms(NamedTuple):
         alarms: one row per change, columns of the table alarms.
         meters: the new state, columns `METER`.
         levels: the new state, columns `LEVEL`.
-        readings: the readings with `bucket` and `why`.
+        late: verdicts of the readings that are older than the newest of their meter.
     """
 
     alarms: pl.DataFrame
     meters: pl.DataFrame
     levels: pl.DataFrame
-    readings: pl.DataFrame
+    late: pl.DataFrame
 
 
 def conditions() -> dict[str, Condition]:
@@ -118,7 +119,7 @@ def derived_alarms(
     A reading that is older than the newest of its meter is late and changes nothing but the meter's silence.
 
     Args:
-        readings: columns `NEEDED`, `seen` (null for an original).
+        readings: columns `NEEDED`, offset.
         meters: the state so far, columns `METER`.
         levels: the state so far, columns `LEVEL`.
         registry: columns `KNOWN`; what is null there applies no rule but the default voltage.
@@ -134,12 +135,13 @@ def derived_alarms(
     marked = readings.join(before, on="meter_id", how="left", maintain_order="left").with_columns(
         is_late=(pl.col("observed_at") <= pl.col("newest_at")).fill_null(False)
     )
-    rows = _measured(marked.filter(pl.col("seen").is_null() & ~pl.col("is_late")), registry)
+    rows = _measured(marked.filter(~pl.col("is_late")), registry)
     moved, changes = _moved(rows, levels)
     newest = _newest(rows, readings, meters)
     told, silent = _silence(newest, registry, watermarks)
     alarms = pl.DataFrame([*changes, *told], schema=ALARMS, orient="row")
-    return DerivedAlarms(alarms, silent.select(METER.names()).cast(METER), moved, judged(marked, pl.col("is_late")))
+    late = verdicts(marked.filter("is_late"), pl.lit(DeltaReason.OUT_OF_ORDER.value))
+    return DerivedAlarms(alarms, silent.select(METER.names()).cast(METER), moved, late)
 
 
 def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
@@ -220,8 +222,7 @@ def _newest(rows: pl.DataFrame, readings: pl.DataFrame, meters: pl.DataFrame) ->
     last = rows.unique("meter_id", keep="last", maintain_order=True).select(
         "meter_id", "run_id", "observed_at", "is_generator", equipment_id="box", export_wh="held_wh"
     )
-    originals = readings.filter(pl.col("seen").is_null())
-    heard = originals.group_by("meter_id").agg(heard_at=pl.col("arrival_at").min(), newest=pl.col("arrival_at").max())
+    heard = readings.group_by("meter_id").agg(heard_at=pl.col("arrival_at").min(), newest=pl.col("arrival_at").max())
     kept = ["run_id", "observed_at", "equipment_id", "export_wh", "is_generator"]
     has_moved = pl.col("observed_at_now").is_not_null()
     return (

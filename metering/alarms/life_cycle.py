@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from metering.energy.delta_engine import STAMP, bucket_of
+from metering.energy.delta_engine import STAMP
 from schemas import tables
 from schemas.closed_lists import AlarmSource, AlarmState, DeltaReason, Edge, EventAction, QuarantineReason
 from schemas.event_codes import code_table
@@ -44,7 +44,7 @@ class Result(NamedTuple):
         alarms: one row per change, columns `ALARMS`; the last row of an alarm_id is its state.
         open: the new state, columns `OPEN`.
         once: the new state, columns `ONCE`.
-        events: the events with their meaning, `is_told_again`, `bucket` and `why`.
+        events: the events with their meaning, `is_told_again`, and `why` they were not stored.
     """
 
     alarms: pl.DataFrame
@@ -85,17 +85,15 @@ def lives(events: pl.DataFrame, open_alarms: pl.DataFrame, once: pl.DataFrame) -
     """Moves the alarms by a batch of events.
 
     Args:
-        events: columns of the event, arrival_at, partition, offset, `seen` (null for an original), `event_at` (the
-            meter's clock, or the arrival where that is impossible).
+        events: columns of the event, arrival_at, partition, offset, `event_at` (the meter's clock, or the arrival
+            where that is impossible).
         open_alarms: the state so far, columns `OPEN`.
         once: the state so far, columns `ONCE`.
     """
     named = with_meaning(events)
     is_known = pl.col("action").is_not_null()
     named = named.with_columns(
-        why=pl.when(pl.col("seen").is_not_null())
-        .then(pl.col("seen"))
-        .when(~is_known)
+        why=pl.when(~is_known)
         .then(pl.lit(QuarantineReason.UNKNOWN_CODE.value))
         .when((pl.col("edge") == Edge.LEVEL.value) & ~pl.col("argument").is_in(list(LEVELS)).fill_null(False))
         .then(pl.lit(QuarantineReason.UNKNOWN_ARGUMENT.value))
@@ -128,14 +126,10 @@ def lives(events: pl.DataFrame, open_alarms: pl.DataFrame, once: pl.DataFrame) -
     was_late = pl.DataFrame(late, schema={"partition": pl.Int64, "offset": pl.Int64}, orient="row").with_columns(
         is_late=pl.lit(True)
     )
-    judged = (
-        named.join(was_late, on=["partition", "offset"], how="left")
-        .with_columns(
-            why=pl.when(pl.col("is_late").fill_null(False))
-            .then(pl.lit(DeltaReason.OUT_OF_ORDER.value))
-            .otherwise(pl.col("why"))
-        )
-        .with_columns(bucket=bucket_of(pl.col("why")))
+    judged = named.join(was_late, on=["partition", "offset"], how="left").with_columns(
+        why=pl.when(pl.col("is_late").fill_null(False))
+        .then(pl.lit(DeltaReason.OUT_OF_ORDER.value))
+        .otherwise(pl.col("why"))
     )
     return Result(
         pl.DataFrame(changes, schema=ALARMS) if changes else pl.DataFrame(schema=ALARMS),

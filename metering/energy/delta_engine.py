@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from schemas.closed_lists import ACCEPTED_DELTAS, Bucket, DeltaReason, QuarantineReason
+from metering.accounting import BUCKETS
+from metering.deduplication import FIRST
+from schemas.closed_lists import ACCEPTED_DELTAS, DeltaReason
 from schemas.tables import CONFLICTS, CONSUMPTION_DELTAS, REGISTERS, polars_schema
 
 STAMP = pl.Datetime("us", "UTC")
@@ -44,36 +46,6 @@ KEY = ["meter_id", "register"]
 NUMBERS = {register: number for number, register in enumerate(REGISTERS)}
 UNPLACED = (DeltaReason.DUPLICATE, DeltaReason.CONFLICT, DeltaReason.OUT_OF_ORDER)
 """Reasons of records that have no place in their series: what stood before them depends on how batches were cut."""
-BUCKETS = {
-    DeltaReason.DUPLICATE.value: Bucket.DUPLICATE.value,
-    DeltaReason.OUT_OF_ORDER.value: Bucket.LATE.value,
-    DeltaReason.CONFLICT.value: Bucket.QUARANTINED.value,
-    DeltaReason.IMPLAUSIBLE.value: Bucket.QUARANTINED.value,
-    QuarantineReason.UNKNOWN_CODE.value: Bucket.QUARANTINED.value,
-    QuarantineReason.UNKNOWN_ARGUMENT.value: Bucket.QUARANTINED.value,
-}
-"""Bucket of the books of a record that was not stored, by its reason."""
-
-
-def bucket_of(why: pl.Expr) -> pl.Expr:
-    """Bucket of the books by the reason why a record was not stored; null was stored."""
-    return why.replace_strict(BUCKETS, default=Bucket.STORED.value, return_dtype=pl.String)
-
-
-def judged(records: pl.DataFrame, is_late: pl.Expr) -> pl.DataFrame:
-    """Adds `why` and `bucket`: what came before is told by `seen`; of the others some are late.
-
-    Args:
-        records: with `seen`, null for an original.
-        is_late: true, or false.
-    """
-    why = (
-        pl.when(pl.col("seen").is_not_null())
-        .then(pl.col("seen"))
-        .when(is_late)
-        .then(pl.lit(DeltaReason.OUT_OF_ORDER.value))
-    )
-    return records.with_columns(why=why).with_columns(bucket=bucket_of(pl.col("why")))
 
 
 class Result(NamedTuple):
@@ -329,28 +301,26 @@ def _walked(group: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(walked, schema=group.schema | STEPS)
 
 
-def conflicts(done: pl.DataFrame, originals: pl.DataFrame, baseline: pl.DataFrame) -> pl.DataFrame:
+def conflicts(done: pl.DataFrame, readings: pl.DataFrame, baseline: pl.DataFrame) -> pl.DataFrame:
     """Both values of a conflict, columns `CONFLICT_ROWS`; registers in which the two records agree have none.
 
     Args:
         done: of `steps`.
-        originals: readings of this batch and those that are remembered: meter_id, observed_at, `<register>_wh`.
+        readings: with partition, offset, and `first_<register>_wh` of the original.
         baseline: the state before the steps: a value that is older than what is remembered.
     """
     refused = done.filter(pl.col("reason") == DeltaReason.CONFLICT.value)
     if refused.is_empty():
         return pl.DataFrame(schema=CONFLICT_ROWS)
-    named = {f"{register}_wh": register for register in REGISTERS}
-    of = ["meter_id", "observed_at"]
+    place = ["partition", "offset"]
     accepted = (
-        originals.join(refused.select(of).unique(), on=of, how="semi")
-        .select(*of, *named)
-        .rename(named)
-        .unpivot(on=list(REGISTERS), index=of, variable_name="register", value_name="first_wh")
+        readings.join(refused.select(place).unique(), on=place, how="semi")
+        .select(*place, *[pl.col(f"{FIRST}{register}_wh").alias(register) for register in REGISTERS])
+        .unpivot(on=list(REGISTERS), index=place, variable_name="register", value_name="first_wh")
     )
     held = baseline.select(*KEY, observed_at="previous_at", held_wh="previous_wh")
     return (
-        refused.join(accepted, on=[*KEY, "observed_at"], how="left")
+        refused.join(accepted, on=[*place, "register"], how="left")
         .join(held, on=[*KEY, "observed_at"], how="left")
         .with_columns(accepted_wh=pl.coalesce("first_wh", "held_wh"), refused_wh="wh")
         .filter(pl.col("accepted_wh").ne_missing(pl.col("refused_wh")))
@@ -359,8 +329,8 @@ def conflicts(done: pl.DataFrame, originals: pl.DataFrame, baseline: pl.DataFram
     )
 
 
-def with_bucket(readings: pl.DataFrame, done: pl.DataFrame) -> pl.DataFrame:
-    """Puts each record into one bucket of the books, by the reasons of its registers.
+def with_why(readings: pl.DataFrame, done: pl.DataFrame) -> pl.DataFrame:
+    """Says of each record why it was not stored, by the reasons of its registers.
 
     A duplicate or conflict is one as a whole. A record with a wild register is quarantined, one that is too old or
     known to all its registers is late; the rest, also one without any register, is stored.
@@ -370,7 +340,7 @@ def with_bucket(readings: pl.DataFrame, done: pl.DataFrame) -> pl.DataFrame:
         done: steps of them.
 
     Returns:
-        The readings with `bucket` and `why` (a DeltaReason, null where stored).
+        The readings with `why` (a DeltaReason, null where stored).
     """
     place = ["partition", "offset"]
     wild = pl.col("reason").is_in([DeltaReason.IMPLAUSIBLE.value, DeltaReason.CONFLICT.value])
@@ -384,7 +354,7 @@ def with_bucket(readings: pl.DataFrame, done: pl.DataFrame) -> pl.DataFrame:
             same=(pl.col("reason") == DeltaReason.DUPLICATE.value).all(),
         )
     )
-    whys = (
+    why = (
         pl.when(pl.col("seen").is_not_null())
         .then(pl.col("seen"))
         .when(pl.col("wild").is_not_null())
@@ -394,9 +364,4 @@ def with_bucket(readings: pl.DataFrame, done: pl.DataFrame) -> pl.DataFrame:
         .when(pl.col("old").fill_null(False))
         .then(pl.lit(DeltaReason.OUT_OF_ORDER.value))
     )
-    return (
-        readings.join(each, on=place, how="left")
-        .with_columns(why=whys)
-        .with_columns(bucket=bucket_of(pl.col("why")))
-        .drop("wild", "old", "same")
-    )
+    return readings.join(each, on=place, how="left").with_columns(why=why).drop("wild", "old", "same")

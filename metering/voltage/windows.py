@@ -12,8 +12,8 @@ from typing import NamedTuple
 import polars as pl
 
 from metering.deduplication import PLACE, is_recent, with_seen
-from metering.energy.delta_engine import STAMP, judged
-from schemas.closed_lists import Band, VoltageEvent
+from metering.energy.delta_engine import STAMP
+from schemas.closed_lists import Band, DeltaReason, VoltageEvent
 from schemas.tables import PHASES, VOLTAGE_EVENTS, VOLTAGE_WINDOWS, polars_schema
 
 WINDOW = timedelta(minutes=10)  # EN 50160 judges means over ten minutes
@@ -64,7 +64,7 @@ class ClosedWindows(NamedTuple):
 
     Attributes:
         windows: windows that are over now, columns `WINDOWS`.
-        readings: the readings with `bucket` and `why`.
+        readings: the readings with `seen`, and `why` they were not stored.
         samples: the new state: what open windows hold, and what tells a redelivered record.
         closed: the new state: windows that were closed before their time, by a flush.
     """
@@ -122,7 +122,9 @@ def close_windows(
     still_early = known.filter(~(end <= pl.col("watermark")).fill_null(False)).select(window)
     return ClosedWindows(
         windows(closing.join(registry, on="meter_id", how="left")),
-        judged(marked.join(late, on=PLACE, how="left"), pl.col("is_late").fill_null(False)),
+        marked.join(late, on=PLACE, how="left").with_columns(
+            why=pl.coalesce("seen", pl.when("is_late").then(pl.lit(DeltaReason.OUT_OF_ORDER.value)))
+        ),
         placed.filter(~(is_over | pl.col("was_over")) | is_recent(horizon)).select(samples.columns),
         pl.concat([still_early, newly_early]),
     )

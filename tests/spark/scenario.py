@@ -20,22 +20,19 @@ import polars as pl
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
-from engine.batch import BatchContext, contract
-from engine.decoding import decoded
-from engine.night import BatchJob
-from engine.settings import StreamSettings
-from engine.stream import StreamingJob
-from engine.watermark import watermarks
+from engine.job import StreamingJob
+from engine.night import BatchJob, rows_of
+from engine.settings import ClockSettings, StreamSettings
 from kafka_io.ranges import KAFKA
 from lake.reading import spark_schema
 from schemas.codec import arrow_schema, decode, encode
 from schemas.tables import TABLES
 from schemas.topics import CRITICAL_EVENTS, EVENTS, READINGS, Topic
 from streaming_jobs import critical_events
+from tests.settling import Settling, kafka_table
 
 FOLDER = Path(__file__).parent.parent / "scenarios"
 KAFKA_AT = datetime(2024, 1, 1, tzinfo=UTC)
-PLANNED_AT = datetime(2100, 1, 1, tzinfo=UTC)  # every arrival was before
 
 
 PROSE = "#"
@@ -137,43 +134,19 @@ def stream(job: StreamingJob, folder: Path) -> dict[str, list[dict[str, Any]]]:
     registry = frame_of(table("registry", folder / "when" / "registry.csv"))
     when = {topic: folder / "when" / f"{topic.entity}s.csv" for topic in job.topics}
     batches = sorted({row.get("batch", "1") for path in when.values() for row in read(path)})
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in [*job.writes, *job.current, "accounting"]}
-    states: dict[str, dict[str, pl.DataFrame]] = {}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in [*job.tables, *job.current, "accounting"]}
     offsets = dict.fromkeys(job.topics, 0)
-    nothing = {kind: pl.DataFrame(schema=schema) for kind, schema in job.state.items()}
-    kept = {kind: pl.DataFrame(schema=schema) for kind, schema in job.cross_partition_state.items()}
+    settling = Settling(job, registry, settings)
     for batch in [*batches, "", *(["flush"] if flush else [])]:
-        clocks = [state["clock"] for state in states.values() if "clock" in state]
-        known_so_far = watermarks(clocks, settings.allowed_lateness_s, PLANNED_AT)
-        context = BatchContext(settings, known_so_far, close_all=batch == "flush")
-        tables: dict[str, list[pl.DataFrame]] = {name: [] for name in job.writes}
+        rows = []
         for topic in job.topics:
-            rows = kafka_rows(topic, when[topic], batch, offsets[topic])
-            offsets[topic] += len(rows)
-            known = states.get(topic.name) or nothing
-            frames = job.transform(decoded(kafka_table(rows), topic), registry, known, context)
-            states[topic.name] = {kind: frames[kind].cast(kind_of) for kind, kind_of in job.state.items()}
-            for name in job.writes:
-                if name in frames:
-                    tables[name].append(contract(frames[name], name))
-            found["accounting"] += frames["books"].to_dicts()
-            for name in job.current:
-                found[name] = contract(frames[name], name).to_dicts()
-        if job.cross_partition:
-            handed = {name: pl.concat(tables[name]) for name in job.hands}
-            frames = job.cross_partition(handed, registry, kept, context)
-            kept = {kind: frames[kind] for kind in job.cross_partition_state}
-            for name in set(job.writes) & set(frames):
-                tables[name].append(contract(frames[name], name))
-        for name, parts in tables.items():
-            found[name] += [row for part in parts for row in part.to_dicts()]
+            of_topic = kafka_rows(topic, when[topic], batch, offsets[topic])
+            offsets[topic] += len(of_topic)
+            rows += of_topic
+        for name, frame in settling.batch(kafka_table(rows), close_all=batch == "flush").items():
+            found[name] = [*([] if name in job.current else found[name]), *frame.to_dicts()]
     found["accounting"] = books(found["accounting"])
     return found
-
-
-def kafka_table(rows: list[tuple[Any, ...]]) -> pa.Table:
-    """Records as Spark's Kafka source gives them."""
-    return pa.Table.from_pylist([dict(zip(KAFKA.names, row, strict=True)) for row in rows], KAFKA)
 
 
 def frame_of(rows: pa.Table) -> pl.DataFrame:
@@ -210,7 +183,7 @@ def night(session: SparkSession, job: BatchJob, folder: Path) -> dict[str, list[
             rows.append(tuple(typed(filled.get(field.name), field.type) for field in schema))
         lake[name] = session.createDataFrame(rows, spark_schema(schema))
     day = date.fromisoformat(settings_of(folder)["date"])
-    return {job.name: job.transform(lake, registry, day).toArrow().to_pylist()}
+    return {job.name: rows_of(job, lake, registry, day, ClockSettings()).toArrow().to_pylist()}
 
 
 def books(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,16 +14,19 @@ from pyspark.sql import DataFrame, SparkSession
 
 from batch_jobs import discovered
 from engine.night import BatchJob, in_order, publish, silent
+from engine.settings import ClockSettings
 from lake.locks import files_moved, report_run
 from lake.paths import glob_of, report_path, table_path
 from lake.reading import newest_registry, read_registry, registry_files
 from schemas.errors import ConfigError, ContractBroken, RetryLater
-from schemas.tables import TABLES
+from schemas.tables import REPORTS, TABLES
 from settings import home
 
 DAY = datetime.date(2024, 6, 10)
 MIDNIGHT = datetime.datetime(2024, 6, 10, tzinfo=datetime.UTC)
 ROOT = Path(__file__).parents[2]
+LIMITS = ClockSettings()
+ALARM_IDS = pa.schema([TABLES["alarms"].field("alarm_id")])
 
 
 def keep(table: str, day: datetime.date, rows: list[dict[str, Any]], part: int = 0) -> None:
@@ -69,10 +72,10 @@ def rows_of(report: str) -> list[tuple[Any, ...]]:
 def test_a_date_run_twice_has_the_same_rows_and_nothing_else_is_written(
     spark: SparkSession, lake: Path, job: BatchJob
 ) -> None:
-    first = publish(spark, job, DAY)
+    first = publish(spark, job, DAY, LIMITS)
     rows = rows_of(job.report)
     assert len(rows) == first
-    assert publish(spark, job, DAY) == first
+    assert publish(spark, job, DAY, LIMITS) == first
     assert rows_of(job.report) == rows
     assert [folder.name for folder in report_path(job.report).iterdir()] == ["date=2024-06-10"]
     assert [report.name for report in (home() / "reports").iterdir()] == [job.report]
@@ -82,7 +85,7 @@ def test_a_date_run_twice_has_the_same_rows_and_nothing_else_is_written(
 def test_the_days_of_a_meter_add_up_to_its_register(spark: SparkSession, lake: Path) -> None:
     job = next(job for job in discovered() if job.name == "daily_consumption")
     for shift in (-1, 0, 1):
-        publish(spark, job, DAY + datetime.timedelta(days=shift))
+        publish(spark, job, DAY + datetime.timedelta(days=shift), LIMITS)
     total = f"select sum(import_wh) from read_parquet('{glob_of(report_path(job.report))}') where meter_id = 'a'"
     assert duckdb.sql(total).fetchall() == [(100 * 71,)]
 
@@ -92,7 +95,7 @@ def test_a_lake_without_rows_gives_an_empty_report(
 ) -> None:
     monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
     for job in discovered():
-        assert publish(spark, job, DAY) == 0
+        assert publish(spark, job, DAY, LIMITS) == 0
 
 
 def test_an_unknown_time_zone_in_the_registry_is_named(
@@ -101,7 +104,7 @@ def test_an_unknown_time_zone_in_the_registry_is_named(
     monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
     keep("registry", DAY, [{"meter_id": "a", "time_zone": "Europe/Nowhere"}])
     with pytest.raises(ConfigError, match="Europe/Nowhere"):
-        publish(spark, discovered()[0], DAY)
+        publish(spark, discovered()[0], DAY, LIMITS)
 
 
 def test_a_night_passes_over_what_no_registry_and_no_meter_can_mean(spark: SparkSession, lake: Path) -> None:
@@ -118,7 +121,7 @@ def test_a_night_passes_over_what_no_registry_and_no_meter_can_mean(spark: Spark
     assert sorted(newest_registry(registry_files()).select(columns).rows()) == known
     assert sorted(tuple(row) for row in read_registry(spark).select(columns).collect()) == known
     for job in discovered():
-        assert publish(spark, job, DAY) > 0
+        assert publish(spark, job, DAY, LIMITS) > 0
 
     def said(report: str, names: str) -> list[tuple[Any, ...]]:
         where = "where meter_id is not null order by meter_id"
@@ -138,7 +141,7 @@ def test_a_profile_has_the_first_hour_of_its_four_weeks_which_is_of_an_earlier_u
     known = {"meter_id": "a", "register": "import_t1", "energy_wh": 25, "covered_s": 900, "quality": "measured"}
     keep("interval_readings", begin.date(), [quarter | known for quarter in quarters])
     job = next(job for job in discovered() if job.name == "load_profile")
-    publish(spark, job, DAY)
+    publish(spark, job, DAY, LIMITS)
     hours = f"select hours, mean_wh from '{glob_of(report_path(job.report))}' where hour_of_day = 0"
     assert duckdb.sql(hours).fetchall() == [(1, 100)]
 
@@ -147,13 +150,17 @@ def nothing(tables: Mapping[str, DataFrame], registry: DataFrame, date: datetime
     return next(iter(tables.values()))
 
 
-def test_a_job_runs_after_those_whose_reports_it_reads(spark: SparkSession, lake: Path) -> None:
+def test_a_job_runs_after_those_whose_reports_it_reads(
+    spark: SparkSession, lake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for report in ("a_reader_v1", "z_writer_v2"):
+        monkeypatch.setitem(REPORTS, report, TABLES["alarms"])
     reader = BatchJob("a_reader", 1, {"z_writer_v2": 1}, nothing)
     writer = BatchJob("z_writer", 2, {"alarms": 0}, nothing)
     assert [job.name for job in in_order([reader, writer])] == ["z_writer", "a_reader"]
     with pytest.raises(ConfigError, match="z_writer_v2 has nothing for 2024-06-10"):
-        publish(spark, reader, DAY)
-    assert publish(spark, writer, DAY) == publish(spark, reader, DAY) == 1
+        publish(spark, reader, DAY, LIMITS)
+    assert publish(spark, writer, DAY, LIMITS) == publish(spark, reader, DAY, LIMITS) == 1
 
 
 def test_jobs_that_read_each_other_in_a_circle_are_refused() -> None:
@@ -182,7 +189,20 @@ def test_a_day_without_readings_is_told_with_the_days_that_have_some(
     assert silent(DAY + datetime.timedelta(days=1)) is None
 
 
-def test_while_a_night_reads_a_table_nobody_may_merge_its_files(spark: SparkSession, lake: Path) -> None:
+def test_a_report_whose_columns_are_not_the_declared_ones_is_not_written(
+    spark: SparkSession, lake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REPORTS, "one_v1", pa.schema([("alarm_id", pa.string()), ("meters", pa.int64())]))
+    job = BatchJob("one", 1, {"alarms": 0}, lambda tables, _, __: tables["alarms"].select("alarm_id", "meter_id"))
+    with pytest.raises(ContractBroken, match=r"one_v1 .*meter_id string \(given\), meters bigint \(declared\)"):
+        publish(spark, job, DAY, LIMITS)
+    assert not report_path("one_v1").exists()
+
+
+def test_while_a_night_reads_a_table_nobody_may_merge_its_files(
+    spark: SparkSession, lake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REPORTS, "locked_v1", ALARM_IDS)
     seen: dict[str, bool] = {}
 
     def transform(tables: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date) -> DataFrame:
@@ -191,21 +211,24 @@ def test_while_a_night_reads_a_table_nobody_may_merge_its_files(spark: SparkSess
                 seen[table] = is_alone
         return tables["alarms"].select("alarm_id")
 
-    publish(spark, BatchJob("locked", 1, {"alarms": 0}, transform), DAY)
+    publish(spark, BatchJob("locked", 1, {"alarms": 0}, transform), DAY, LIMITS)
     assert seen == {"alarms": False, "readings": True}
     with files_moved("alarms") as is_alone:
         assert is_alone
 
 
-def test_a_report_is_written_by_one_process_at_a_time_and_is_never_away(spark: SparkSession, lake: Path) -> None:
+def test_a_report_is_written_by_one_process_at_a_time_and_is_never_away(
+    spark: SparkSession, lake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REPORTS, "alone_v1", ALARM_IDS)
     job = BatchJob("alone", 1, {"alarms": 0}, lambda tables, _, __: tables["alarms"].select("alarm_id"))
-    publish(spark, job, DAY)
+    publish(spark, job, DAY, LIMITS)
     folder = report_path("alone_v1") / f"date={DAY.isoformat()}"
     with report_run("alone_v1", DAY.isoformat()) as is_alone:
         assert is_alone
         with pytest.raises(RetryLater, match=f"another process writes alone_v1 of {DAY.isoformat()}"):
-            publish(spark, job, DAY)
+            publish(spark, job, DAY, LIMITS)
     before = folder.stat().st_ino
-    publish(spark, job, DAY)
+    publish(spark, job, DAY, LIMITS)
     assert folder.stat().st_ino != before, "the folder is another one"
     assert not list((home() / "staging").glob("alone_v1-*"))

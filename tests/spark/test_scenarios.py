@@ -24,7 +24,7 @@ def test_what_comes_gives_what_must_be_there(request: pytest.FixtureRequest, fol
         found = scenario.at_once(spark(), folder)
     elif (Path(__file__).parents[2] / "streaming_jobs" / f"{name}.py").exists():
         job = import_module(f"streaming_jobs.{name}").JOB
-        written = [*job.writes, *job.current, "accounting"]
+        written = [*job.tables, *job.current, "accounting"]
         assert scenario.problems(folder, scenario.of_stream(job.topics), written, ["accounting"]) == []
         found = scenario.stream(job, folder)
     else:

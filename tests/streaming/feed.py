@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
+from engine.job import StreamingJob
 from engine.settings import StreamSettings
-from engine.stream import Runner, StreamingJob
+from engine.stream import Runner
 from kafka_io.ranges import KAFKA
 from lake.paths import glob_of, table_path
 from lake.reading import spark_schema
@@ -135,7 +136,7 @@ def rows(table: str) -> list[tuple[Any, ...]]:
 
 def lake(runner: Runner) -> dict[str, Any]:
     """All that the job wrote: rows per table, and which files hold them."""
-    found: dict[str, Any] = {table: rows(table) for table in [*runner.job.writes, "accounting"]}
+    found: dict[str, Any] = {table: rows(table) for table in [*runner.job.tables, "accounting"]}
     parts = (home() / "lake").glob("*/date=*/*.parquet")
     found["files"] = sorted(
         (part.parts[-3], part.name.replace(runner.query_id, "id")) for part in parts if part.parts[-3] != "registry"

@@ -96,7 +96,7 @@ def test_a_job_with_nothing_open_is_flushed_without_a_row(spark: SparkSession, h
     feed = Feed()
     feed.add(batches()[0])
     runner = run(spark, feed, consumption_deltas.JOB)
-    before = {table: rows(table) for table in runner.job.writes}
+    before = {table: rows(table) for table in runner.job.tables}
     runner.flush()
     assert {table: rows(table) for table in before} == before
     assert sum(line[3] for line in rows("accounting")) == len(batches()[0])

@@ -11,7 +11,8 @@ from pyspark.sql import DataFrame, SparkSession
 
 from engine import stream
 from engine.checkpoint import require_whole
-from engine.stream import Runner, StreamingJob, ended
+from engine.job import StreamingJob
+from engine.stream import Runner, ended
 from lake import publishing
 from schemas.codec import encode
 from schemas.errors import StateLost

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metering.accounting import bucket_of
 from metering.alarms.life_cycle import ONCE, OPEN, Result, alarm_id, lives, with_meaning
 from metering.energy.delta_engine import STAMP
 
@@ -26,7 +27,6 @@ EVENTS = pl.Schema(
         "event_at": STAMP,
         "partition": pl.Int64(),
         "offset": pl.Int64(),
-        "seen": pl.String(),
     }
 )
 TABLES = {"c12.19": "ST76", "dsmr": "events", "smr": "events", "ge-i210": "MT3"}
@@ -59,7 +59,7 @@ def changes(result: Result) -> list[tuple[str, str, int]]:
 
 
 def buckets(result: Result) -> list[str]:
-    return result.events.sort("offset")["bucket"].to_list()
+    return result.events.sort("offset").select(bucket_of(pl.col("why"))).to_series().to_list()
 
 
 def test_an_alarm_is_raised_and_cleared_with_the_times_of_its_events() -> None:
@@ -168,17 +168,11 @@ def test_83_to_85_are_a_swell_in_dsmr_and_the_way_back_in_smr(code: str) -> None
 )
 def test_a_code_that_no_table_has_is_quarantined(other: dict[str, str]) -> None:
     result = move([event(0, 0, **other), event(1, 1, "2")])
-    assert result.events.sort("offset").select("bucket", "why").rows() == [
+    assert result.events.sort("offset").select(bucket_of(pl.col("why")).alias("bucket"), "why").rows() == [
         ("quarantined", "unknown_code"),
         ("stored", None),
     ]
     assert result.alarms.is_empty()
-
-
-def test_what_was_seen_before_moves_nothing() -> None:
-    result = move([event(0, 0, "46"), event(1, 0, "46", seen="duplicate")])
-    assert changes(result) == [("failed_login", "active", 0)]
-    assert buckets(result) == ["stored", "duplicate"]
 
 
 def test_a_counted_or_dropped_event_is_stored_and_raises_nothing() -> None:

@@ -12,16 +12,13 @@ import pytest
 from bench.peers import core
 from bench.streams import per_meter
 from bench.truth import PARTITIONS, REASONS, SHAPES, Shape, differences, expected, generate, payloads
-from engine.batch import BatchContext
-from engine.decoding import decoded
-from engine.settings import StreamSettings
-from engine.stream import StreamingJob
-from engine.watermark import watermarks
+from engine.job import StreamingJob
 from kafka_io.ranges import KAFKA
 from schemas.codec import decode_batch
-from schemas.tables import REGISTRY, TABLES, polars_schema
+from schemas.tables import REGISTRY, polars_schema
 from schemas.topics import READINGS
 from streaming_jobs import consumption_deltas, voltage_deviation
+from tests.settling import Settling
 from tests.wire import small_tape
 
 ROOT = Path(__file__).parents[2]
@@ -128,32 +125,24 @@ ENDS = range(30, 870, 30)  # of the batches, offsets of each partition
 
 def written_by(job: StreamingJob, table: str, rows: pl.DataFrame) -> pl.DataFrame:
     """What a job writes into a table: some batches, each Kafka partition by itself, then a flush."""
-    settings = StreamSettings(kafka_bootstrap="nowhere:0")
-    registry = pl.DataFrame(schema=polars_schema(REGISTRY))
-    empty = {kind: pl.DataFrame(schema=schema) for kind, schema in job.state.items()}
-    states = dict.fromkeys(range(PARTITIONS), empty)
+    settling = Settling(job, polars_schema(REGISTRY).to_frame())
     tables = []
     for begin, end in [*pairwise([0, *ENDS]), (ENDS[-1], ENDS[-1])]:
-        clocks = [state["clock"] for state in states.values() if "clock" in state]
-        is_flush = begin == end
-        context = BatchContext(settings, watermarks(clocks, 1_800, datetime.now(UTC)), is_flush)
-        for partition, state in states.items():
-            part = rows.filter(pl.col("partition") == partition, pl.col("offset").is_between(begin, end - 1))
-            records = pa.table(
-                [
-                    part.get_column("meter_id").cast(pl.Binary).to_arrow(),
-                    pa.array(payloads(part), pa.binary()),
-                    pa.repeat(READINGS.name, len(part)),
-                    pa.repeat(partition, len(part)),
-                    part.get_column("offset").to_arrow(),
-                    part.get_column("sent_at").to_arrow(),
-                ],
-                names=KAFKA.names,
-            ).cast(KAFKA)
-            frames = job.transform(decoded(records, READINGS), registry, state, context)
-            assert frames["books"].get_column("records").sum() == len(part)
-            states[partition] = {kind: frames[kind] for kind in job.state}
-            tables.append(frames[table].cast(polars_schema(TABLES[table])))
+        part = rows.filter(pl.col("offset").is_between(begin, end - 1))
+        records = pa.table(
+            [
+                part.get_column("meter_id").cast(pl.Binary).to_arrow(),
+                pa.array(payloads(part), pa.binary()),
+                pa.repeat(READINGS.name, len(part)),
+                part.get_column("partition").to_arrow(),
+                part.get_column("offset").to_arrow(),
+                part.get_column("sent_at").to_arrow(),
+            ],
+            names=KAFKA.names,
+        ).cast(KAFKA)
+        done = settling.batch(records, close_all=begin == end)
+        assert done["accounting"].get_column("records").sum() == len(part)
+        tables.append(done[table])
     return pl.concat(tables)
 
 

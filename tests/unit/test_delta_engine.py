@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metering.accounting import bucket_of
 from metering.deduplication import PLACE, with_seen
-from metering.energy.delta_engine import BASELINE, STAMP, Limits, steps, walk, with_bucket, with_limits
+from metering.energy.delta_engine import BASELINE, STAMP, Limits, steps, walk, with_limits, with_why
 from schemas.tables import REGISTERS
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -206,10 +207,11 @@ def test_the_sum_of_a_segment_is_its_last_value_minus_its_start_whatever_comes_i
 def test_every_record_gets_exactly_one_bucket(delivery: tuple[Limits, pl.DataFrame, list[int]]) -> None:
     _, records, _ = delivery
     marked = with_seen(records, records.clear().select(RECENT), ["meter_id", "observed_at"], VALUES)
-    judged = with_bucket(marked, steps(marked, BASELINE.to_frame()).steps)
+    judged = with_why(marked, steps(marked, BASELINE.to_frame()).steps)
     assert sorted(judged["offset"]) == sorted(records["offset"])
-    assert set(judged["bucket"]) <= {"stored", "duplicate", "late", "quarantined"}
-    assert judged.filter((pl.col("bucket") == "stored") != pl.col("why").is_null()).is_empty()
+    buckets = judged.select(bucket_of(pl.col("why"))).to_series()
+    assert set(buckets) <= {"stored", "duplicate", "late", "quarantined"}
+    assert ((buckets == "stored") == judged["why"].is_null()).all()
 
 
 @pytest.mark.parametrize(
@@ -372,8 +374,8 @@ def buckets(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[s
         frame = pl.DataFrame(batch, schema={**READINGS, "seen": pl.String})
         result = steps(frame, baseline)
         baseline = result.baseline
-        judged = with_bucket(frame, result.steps)
-    return judged.sort("offset")["bucket"].to_list()
+        judged = with_why(frame, result.steps)
+    return judged.sort("offset").select(bucket_of(pl.col("why"))).to_series().to_list()
 
 
 def test_a_record_is_in_the_bucket_that_its_registers_say_together() -> None:

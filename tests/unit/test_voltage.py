@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch import BatchContext
+from engine.job import BatchContext
 from engine.settings import StreamSettings
 from engine.watermark import CLOCK, clock, watermarks
+from metering.accounting import bucket_of
 from metering.energy.delta_engine import STAMP
 from metering.voltage.windows import VOLTAGES, WINDOWS, ClosedWindows, close_windows, windows
 
@@ -75,7 +76,7 @@ class Stream:
 
 
 def buckets(result: ClosedWindows) -> list[str]:
-    return result.readings.sort("offset")["bucket"].to_list()
+    return result.readings.sort("offset").select(bucket_of(pl.col("why"))).to_series().to_list()
 
 
 class Expected(NamedTuple):

@@ -1,0 +1,154 @@
+"""The contract of a streaming job: what it declares, what its rule is handed, what that gives back.
+
+The rule is `transform(rows, registry, state, context) -> Output`: pure, on the rows of one Kafka partition, of a batch
+or of a static frame. All that is not its own the engine does, as declared: it decodes, refuses impossible clocks,
+deduplicates, keeps late and quarantined records apart, and counts where each record went (`engine/batch.py`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import polars as pl
+import pyarrow as pa
+
+from engine.settings import StreamSettings
+from engine.watermark import CLOCK
+from metering.accounting import VERDICTS
+from metering.deduplication import PLACE
+from schemas.codec import arrow_schema
+from schemas.tables import KAFKA_PLACE, TABLES, polars_schema
+from schemas.topics import Topic
+
+Frames = Mapping[str, pl.DataFrame]
+MEMORY, CLOCKS = "recent", "clock"
+"""Kinds of state that the engine keeps: originals by which it deduplicates, the newest arrivals of each run."""
+SAID = "print"
+"""In `deduplicate_on`: a hash of all that the sender said, without what was added on the way."""
+
+
+@dataclass(frozen=True)
+class BatchContext:
+    """What is the same for all partitions of a batch.
+
+    Attributes:
+        settings: of the streaming jobs.
+        watermarks: per run_id `previous_watermark`, up to which the batch before closed its windows, and `watermark`,
+            up to which this one does (`engine.watermark.watermarks`).
+        close_all: a flush: every window is over.
+    """
+
+    settings: StreamSettings
+    watermarks: pl.DataFrame
+    close_all: bool = False
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a rule gives back.
+
+    Attributes:
+        tables: lake table → rows to add; of a `current` table all rows of the partition.
+        state: kind → frame that the next batch reads; what is left out stays as it was.
+        verdicts: records that were not simply stored, columns `VERDICTS`: by its reason one is late, quarantined,
+            duplicate or invalid (`metering.accounting.BUCKETS`). The engine adds its own.
+    """
+
+    tables: Frames
+    state: Frames = field(default_factory=dict)
+    verdicts: pl.DataFrame = field(default_factory=VERDICTS.to_frame)
+
+
+Transform = Callable[[pl.DataFrame, pl.DataFrame, Frames, BatchContext], Output]
+CrossPartition = Callable[[Frames, pl.DataFrame, Frames, BatchContext], Output]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A topic that a job reads, its rule, and what the engine does before and after it.
+
+    Attributes:
+        topic: its key is the meter, so a partition has all rows of its meters.
+        transform: (rows, registry, state, context) → Output.
+        columns: what the rule is handed, with topic, partition and offset; all columns where none is named.
+        state: kinds of frames that are kept from batch to batch, a partition at a time.
+        refuses_impossible_clocks: a record whose clock cannot be right is quarantined and not handed over.
+        deduplicate_on: records that are the same in these are one: the first within the last offsets of a partition is
+            the original, the others are duplicates and not handed over.
+        compares: columns in which records that are the same may contradict each other; then one is a conflict.
+        hands_duplicates: those are handed over too: `seen` says duplicate or conflict, null of an original, and
+            `first_<column>` what the original has in a column of `compares`.
+        closes_windows: its arrivals move the watermarks; the rule is called for partitions without rows, too.
+        keeps_undecoded: what cannot be decoded becomes a dead letter of this job; else another job's.
+    """
+
+    topic: Topic
+    transform: Transform
+    columns: tuple[str, ...] = ()
+    state: Mapping[str, pl.Schema] = field(default_factory=dict)
+    refuses_impossible_clocks: bool = False
+    deduplicate_on: tuple[str, ...] = ()
+    compares: tuple[str, ...] = ()
+    hands_duplicates: bool = False
+    closes_windows: bool = False
+    keeps_undecoded: bool = False
+
+    @property
+    def kept(self) -> dict[str, pl.Schema]:
+        """All kinds of state: the rule's, and the engine's own."""
+        own: dict[str, pl.Schema] = {}
+        if self.deduplicate_on:
+            known = {**polars_schema(pa.schema([*arrow_schema(self.topic.entity), *KAFKA_PLACE])), SAID: pl.UInt64()}
+            columns = dict.fromkeys([*self.deduplicate_on, *PLACE, *self.compares])
+            own[MEMORY] = pl.Schema({name: known[name] for name in columns})
+        if self.closes_windows:
+            own[CLOCKS] = CLOCK
+        return {**self.state, **own}
+
+    @property
+    def apart(self) -> list[str]:
+        """Lake tables of the records that were not stored."""
+        entity = f"{self.topic.entity}s"
+        tables = [name for name in (f"quarantined_{entity}", f"late_{entity}") if name in TABLES]
+        return [*tables, *(["dead_letters"] if self.keeps_undecoded else [])]
+
+
+@dataclass(frozen=True)
+class StreamingJob:
+    """One streaming job.
+
+    Attributes:
+        name: its module's name: query, checkpoint, output prefix, CLI word.
+        version: raised when the state changes its form; part of the checkpoint's path.
+        sources: what it reads, each with its rule.
+        writes: lake tables that its rules give; their rows' dates are by `schemas.tables.DATED_BY`.
+        current: lake tables that are replaced by their newest version.
+        sends: lake table → the topic that gets its rows too.
+        hands: tables whose rows of a batch are handed to `cross_partition`.
+        cross_partition: the step after all partitions, for what does not belong to one meter: ({table: rows of all
+            partitions}, registry, its state, context) → Output.
+        cross_partition_state: kinds of frames that it keeps.
+    """
+
+    name: str
+    version: int
+    sources: tuple[Source, ...]
+    writes: tuple[str, ...]
+    current: tuple[str, ...] = ()
+    sends: Mapping[str, Topic] = field(default_factory=dict)
+    hands: tuple[str, ...] = ()
+    cross_partition: CrossPartition | None = None
+    cross_partition_state: Mapping[str, pl.Schema] = field(default_factory=dict)
+
+    @property
+    def topics(self) -> tuple[Topic, ...]:
+        """What it reads."""
+        return tuple(source.topic for source in self.sources)
+
+    @property
+    def tables(self) -> list[str]:
+        """Lake tables that it adds rows to: its rules', and those of the records that were not stored."""
+        return list(dict.fromkeys([*self.writes, *[name for source in self.sources for name in source.apart]]))
+
+    def source(self, topic: str) -> Source:
+        """Its source of a topic, by name."""
+        return next(source for source in self.sources if source.topic.name == topic)

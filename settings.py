@@ -27,10 +27,10 @@ def started_file(folder: Path) -> Path:
 def started_with(folder: Path) -> dict[str, Any]:
     """What the stack of a home was started with; empty where there was none."""
     try:
-        told = json.loads(started_file(folder).read_text())
+        started = json.loads(started_file(folder).read_text())
     except (OSError, ValueError, RecursionError):
         return {}
-    return {name: value for name, value in told.items() if _can_be(name, value)} if isinstance(told, dict) else {}
+    return {name: value for name, value in started.items() if _can_be(name, value)} if isinstance(started, dict) else {}
 
 
 def _can_be(name: str, value: object) -> bool:
@@ -99,10 +99,10 @@ def load(kind: type[S], **flags: Any) -> S:
 
 def contradictions(kind: type[Settings], folder: Path) -> list[str]:
     """Where the environment says otherwise than the stack of a home was started with, a sentence each."""
-    told = started_with(folder)
-    asked = {name: os.environ.get(f"{PREFIX}{name.upper()}") for name in sorted(kind.of_stack & set(told))}
+    started = started_with(folder)
+    asked = {name: os.environ.get(f"{PREFIX}{name.upper()}") for name in sorted(kind.of_stack & set(started))}
     return [
-        f"{PREFIX}{name.upper()} is {value}, and the stack in {folder} was started with {told[name]}"
+        f"{PREFIX}{name.upper()} is {value}, and the stack in {folder} was started with {started[name]}"
         for name, value in asked.items()
-        if value is not None and value != str(told[name])
+        if value is not None and value != str(started[name])
     ]

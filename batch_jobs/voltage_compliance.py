@@ -98,10 +98,10 @@ def days(readings: pl.DataFrame) -> pl.DataFrame:
 
 
 def _rises(readings: pl.DataFrame, counter: str) -> pl.DataFrame:
-    """Rise of a counter since the reading before, 0 where it fell or the box changed: an event is an increase."""
-    value, box = pl.col(counter), pl.col("equipment_id")
+    """Rise of a counter since the reading before, 0 where it fell or the equipment changed: an event is an increase."""
+    value, equipment = pl.col(counter), pl.col("equipment_id")
     rise = value.diff().over("meter_id")
-    is_rise = (rise > 0) & box.eq_missing(box.shift(1).over("meter_id"))
+    is_rise = (rise > 0) & equipment.eq_missing(equipment.shift(1).over("meter_id"))
     return readings.filter(value.is_not_null()).with_columns(
         before_at=pl.col("observed_at").shift(1).over("meter_id"), rise=pl.when(is_rise).then(rise).otherwise(0)
     )

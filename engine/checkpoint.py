@@ -76,13 +76,13 @@ def from_the_beginning(name: str, checkpoint: Path) -> str:
     )
 
 
-def lost_in_kafka(name: str, told: str) -> str:
+def lost_in_kafka(name: str, exception: str) -> str:
     """What to do where Kafka no longer has what a query has not read."""
     return (
         f"{name}: Kafka no longer has records that this job has not read: they grew older than the topic's retention, "
         "or the topic was made anew. What is in the lake stays. Repair: start with "
         "METERSTREAM_ACCEPT_LOSS=true until the lag is 0, then without: the job goes on with the oldest record "
-        f"that there is, its books lack what is gone. {told}"
+        f"that there is, its accounting lacks what is gone. {exception}"
     )
 
 

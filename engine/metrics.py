@@ -1,7 +1,7 @@
 """What the streaming jobs tell of themselves, for Prometheus and `make status`.
 
-Lag and rates come of the offsets that Spark's query listener tells; the rest is told by `engine/stream.py`, which
-keeps the books, the state and the clock that Spark does not know of.
+Lag and rates come of the offsets in the events of Spark's query listener; the rest is set by `engine/stream.py`, which
+keeps the accounting, the state and the clock that Spark does not know of.
 """
 
 import time
@@ -40,11 +40,13 @@ ENDED = Gauge("meterstream_batch_ended_timestamp_seconds", "When the last batch 
 SEEN = Gauge("meterstream_seen_timestamp_seconds", "When the query was last alive.", ["job"], registry=REGISTRY)
 STATE = Gauge("meterstream_state_rows", "Rows that the job keeps from batch to batch.", ["job"], registry=REGISTRY)
 WATERMARK_GAUGES = [
-    Gauge(f"meterstream_{name}_timestamp_seconds", "Up to when the newest run's windows are over.", ["job"],
+    Gauge(f"meterstream_{name}_timestamp_seconds", "The newest run's watermark.", ["job"],
           registry=REGISTRY)
     for name in ("watermark", "bound")  # the second is the name of before, for one release
 ]  # fmt: skip
-RECORDS = Counter("meterstream_records", "Records by where the books put them.", ["job", "bucket"], registry=REGISTRY)
+RECORDS = Counter(
+    "meterstream_records", "Records by their bucket of the accounting.", ["job", "bucket"], registry=REGISTRY
+)
 
 
 def stands(job: str, number: int, state_rows: int) -> None:
@@ -62,9 +64,9 @@ def batch(
         job: name of the job.
         number: of the batch.
         seconds: how long it took.
-        buckets: records by bucket of the books.
+        buckets: records by bucket of the accounting.
         state_rows: what the next batch will read.
-        watermark: up to when windows are over; None in a job that has none, or no arrival yet.
+        watermark: the newest of the runs' watermarks; None in a job that has none, or no arrival yet.
     """
     stands(job, number, state_rows)
     BATCH_SECONDS.labels(job).set(seconds)

@@ -160,7 +160,9 @@ def rows_of(
     believable = {name: lake[name].where(~is_impossible) for name in job.refuses_impossible_clocks}
     rows = job.transform({**lake, **believable}, registry, date)
     declared = spark_schema(REPORTS[job.report])
-    found, wanted = ({field.name: field.dataType.simpleString() for field in of} for of in (rows.schema, declared))
+    found, wanted = (
+        {field.name: field.dataType.simpleString() for field in schema} for schema in (rows.schema, declared)
+    )
     if found != wanted:
         wrong = sorted(set(found.items()) ^ set(wanted.items()))
         msg = f"{job.report} is declared with other columns than its transform gives: "
@@ -277,11 +279,11 @@ def run(jobs: Iterable[BatchJob], date: datetime.date, limits: ClockSettings, as
         Console(stderr=True, highlight=False).print(silence, soft_wrap=True)
     if not as_json and len(ordered) > 1:
         console.print(f"{len(ordered)} reports of {day}, {AT_ONCE} at a time", soft_wrap=True)
-    columns = (TextColumn(f"  {day}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]} · left"))
+    columns = (TextColumn(f"  {day}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[doing]} · left"))
     with Progress(
         *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task("night", total=len(ordered), told="starting Spark")
+        task = bar.add_task("night", total=len(ordered), doing="starting Spark")
         session = spark_session("meterstream-night-" + "-".join(job.name for job in ordered))
         try:
             with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -290,7 +292,7 @@ def run(jobs: Iterable[BatchJob], date: datetime.date, limits: ClockSettings, as
                     while left.is_active():
                         for job in sorted(left.get_ready(), key=lambda job: job.name):
                             running[pool.submit(_timed, session, job, date, limits)] = job
-                        bar.update(task, told=", ".join(job.name for job in list(running.values())[:AT_ONCE]))
+                        bar.update(task, doing=", ".join(job.name for job in list(running.values())[:AT_ONCE]))
                         for done in wait(running, return_when=FIRST_COMPLETED).done:
                             job = running.pop(done)
                             rows, took_s = done.result()

@@ -266,14 +266,14 @@ def send(rows: pl.DataFrame, topic: Topic, bootstrap: str) -> None:
     producer = clients.producer(bootstrap)
     refused: list[str] = []
 
-    def told(error: KafkaError | None, _: Message) -> None:
+    def on_delivery(error: KafkaError | None, _: Message) -> None:
         if error:
             refused.append(error.str())
 
     for meter_id, value in zip(rows.get_column("meter_id"), encode_batch(topic.entity, rows.to_arrow()), strict=True):
         while True:
             try:
-                producer.produce(topic.name, key=meter_id, value=value, on_delivery=told)
+                producer.produce(topic.name, key=meter_id, value=value, on_delivery=on_delivery)
                 break
             except BufferError:
                 producer.poll(0.1)
@@ -319,19 +319,19 @@ def stay(queries: list[StreamingQuery], stop: threading.Event, is_over: Callable
                 raise ended(query.name, str(query.exception()))
 
 
-def ended(name: str, told: str) -> MeterstreamError:
+def ended(name: str, exception: str) -> MeterstreamError:
     """What a query that has ended by itself means for whoever runs it.
 
     Args:
         name: of the query.
-        told: Spark's words.
+        exception: its text.
     """
-    if state := STATE_LOST.search(told):
+    if state := STATE_LOST.search(exception):
         return StateLost(state[1] if state[1].startswith(name) else f"{name}: {state[1]}")
-    if lost := next((line for line in told.splitlines() if LOST_IN_KAFKA.search(line)), None):
+    if lost := next((line for line in exception.splitlines() if LOST_IN_KAFKA.search(line)), None):
         return StateLost(lost_in_kafka(name, lost.strip()))
-    msg = f"query {name} ended: {told}"
-    return (RetryLater if KAFKA_IS_AWAY.search(told) else ContractBroken)(msg)
+    msg = f"query {name} ended: {exception}"
+    return (RetryLater if KAFKA_IS_AWAY.search(exception) else ContractBroken)(msg)
 
 
 def flushed_mark() -> Path:

@@ -1,4 +1,4 @@
-"""Up to when windows are over: our own watermark by arrivals, where Spark's watermark is the maximum over all rows."""
+"""The watermark, up to which windows are over: ours is by arrivals, Spark's is the maximum over all rows."""
 
 from collections.abc import Iterable
 from datetime import datetime, timedelta
@@ -36,7 +36,7 @@ def clock(rows: pl.DataFrame, known: pl.DataFrame, watermarks: pl.DataFrame) -> 
 
 
 def watermarks(clocks: Iterable[pl.DataFrame], allowed_lateness_s: float, planned_at: datetime) -> pl.DataFrame:
-    """Up to when windows are over, columns `WATERMARKS`, by the clocks that the batch before left, columns `CLOCK`.
+    """Watermarks, columns `WATERMARKS`, by the clocks that the batch before left, columns `CLOCK`.
 
     Of the partitions that the batch had records of, the one that stands furthest back says how far a run has come:
     while a backlog is taken in, they do not stand at the same hour, and what one still has to bring is not late. A

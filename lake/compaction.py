@@ -3,7 +3,7 @@
 Each batch adds a file to each day and table that it has rows of. Where a query has left many small ones, those of
 batches that can no longer be tried again are written as one file into a copy of the folder (the others are hard links),
 and folder and copy change places in one step. So a reader finds the same rows before and after, and never both: one
-that has listed the old files and opens them later is told that they are gone, and lists again. The old folder keeps
+that has listed the old files and opens them later finds that they are gone, and lists again. The old folder keeps
 its files for a minute, for who is just listing it. After a kill either folder is whole; what it left under staging is
 removed by the next one.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 import polars as pl
 import structlog
 
-from lake.locks import files_moved
+from lake.locks import files_replaced
 from lake.paths import table_path
 from lake.publishing import COMPRESSION, exchange
 from schemas.tables import TABLES, polars_schema
@@ -57,7 +57,7 @@ class Merger:
         self._small.update(folders)
 
     def merge(self, before: int) -> None:
-        """Merges where there are too many; what cannot be merged is told and stays.
+        """Merges where there are too many; what cannot be merged is logged and stays.
 
         Args:
             before: files of this batch and of later ones stay: they may be written again.
@@ -65,7 +65,7 @@ class Merger:
         while self._left and time.monotonic() - self._left[0][0] > KEPT_S:
             shutil.rmtree(self._left.popleft()[1], ignore_errors=True)
         for folder in [folder for folder, number in self._small.items() if number >= self.files and self._is_possible]:
-            with files_moved(folder.parent.name) as is_alone:
+            with files_replaced(folder.parent.name) as is_alone:
                 if not is_alone:
                     continue
                 try:

@@ -12,7 +12,7 @@ from settings import home
 def files_kept(*tables: str) -> Iterator[None]:
     """While it holds, no file of these tables is merged with others: for whoever lists files and reads them later.
 
-    Writers hold it too; who merges holds the opposite, `files_moved`.
+    Writers hold it too; who merges holds the opposite, `files_replaced`.
     """
     with ExitStack() as locks:
         for table in sorted(tables):
@@ -20,7 +20,7 @@ def files_kept(*tables: str) -> Iterator[None]:
         yield
 
 
-def files_moved(table: str) -> AbstractContextManager[bool]:
+def files_replaced(table: str) -> AbstractContextManager[bool]:
     """Whether this process alone may move a table's files, as long as it holds; nobody is waited for."""
     return _alone(table)
 

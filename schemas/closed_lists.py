@@ -21,7 +21,7 @@ class DeadLetterReason(StrEnum):
 
 
 class Bucket(StrEnum):
-    """Where the books put one input record: received is the sum of these."""
+    """Where one input record went: received is the sum of these."""
 
     STORED = "stored"
     DUPLICATE = "duplicate"

@@ -30,7 +30,7 @@ RANGES = {
 }
 """What a number or a time can be. So far a double has every integer, and differences, sums and percentages of a few
 stay within 64 bits; and a window or a lateness added to a time stays within the calendar (years 1 to 9999)."""
-UNBOUNDED = ("seq", "kafka_partition", "kafka_offset")  # are told, and nothing is reckoned with them
+UNBOUNDED = ("seq", "kafka_partition", "kafka_offset")  # are kept as they are: nothing is computed from them
 ARROW_TYPES = {"string": pa.string(), "long": pa.int64(), "bytes": pa.binary()}
 
 

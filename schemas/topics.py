@@ -52,7 +52,7 @@ CRITICAL_EVENTS = Topic("critical-events-v1", "critical-event", dead_letters=Non
 COMMANDS = Topic("alarm-commands-v1", "acknowledgement")
 TOPICS = (READINGS, EVENTS, DEAD_LETTERS, ALARMS, CRITICAL_EVENTS, COMMANDS)
 INGESTED = (READINGS, EVENTS, DEAD_LETTERS)
-"""The topics that the bridge writes: their end offsets are its books."""
+"""The topics that the bridge writes: their end offsets say what it has carried."""
 
 METER_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """A level of an MQTT topic and a token of a NATS subject at once."""

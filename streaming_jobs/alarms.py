@@ -8,10 +8,10 @@ of an alarm counts), dead_letters (commands that cannot be decoded), quarantined
 status bit is neither set nor clear), late_events.
 Key: alarm_id = f(meter, type, begin); outage_id = f(transformer, begin).
 Lateness: an event older than the newest change of its alarm is late and changes nothing.
-Duplicates: told by meter, time, sender's stamp and number, table, code and argument within the last offsets of a
-partition. What a meter tells twice (once_within_s in the table of codes) counts once in event_counts.
-Restart: state (the newest alarm of each meter and type, outages that are not over, counts that were not told) and files
-are keyed by batch; alarms-v1 may get a batch twice.
+Duplicates: by meter, time, sender's stamp and number, table, code and argument within the last offsets of a
+partition. What a meter sends twice (once_within_s in the table of codes) counts once in event_counts.
+Restart: state (the newest alarm of each meter and type, outages that are not over, counts that were not written) and
+files are keyed by batch; alarms-v1 may get a batch twice.
 A meter without a clock stamps 1970: the arrival is taken for its time.
 """
 

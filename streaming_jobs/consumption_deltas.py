@@ -7,7 +7,7 @@ late_readings (out of order), latest_readings (the newest accepted registers of 
 Key: meter_id, register, observed_at; meter_id, register, interval_start.
 Lateness: the stream says out_of_order and gives no energy; a cumulative register heals itself, and the night places the
 reading.
-Duplicates: told by (meter_id, observed_at) within the last offsets of a partition; later ones are out of order.
+Duplicates: by (meter_id, observed_at) within the last offsets of a partition; later ones are out of order.
 Restart: state and files are keyed by batch.
 """
 

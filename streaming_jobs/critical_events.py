@@ -6,8 +6,8 @@ Reads: meter-events-v1, meter-readings-v1; registry (nominal voltage): where tha
 Writes: critical-events-v1, one record per event, and per phase of a reading whose voltage is far out.
 Key: meter_id; event_id names what the meter said.
 Lateness: nothing is too late: no state is kept.
-Duplicates: what comes twice is told twice, with the same event_id.
-Restart: from the last checkpoint: what was told since then is told again, with the same event_id.
+Duplicates: what comes twice is sent twice, with the same event_id.
+Restart: from the last checkpoint: what was sent since then is sent again, with the same event_id.
 
 What cannot be decoded is left out here: readings_lake keeps it, with the reason. Real-time mode takes no Python code
 and no shuffle, so Avro is decoded by Spark itself, and each Kafka partition holds a task slot for good.
@@ -61,8 +61,8 @@ class CriticalSettings(Settings):
 
     Attributes:
         kafka_bootstrap: host:port of a Kafka broker.
-        critical_checkpoint_s: seconds between checkpoints: each stops the stream for a second or so, and what was told
-            since the last one is told again after a kill.
+        critical_checkpoint_s: seconds between checkpoints: each stops the stream for a second or so, and what was sent
+            since the last one is sent again after a kill.
         far_out_pct: a voltage that deviates by more from its meter's nominal one is far out.
         accept_loss: go on where Kafka no longer has what was not read.
     """
@@ -82,16 +82,16 @@ def transform(records: DataFrame, nominal: DataFrame, far_out_pct: float) -> Dat
         far_out_pct: a voltage that deviates by more is far out.
     """
     bodies = [_body(topic).alias(topic.entity) for topic in (EVENTS, READINGS)]
-    told = (
+    events = (
         records.select(F.col("key").cast("string").alias("meter_id"), F.col("timestamp").alias("appended_at"), *bodies)
         .join(F.broadcast(nominal.select("meter_id", "nominal_mv")), "meter_id", "left")
-        .withColumn("told", F.explode(F.concat(_of_event(), _of_reading(far_out_pct))))
+        .withColumn("found", F.explode(F.concat(_of_event(), _of_reading(far_out_pct))))
     )
     both = {name: F.coalesce(f"{EVENTS.entity}.{name}", f"{READINGS.entity}.{name}") for name in SAID}
-    own = {name: F.col(f"told.{name}") for name in ("kind", "code", "phase", "voltage_mv")}
+    own = {name: F.col(f"found.{name}") for name in ("kind", "code", "phase", "voltage_mv")}
     event_id = F.lower(F.hex(F.xxhash64(*IDENTITY)))
     return (
-        told.select("appended_at", *[value.alias(name) for name, value in {**both, **own}.items()])
+        events.select("appended_at", *[value.alias(name) for name, value in {**both, **own}.items()])
         .where("meter_id IS NOT NULL")
         .withColumn("event_id", event_id)
         .select(*arrow_schema(CRITICAL_EVENTS.entity).names)
@@ -106,44 +106,44 @@ def _body(topic: Topic) -> Column:
     return F.when(is_ours, body)
 
 
-def _told(kind: Column, code: Column, phase: Column, voltage_mv: Column) -> Column:
+def _event(kind: Column, code: Column, phase: Column, voltage_mv: Column) -> Column:
     return F.struct(
         kind.alias("kind"), code.alias("code"), phase.alias("phase"), voltage_mv.cast("long").alias("voltage_mv")
     )
 
 
 def _of_event() -> Column:
-    """What is told of an event: one, or none."""
+    """What is critical in an event: one, or none."""
     nothing = F.lit(None)
-    told = F.array(_told(_kind(), F.col("event.code"), nothing.cast("string"), nothing))
-    return F.filter(told, lambda each: each.kind.isNotNull())
+    found = F.array(_event(_kind(), F.col("event.code"), nothing.cast("string"), nothing))
+    return F.filter(found, lambda each: each.kind.isNotNull())
 
 
 def _of_reading(far_out_pct: float) -> Column:
-    """What is told of a reading: one of each phase whose voltage is far out."""
+    """What is critical in a reading: one of each phase whose voltage is far out."""
     nominal = F.coalesce("nominal_mv", F.lit(NOMINAL_MV))
     volts = [
-        _told(F.lit(FAR_OUT), F.lit(None).cast("string"), F.lit(phase), F.col(f"reading.voltage_{phase.lower()}_mv"))
+        _event(F.lit(FAR_OUT), F.lit(None).cast("string"), F.lit(phase), F.col(f"reading.voltage_{phase.lower()}_mv"))
         for phase in PHASES
     ]
 
-    def is_far_out(told: Column) -> Column:
-        return F.abs(told.voltage_mv.cast("double") - nominal) * 100 > nominal * far_out_pct  # a long would overflow
+    def is_far_out(event: Column) -> Column:
+        return F.abs(event.voltage_mv.cast("double") - nominal) * 100 > nominal * far_out_pct  # a long would overflow
 
     return F.filter(F.array(*volts), is_far_out)
 
 
 def _kind() -> Column:
     """Kind of an event by (dialect, version, table, code); null where it is not critical."""
-    of = ("dialect", "dialect_version", "source_table", "code")
-    dialect, version, table, code = (F.col(f"event.{name}") for name in of)
+    keys = ("dialect", "dialect_version", "source_table", "code")
+    dialect, version, table, code = (F.col(f"event.{name}") for name in keys)
     kinds = {}
     for row in code_table().iter_rows(named=True):
-        key = "|".join(row[name] for name in of)
+        key = "|".join(row[name] for name in keys)
         kind = row["alarm_type"] if row["alarm_type"] in KINDS else ""
         kinds[key] = kind if row["edge"] == Edge.RAISE else ""
         if row["edge"] == Edge.LEVEL:
-            kinds[f"{key}|1"] = kind  # a status bit is told when its argument sets it
+            kinds[f"{key}|1"] = kind  # a status bit is critical when its argument sets it
     known = F.create_map(*[F.lit(part) for item in kinds.items() for part in item])
     meanings = [
         known[F.concat_ws("|", dialect, which, table, code, *argument)]
@@ -230,7 +230,7 @@ def partitions(bootstrap: str) -> int:
 
 
 def is_reading(session: SparkSession, tasks: int) -> bool:
-    """Whether a task reads each of so many partitions: from then on what comes is told within milliseconds."""
+    """Whether a task reads each of so many partitions: from then on what comes is sent on within milliseconds."""
     tracker = session.sparkContext.statusTracker()
     stages = [tracker.getStageInfo(stage) for stage in tracker.getActiveStageIds()]
     return any(stage is not None and stage.numTasks == stage.numActiveTasks == tasks for stage in stages)

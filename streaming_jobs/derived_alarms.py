@@ -5,9 +5,9 @@ Writes: alarms (one row per change; see the table for which is an alarm's state)
 alarm_counts (per quarter hour, type, transformer and feeder), quarantined_readings (impossible clock), late_readings.
 Key: alarm_id = f(meter, type, begin).
 Lateness: a reading that is older than the newest of its meter is late; it only ends a silence.
-Duplicates: told by (meter_id, observed_at) within the last offsets of a partition; later ones are late.
-Restart: state (the newest reading of each meter, conditions that hold, counts that were not told) and files are keyed
-by batch; alarms-v1 may get a batch twice.
+Duplicates: by (meter_id, observed_at) within the last offsets of a partition; later ones are late.
+Restart: state (the newest reading of each meter, conditions that hold, counts that were not written) and files are
+keyed by batch; alarms-v1 may get a batch twice.
 A meter is silent when its run's arrivals, less the allowed lateness, are past four of its intervals (15 minutes at
 least) without one of its own. When everything is silent no time passes, so the end of a run silences nobody.
 """

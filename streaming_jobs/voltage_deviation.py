@@ -9,7 +9,7 @@ Lateness: a window is over when the arrivals of its run are past its end by the 
 reading for a window that is over goes to late_readings. The windows of a run are over for all its meters at once, so a
 roll-up is whole; what comes after a flush makes a second one. A counter that is older than the newest one seen counts
 nothing: its rise is in the newer one's.
-Duplicates: told by (meter_id, observed_at), in open windows and within the last offsets of a partition.
+Duplicates: by (meter_id, observed_at), in open windows and within the last offsets of a partition.
 Restart: state (the samples of open windows, the newest counters, how meters move) and files are keyed by batch.
 """
 

@@ -1,7 +1,7 @@
 """Changes of alarms, and events that raise none → counts per quarter hour, type, transformer and feeder.
 
 Pure functions on Polars frames. The quarter hour is that of the arrival: when it was known, not when it was. Counts add
-up: what comes when its quarter hour has been told gives a further row.
+up: what comes when its quarter hour has been written gives a further row.
 """
 
 from datetime import timedelta
@@ -69,13 +69,13 @@ def count_events(
     """Counts those of a batch's events whose code is counted only, and gives the quarter hours that are over.
 
     Args:
-        events: of `metering.alarms.life_cycle.lives`: run_id, arrival_at, event_type, action, is_told_again, why;
+        events: of `metering.alarms.life_cycle.lives`: run_id, arrival_at, event_type, action, is_sent_again, why;
             transformer_id, feeder_id.
         counts: the state so far, columns `EVENT_COUNT`.
         watermarks: as for `count_alarms`.
         close_all: as for `count_alarms`.
     """
-    is_counted = (pl.col("action") == EventAction.COUNT.value) & pl.col("why").is_null() & ~pl.col("is_told_again")
+    is_counted = (pl.col("action") == EventAction.COUNT.value) & pl.col("why").is_null() & ~pl.col("is_sent_again")
     each = events.filter(is_counted).select(
         "event_type",
         "transformer_id",
@@ -90,11 +90,11 @@ def count_events(
 def _over(each: pl.DataFrame, watermarks: pl.DataFrame, close_all: bool, columns: pl.Schema) -> Counts:
     """Adds up, and parts the quarter hours that are over from the others."""
     counted = [name for name in each.columns if name.endswith("_count")]
-    of = [name for name in each.columns if name not in counted]
+    keys = [name for name in each.columns if name not in counted]
     known = (
-        each.group_by(of)
+        each.group_by(keys)
         .agg(pl.col(counted).sum())
-        .sort(of)
+        .sort(keys)
         .join(
             watermarks.select("run_id", "watermark"), on="run_id", how="left", nulls_equal=True, maintain_order="left"
         )

@@ -42,8 +42,8 @@ METER = pl.Schema(
         "silent_at": STAMP,
     }
 )
-"""State: the newest reading of each meter, its box and what that told last of its export registers, whether it exported
-when they were first seen, and since when it is silent."""
+"""State: the newest reading of each meter, its equipment and the last value of its export registers, whether it had
+exported when they were first seen, and since when it is silent."""
 LEVEL = pl.Schema(
     {
         "meter_id": pl.String(),
@@ -128,7 +128,7 @@ def derived_alarms(
     before = meters.select(
         "meter_id",
         newest_at="observed_at",
-        before_box="equipment_id",
+        before_equipment="equipment_id",
         held_wh="export_wh",
         was_generator="is_generator",
     )
@@ -136,20 +136,22 @@ def derived_alarms(
         is_late=(pl.col("observed_at") <= pl.col("newest_at")).fill_null(False)
     )
     rows = _measured(marked.filter(~pl.col("is_late")), registry)
-    moved, changes = _moved(rows, levels)
+    held, changes = _held(rows, levels)
     newest = _newest(rows, readings, meters)
-    told, silent = _silence(newest, registry, watermarks)
-    alarms = pl.DataFrame([*changes, *told], schema=ALARMS, orient="row")
+    silences, silent = _silence(newest, registry, watermarks)
+    alarms = pl.DataFrame([*changes, *silences], schema=ALARMS, orient="row")
     late = verdicts(marked.filter("is_late"), pl.lit(DeltaReason.OUT_OF_ORDER.value))
-    return DerivedAlarms(alarms, silent.select(METER.names()).cast(METER), moved, late)
+    return DerivedAlarms(alarms, silent.select(METER.names()).cast(METER), held, late)
 
 
 def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
     """The readings in order, with what the conditions speak of: limits, load, registers before."""
     named = pl.when(pl.col("equipment_id") != "").then("equipment_id")
-    box = pl.coalesce(named.forward_fill().over("meter_id"), "before_box", named.drop_nulls().first().over("meter_id"))
-    told_wh = pl.col("export_wh").forward_fill()
-    of_box = ["meter_id", "box"]
+    equipment = pl.coalesce(
+        named.forward_fill().over("meter_id"), "before_equipment", named.drop_nulls().first().over("meter_id")
+    )
+    said_wh = pl.col("export_wh").forward_fill()
+    same = ["meter_id", "equipment"]
     phase_loads = pl.sum_horizontal(LOADS[1:], ignore_nulls=True)
     has_load = pl.any_horizontal(pl.col(LOADS[1:]).is_not_null())
     measured = (
@@ -157,12 +159,14 @@ def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
         .with_columns(
             export_wh=pl.when(pl.any_horizontal(pl.col(EXPORTS).is_not_null())).then(pl.sum_horizontal(EXPORTS)),
             load_w=pl.coalesce("import_w", pl.when(has_load).then(phase_loads)),
-            box=box,
+            equipment=equipment,
         )
-        .with_columns(held_wh=pl.when((pl.col("box") == pl.col("before_box")).fill_null(True)).then("held_wh"))
         .with_columns(
-            before_export_wh=pl.coalesce(told_wh.shift(1).over(of_box), "held_wh"),
-            held_wh=pl.coalesce(told_wh.over(of_box), "held_wh"),
+            held_wh=pl.when((pl.col("equipment") == pl.col("before_equipment")).fill_null(True)).then("held_wh")
+        )
+        .with_columns(
+            before_export_wh=pl.coalesce(said_wh.shift(1).over(same), "held_wh"),
+            held_wh=pl.coalesce(said_wh.over(same), "held_wh"),
             is_generator=pl.coalesce("was_generator", (pl.col("export_wh") > 0).drop_nulls().first().over("meter_id")),
         )
         .join(registry, on="meter_id", how="left", maintain_order="left")
@@ -171,18 +175,18 @@ def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
     return with_rules(measured)
 
 
-def _moved(rows: pl.DataFrame, levels: pl.DataFrame) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
+def _held(rows: pl.DataFrame, levels: pl.DataFrame) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
     """The conditions after the readings, and the changes of alarms: only of meters of which one holds or held."""
     state = {(row["meter_id"], row["alarm_type"]): row for row in levels.iter_rows(named=True)}
     changes: list[dict[str, Any]] = []
     for alarm_type, condition in conditions().items():
-        told = rows.select(
+        measured = rows.select(
             "meter_id", "observed_at", "arrival_at", "run_id",
             is_out=condition.is_out.fill_null(False), is_back=condition.is_back.fill_null(False),
         )  # fmt: skip
         holding = levels.filter(pl.col("alarm_type") == alarm_type).get_column("meter_id")
-        concerned = pl.concat([holding, told.filter("is_out").get_column("meter_id")]).unique()
-        for row in told.filter(pl.col("meter_id").is_in(concerned.implode())).iter_rows(named=True):
+        concerned = pl.concat([holding, measured.filter("is_out").get_column("meter_id")]).unique()
+        for row in measured.filter(pl.col("meter_id").is_in(concerned.implode())).iter_rows(named=True):
             key = (row["meter_id"], alarm_type)
             level = state.get(key)
             if row["is_back"]:
@@ -220,7 +224,7 @@ def _change(row: dict[str, Any], level: dict[str, Any], severity: Severity, clea
 def _newest(rows: pl.DataFrame, readings: pl.DataFrame, meters: pl.DataFrame) -> pl.DataFrame:
     """The meters after the readings, columns `METER` and `heard_at`, the first arrival of this batch."""
     last = rows.unique("meter_id", keep="last", maintain_order=True).select(
-        "meter_id", "run_id", "observed_at", "is_generator", equipment_id="box", export_wh="held_wh"
+        "meter_id", "run_id", "observed_at", "is_generator", equipment_id="equipment", export_wh="held_wh"
     )
     heard = readings.group_by("meter_id").agg(heard_at=pl.col("arrival_at").min(), newest=pl.col("arrival_at").max())
     kept = ["run_id", "observed_at", "equipment_id", "export_wh", "is_generator"]

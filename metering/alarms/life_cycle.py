@@ -29,7 +29,7 @@ OPEN = pl.Schema(
 )
 """State: the newest alarm of each meter and type, also when it is cleared, so that a late event finds it."""
 ONCE = pl.Schema({"meter_id": pl.String(), "event_type": pl.String(), "counted_at": STAMP})
-"""State: when an event that is told twice was counted last, of each meter and type."""
+"""State: when an event that meters send twice was counted last, of each meter and type."""
 ALARMS = tables.polars_schema(tables.ALARMS)
 KEY = ["meter_id", "alarm_type"]
 LEVELS = {"1": Edge.RAISE.value, "0": Edge.CLEAR.value}
@@ -44,7 +44,7 @@ class Result(NamedTuple):
         alarms: one row per change, columns `ALARMS`; the last row of an alarm_id is its state.
         open: the new state, columns `OPEN`.
         once: the new state, columns `ONCE`.
-        events: the events with their meaning, `is_told_again`, and `why` they were not stored.
+        events: the events with their meaning, `is_sent_again`, and `why` they were not stored.
     """
 
     alarms: pl.DataFrame
@@ -61,14 +61,14 @@ def with_meaning(events: pl.DataFrame) -> pl.DataFrame:
         the code.
     """
     codes = code_table()
-    of = ["dialect", "source_table", "code"]
-    meaning = [name for name in codes.columns if name not in [*of, "dialect_version"]]
+    keys = ["dialect", "source_table", "code"]
+    meaning = [name for name in codes.columns if name not in [*keys, "dialect_version"]]
     exact = events.join(
-        codes.filter(pl.col("dialect_version") != "*"), on=[*of, "dialect_version"], how="left", maintain_order="left"
+        codes.filter(pl.col("dialect_version") != "*"), on=[*keys, "dialect_version"], how="left", maintain_order="left"
     )
     any_version = events.join(
         codes.filter(pl.col("dialect_version") == "*").drop("dialect_version"),
-        on=of,
+        on=keys,
         how="left",
         maintain_order="left",
     )
@@ -110,14 +110,14 @@ def lives(events: pl.DataFrame, open_alarms: pl.DataFrame, once: pl.DataFrame) -
         if last and event["event_at"] < last["changed_at"]:
             late.append((event["partition"], event["offset"]))
             continue
-        moved = _moved(last, event)
-        state[key] = moved
-        if moved["alarm_id"] and (not last or any(moved[name] != last[name] for name in VISIBLE)):
+        new = _after(last, event)
+        state[key] = new
+        if new["alarm_id"] and (not last or any(new[name] != last[name] for name in VISIBLE)):
             changes.append(
                 {
-                    **moved,
-                    "state": (AlarmState.ACTIVE if moved["is_open"] else AlarmState.CLEARED).value,
-                    "cleared_at": None if moved["is_open"] else event["event_at"],
+                    **new,
+                    "state": (AlarmState.ACTIVE if new["is_open"] else AlarmState.CLEARED).value,
+                    "cleared_at": None if new["is_open"] else event["event_at"],
                     "source": AlarmSource.METER_EVENT.value,
                     "run_id": event["run_id"],
                     "updated_at": event["arrival_at"],
@@ -140,14 +140,14 @@ def lives(events: pl.DataFrame, open_alarms: pl.DataFrame, once: pl.DataFrame) -
 
 
 def _counted_once(named: pl.DataFrame, once: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Adds `is_told_again`, true at the second telling of what a meter tells twice; and the new state.
+    """Adds `is_sent_again`, true of the second record of what a meter sends twice; and the new state.
 
-    Told twice are two records of one happening, each stored; so it counts once. The time that was counted last is kept,
+    Two records of one happening are each stored, and count once. The time that was counted last is kept,
     not the greatest: a wrong clock, or what a meter that was offline sends later, does not disturb what comes then.
     """
     asked = named.filter(pl.col("why").is_null() & pl.col("once_within_s").is_not_null())
     if asked.is_empty():
-        return named.with_columns(is_told_again=pl.lit(False)), once
+        return named.with_columns(is_sent_again=pl.lit(False)), once
     counted = {(meter_id, event_type): at for meter_id, event_type, at in once.iter_rows()}
     again: list[tuple[int, int]] = []
     for event in asked.sort("meter_id", "event_type", "event_at", "partition", "offset").iter_rows(named=True):
@@ -157,15 +157,15 @@ def _counted_once(named: pl.DataFrame, once: pl.DataFrame) -> tuple[pl.DataFrame
             again.append((event["partition"], event["offset"]))
         else:
             counted[key] = event["event_at"]
-    told = pl.DataFrame(again, schema={"partition": pl.Int64, "offset": pl.Int64}, orient="row")
+    repeated = pl.DataFrame(again, schema={"partition": pl.Int64, "offset": pl.Int64}, orient="row")
     marked = named.join(
-        told.with_columns(is_told_again=pl.lit(True)), on=["partition", "offset"], how="left", maintain_order="left"
+        repeated.with_columns(is_sent_again=pl.lit(True)), on=["partition", "offset"], how="left", maintain_order="left"
     )
     rows = [(*key, at) for key, at in counted.items()]
-    return marked.with_columns(pl.col("is_told_again").fill_null(False)), pl.DataFrame(rows, ONCE, orient="row")
+    return marked.with_columns(pl.col("is_sent_again").fill_null(False)), pl.DataFrame(rows, ONCE, orient="row")
 
 
-def _moved(last: dict[str, Any] | None, event: dict[str, Any]) -> dict[str, Any]:
+def _after(last: dict[str, Any] | None, event: dict[str, Any]) -> dict[str, Any]:
     """The state of an alarm after an event."""
     edge = event["edge"]
     if edge == Edge.LEVEL.value:

@@ -96,10 +96,10 @@ def group_outages(failures: pl.DataFrame, members: pl.DataFrame, watermarks: pl.
             row = next(row for row in groups[key] if row["alarm_id"] == change["alarm_id"])
             row |= {"up_at": change["cleared_at"], "updated_at": change["updated_at"]}
         changed.add(key)
-    told = [_row(groups[key]) for key in sorted(changed, key=str) if groups[key][0]["outage_id"]]
+    rows = [_row(groups[key]) for key in sorted(changed, key=str) if groups[key][0]["outage_id"]]
     over = dict(watermarks.select("run_id", "watermark").iter_rows())
     kept = [row for key, rows in groups.items() if not _is_past(rows, over.get(key[0])) for row in rows]
-    return Outages(pl.DataFrame(told, schema=ROWS, orient="row"), pl.DataFrame(kept, schema=MEMBER, orient="row"))
+    return Outages(pl.DataFrame(rows, schema=ROWS, orient="row"), pl.DataFrame(kept, schema=MEMBER, orient="row"))
 
 
 def outage_id(run_id: str | None, transformer_id: str, begin_at: datetime) -> str:

@@ -183,7 +183,7 @@ def steps(readings: pl.DataFrame, baseline: pl.DataFrame) -> Result:
         series=_series(pl.col("register").replace_strict(NUMBERS, return_dtype=pl.UInt32))
     )
     long = _long(readings.join(meters, on="meter_id", how="left", maintain_order="left")).join(
-        known.select("series", "previous_at", "previous_wh", "segment_id", box="equipment_id"),
+        known.select("series", "previous_at", "previous_wh", "segment_id", known_equipment="equipment_id"),
         on="series",
         how="left",
         maintain_order="left",
@@ -210,7 +210,7 @@ def steps(readings: pl.DataFrame, baseline: pl.DataFrame) -> Result:
         .with_columns(
             before_at=pl.when(is_next).then(at.shift(1)).otherwise("previous_at"),
             before_wh=pl.when(is_next).then(wh.shift(1)).otherwise("previous_wh"),
-            before_box=pl.coalesce(pl.when(is_next).then(pl.col("equipment_id").shift(1)), "box"),
+            before_equipment=pl.coalesce(pl.when(is_next).then(pl.col("equipment_id").shift(1)), "known_equipment"),
         )
         .with_columns(span_s=(at - pl.col("before_at")).dt.total_microseconds() / 1e6)
     )
@@ -221,8 +221,8 @@ def steps(readings: pl.DataFrame, baseline: pl.DataFrame) -> Result:
             (at > pl.col("before_at"))
             & (wh >= pl.col("before_wh"))
             & ~too_much.fill_null(False)
-            & ~(pl.col("equipment_id") != pl.col("before_box")).fill_null(False)
-            & (pl.col("equipment_id").is_null() == pl.col("before_box").is_null())
+            & ~(pl.col("equipment_id") != pl.col("before_equipment")).fill_null(False)
+            & (pl.col("equipment_id").is_null() == pl.col("before_equipment").is_null())
         )
     )  # fmt: skip
     broken = ordered.filter(~plain).get_column("series").unique()
@@ -237,10 +237,10 @@ def steps(readings: pl.DataFrame, baseline: pl.DataFrame) -> Result:
         "run_id",
         previous_at="observed_at",
         previous_wh="wh",
-        equipment_id=pl.coalesce("equipment_id", "box"),
+        equipment_id=pl.coalesce("equipment_id", "known_equipment"),
     ).select(BASELINE.keys())
-    moved = ends.get_column("series").implode()
-    kept_baseline = known.filter(~pl.col("series").is_in(moved).fill_null(False)).select(BASELINE.keys())
+    is_new = pl.col("series").is_in(ends.get_column("series").implode()).fill_null(False)
+    kept_baseline = known.filter(~is_new).select(BASELINE.keys())
     done = [frame.select(STEPS.keys()).cast(STEPS) for frame in [easy, unplaced, *walked]]
     return Result(pl.concat(done), pl.concat([kept_baseline, newest]).cast(BASELINE))
 
@@ -287,7 +287,7 @@ def _easy(ordered: pl.DataFrame) -> pl.DataFrame:
 
 
 def _end(walked: pl.DataFrame) -> pl.DataFrame:
-    """The last accepted row of a series, with the box that was named last; none where none is."""
+    """The last accepted row of a series, with the equipment that was named last; none where none is."""
     accepted = walked.filter(pl.col("reason").is_in([reason.value for reason in ACCEPTED_DELTAS]))
     return accepted.with_columns(pl.col("equipment_id").forward_fill()).tail(1)
 
@@ -295,7 +295,7 @@ def _end(walked: pl.DataFrame) -> pl.DataFrame:
 def _walked(group: pl.DataFrame) -> pl.DataFrame:
     rows = group.to_dicts()
     first = rows[0]
-    baseline = {**first, "equipment_id": first["box"]} if first["previous_at"] else None
+    baseline = {**first, "equipment_id": first["known_equipment"]} if first["previous_at"] else None
     limits = Limits(first["max_w"], first["interval_s"], first["quantum_wh"])
     walked = [{**row, **step} for row, step in zip(rows, walk(baseline, rows, limits), strict=True)]
     return pl.DataFrame(walked, schema=group.schema | STEPS)

@@ -57,10 +57,10 @@ def quarter_hours(steps: pl.DataFrame, open_intervals: pl.DataFrame, baseline: p
         open_intervals: the state so far, columns `OPEN`.
         baseline: the last accepted value of each register after the steps, columns `delta_engine.BASELINE`.
     """
-    of = [*KEY, "interval_start"]
+    keys = [*KEY, "interval_start"]
     known = (
         pl.concat([open_intervals.select(OPEN.keys()), _shares(steps)])
-        .group_by(of, maintain_order=True)
+        .group_by(keys, maintain_order=True)
         .agg(
             pl.col("energy_wh", "covered_us").sum(),
             pl.col("rank").max(),

@@ -2,7 +2,7 @@
 
 Pure functions over Polars frames. Meters under one transformer move together, with a correlation of 0.9 and more
 (docs/domain.md, Voltage); one that does not has a wrong place in the registry, a wrong phase, or a measurement that
-cannot be trusted. It is told by the correlation of its ten-minute means with the median of its transformer's on the
+cannot be trusted. It is found by the correlation of its ten-minute means with the median of its transformer's on the
 same phase, over about a day: means and products with a weight that fades, so that a phase's state is a few numbers.
 """
 
@@ -65,9 +65,9 @@ def roll_up(windows: pl.DataFrame, movement: pl.DataFrame) -> Rollups:
     changes = [pl.DataFrame(schema=SUSPICIOUS)]
     under = windows.filter(pl.col("level") == GridLevel.TRANSFORMER.value)
     for start in sorted(under.get_column("window_start").unique()):
-        moved = _moved(under.filter(pl.col("window_start") == start), movement)
-        changes.append(_changes(moved, start))
-        states = moved.select(MOVEMENT.keys()).cast(MOVEMENT)
+        after = _after(under.filter(pl.col("window_start") == start), movement)
+        changes.append(_changes(after, start))
+        states = after.select(MOVEMENT.keys()).cast(MOVEMENT)
         movement = pl.concat([movement.join(states, on=["meter_id", "phase"], how="anti"), states])
     return Rollups(rollups(windows), pl.concat(changes), movement.sort("meter_id", "phase"))
 
@@ -96,7 +96,7 @@ def rollups(windows: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _moved(windows: pl.DataFrame, movement: pl.DataFrame) -> pl.DataFrame:
+def _after(windows: pl.DataFrame, movement: pl.DataFrame) -> pl.DataFrame:
     """The state after one window of all meters of large enough groups, with `was_suspicious` and `correlation`."""
     beside = ["group", "phase", "run_id"]
     of_one = (
@@ -137,9 +137,9 @@ def _moved(windows: pl.DataFrame, movement: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _changes(moved: pl.DataFrame, start: datetime) -> pl.DataFrame:
+def _changes(after: pl.DataFrame, start: datetime) -> pl.DataFrame:
     return (
-        moved.filter(pl.col("is_suspicious") != pl.col("was_suspicious"))
+        after.filter(pl.col("is_suspicious") != pl.col("was_suspicious"))
         .with_columns(
             window_start=pl.lit(start, STAMP),
             transformer_id="group_id",

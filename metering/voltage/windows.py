@@ -137,8 +137,8 @@ def _with_watermarks(frame: pl.DataFrame, watermarks: pl.DataFrame) -> pl.DataFr
 def counted(readings: pl.DataFrame, counters: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Sags and swells: an event is the increase of a meter's own counter.
 
-    A reading that is older than the newest one counted changes nothing; a counter that falls, or that of another box,
-    begins anew.
+    A reading that is older than the newest one counted changes nothing; a counter that falls, or that of other
+    equipment, begins anew.
 
     Args:
         readings: originals: meter_id, observed_at, run_id, equipment_id and `COUNTERS`.
@@ -147,8 +147,10 @@ def counted(readings: pl.DataFrame, counters: pl.DataFrame) -> tuple[pl.DataFram
     Returns:
         Events, columns `VOLTAGE_EVENT_ROWS`, and the new state.
     """
-    of, box = ["meter_id", "phase", "kind"], pl.col("equipment_id")
-    counting = {column: of for column, of in COUNTERS.items() if readings.get_column(column).count()}
+    keys, equipment = ["meter_id", "phase", "kind"], pl.col("equipment_id")
+    counting = {
+        column: phase_and_kind for column, phase_and_kind in COUNTERS.items() if readings.get_column(column).count()
+    }
     each = [
         readings.filter(pl.col(column).is_not_null()).select(
             "meter_id", "observed_at", "run_id", "equipment_id",
@@ -159,19 +161,19 @@ def counted(readings: pl.DataFrame, counters: pl.DataFrame) -> tuple[pl.DataFram
     if not each:
         return pl.DataFrame(schema=VOLTAGE_EVENT_ROWS), counters
     known = counters.select(*COUNTER.keys(), is_new=pl.lit(False))
-    counted_at = pl.col("observed_at").filter(~pl.col("is_new")).max().over(of).fill_null(NEVER)
+    counted_at = pl.col("observed_at").filter(~pl.col("is_new")).max().over(keys).fill_null(NEVER)
     series = (
         pl.concat([known, *[frame.select(known.columns) for frame in each]])
-        .sort(*of, "observed_at", "is_new")
+        .sort(*keys, "observed_at", "is_new")
         .filter(pl.col("observed_at") >= counted_at)
         .with_columns(
-            previous_at=pl.col("observed_at").shift(1).over(of),
-            event_count=pl.col("counter").diff().over(of),
-            is_same=box.eq_missing(box.shift(1).over(of)),
+            previous_at=pl.col("observed_at").shift(1).over(keys),
+            event_count=pl.col("counter").diff().over(keys),
+            is_same=equipment.eq_missing(equipment.shift(1).over(keys)),
         )
     )
     events = series.filter((pl.col("event_count") > 0) & pl.col("is_same"))
-    state = series.unique(of, keep="last", maintain_order=True).select(COUNTER.keys())
+    state = series.unique(keys, keep="last", maintain_order=True).select(COUNTER.keys())
     return events.select(VOLTAGE_EVENT_ROWS.keys()).cast(VOLTAGE_EVENT_ROWS), state
 
 
@@ -202,9 +204,12 @@ def windows(samples: pl.DataFrame) -> pl.DataFrame:
             },
         )
     )
-    of = ["meter_id", "window_start", "nominal_mv", "jurisdiction", "run_id"]
+    keys = ["meter_id", "window_start", "nominal_mv", "jurisdiction", "run_id"]
     totals = pl.concat(
-        [wide.select(*of, phase=pl.lit(phase), **{name: f"{name}_{phase}" for name in STATISTICS}) for phase in PHASES]
+        [
+            wide.select(*keys, phase=pl.lit(phase), **{name: f"{name}_{phase}" for name in STATISTICS})
+            for phase in PHASES
+        ]
     ).filter(pl.col("sample_count") > 0)
     deviation = (pl.col("exact_mv") - pl.col("nominal_mv")) / pl.col("nominal_mv") * 100
     return (

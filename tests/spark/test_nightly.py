@@ -15,7 +15,7 @@ from pyspark.sql import DataFrame, SparkSession
 from batch_jobs import discovered
 from engine.night import BatchJob, in_order, publish, silent
 from engine.settings import ClockSettings
-from lake.locks import files_moved, report_run
+from lake.locks import files_replaced, report_run
 from lake.paths import glob_of, report_path, table_path
 from lake.reading import newest_registry, read_registry, registry_files
 from schemas.errors import ConfigError, ContractBroken, RetryLater
@@ -207,13 +207,13 @@ def test_while_a_night_reads_a_table_nobody_may_merge_its_files(
 
     def transform(tables: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date) -> DataFrame:
         for table in ("alarms", "readings"):
-            with files_moved(table) as is_alone:
+            with files_replaced(table) as is_alone:
                 seen[table] = is_alone
         return tables["alarms"].select("alarm_id")
 
     publish(spark, BatchJob("locked", 1, {"alarms": 0}, transform), DAY, LIMITS)
     assert seen == {"alarms": False, "readings": True}
-    with files_moved("alarms") as is_alone:
+    with files_replaced("alarms") as is_alone:
         assert is_alone
 
 

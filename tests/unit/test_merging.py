@@ -9,7 +9,7 @@ import pytest
 
 from lake import compaction
 from lake.compaction import Merger
-from lake.locks import files_kept, files_moved
+from lake.locks import files_kept, files_replaced
 from lake.paths import glob_of, table_path
 from lake.publishing import BatchKey, exchange, publish_small
 from schemas.tables import ACCOUNTING, arrow_of, polars_schema
@@ -107,7 +107,7 @@ def test_nothing_is_merged_while_somebody_reads_and_all_of_it_later(home: Path) 
 
 def test_who_adds_waits_for_who_merges(home: Path) -> None:
     added = threading.Thread(target=write, args=(0,))
-    with files_moved(TABLE) as is_alone:
+    with files_replaced(TABLE) as is_alone:
         assert is_alone
         added.start()
         added.join(0.3)

@@ -1,11 +1,14 @@
 """What all tests share: one Spark session a process, for static frames and real queries alike; lines of progress."""
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.progress import Progress
+
+os.environ.setdefault("POLARS_MAX_THREADS", "1")  # as a Spark task has: on a busy machine threads wait for each other
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

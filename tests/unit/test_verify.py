@@ -141,9 +141,9 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         return {
             "one batch": chain(tmp_path_factory.mktemp("one"), 1, DIRT, monkeypatch),
-            "many batches": chain(tmp_path_factory.mktemp("many"), 40, DIRT, monkeypatch),
+            "many batches": chain(tmp_path_factory.mktemp("many"), 20, DIRT, monkeypatch),
             "storm": chain(tmp_path_factory.mktemp("storm"), 4, storm, monkeypatch),
-            "twice": chain(tmp_path_factory.mktemp("twice"), 40, DIRT, monkeypatch, is_repeated=True),
+            "twice": chain(tmp_path_factory.mktemp("twice"), 20, DIRT, monkeypatch, is_repeated=True),
             "clean": chain(tmp_path_factory.mktemp("clean"), 4, [], monkeypatch),
         }
 
@@ -162,7 +162,7 @@ def lake(homes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_records_that_the_run_made_late_are_named_with_the_cause_and_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chain(tmp_path, 40, [], monkeypatch, Hindered())
+    chain(tmp_path, 20, [], monkeypatch, Hindered())
     verdict = verify("r1")
     assert not verdict.is_balanced
     whole = verdict.findings.filter(pl.col("meter_id").is_null()).get_column("told").to_list()

@@ -4,7 +4,8 @@ MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
 
 export SQL
-.PHONY: help setup up down status logs demo nightly replay sql bench bench-latency bench-streams bench-soak test test-long test-integration lint clean
+.PHONY: help setup up down status logs demo nightly replay sql new-job bench bench-latency bench-streams bench-soak \
+  test test-long test-integration lint clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -46,6 +47,10 @@ replay: setup  ## Replay: ARGS="run --tape … --meters 1000", ARGS=--help
 
 sql: setup  ## Ask the lake: SQL="SELECT … FROM alarms", tables and reports by name
 	@$(PYTHON) -m stack sql $(if $(SQL),"$$SQL",--help)
+
+new-job: setup  ## A new job with its columns and a scenario: KIND=streaming|batch NAME=solar_surplus
+	@$(if $(and $(KIND),$(NAME)),,echo "Which? make new-job KIND=streaming NAME=solar_surplus, or KIND=batch" >&2; exit 2)
+	@$(PYTHON) tools/new_job.py "$(KIND)" "$(NAME)"
 
 bench: setup  ## What the replay's sending costs, beside Kafka's own bench and others: ARGS=--help
 	@$(PYTHON) -m bench.replay $(ARGS)

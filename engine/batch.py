@@ -65,20 +65,20 @@ class Settled:
 
 
 def settled(
-    records: pa.Table, source: Source, stage: str, registry: pl.DataFrame, state: Frames, context: BatchContext
+    records: pa.Table, job: StreamingJob, source: Source, registry: pl.DataFrame, state: Frames, context: BatchContext
 ) -> Settled:
     """Does one partition.
 
     Args:
         records: columns `KAFKA`, of the source's topic.
+        job: whose.
         source: the rule, and what is to be done for it.
-        stage: the job's name.
         registry: the newest row of each meter.
         state: what the batch before left, kinds of `source.kept`.
         context: what is the same for all partitions.
 
     Raises:
-        ContractBroken: the rule gives a state, or a verdict, that nobody asked for.
+        ContractBroken: the rule gives a table or a state that its job does not declare.
     """
     settings = context.settings
     rows = decoded(records, source.topic)
@@ -101,13 +101,14 @@ def settled(
         marks = selectors.by_name("seen", require_all=False) | selectors.starts_with(FIRST)
         handed = handed.select(*dict.fromkeys([*source.columns, *PLACE]), marks)
     output = source.transform(handed, registry, {kind: state[kind] for kind in source.state}, context)
+    check(output, job, source.state)
     judged = _judged(valid, [*verdicts, output.verdicts])
     tables = {table: contract(frame, table) for table, frame in output.tables.items()}
-    for table, frame in _apart(rows, judged, source, stage).items():
+    for table, frame in _apart(rows, judged, source, job.name).items():
         tables[table] = pl.concat([tables[table], frame]) if table in tables else frame
     return Settled(
         tables,
-        {**state, **required(output, source.state, stage), **kept},
+        {**state, **output.state, **kept},
         pl.concat([accounting.count(judged), accounting.invalid(rows)]),
     )
 
@@ -117,21 +118,23 @@ def contract(frame: pl.DataFrame, table: str) -> pl.DataFrame:
     return frame.select(TABLES[table].names).cast(polars_schema(TABLES[table]))
 
 
-def required(output: Output, kinds: Mapping[str, pl.Schema], stage: str) -> dict[str, pl.DataFrame]:
-    """The state that a rule gives.
+def check(output: Output, job: StreamingJob, kinds: Mapping[str, pl.Schema]) -> None:
+    """Refuses what nobody would keep.
 
     Args:
-        output: of the rule.
-        kinds: that are declared.
-        stage: the job's name.
+        output: of a rule.
+        job: whose.
+        kinds: of state that are declared for the rule.
 
     Raises:
-        ContractBroken: it gives another kind, which nobody would keep.
+        ContractBroken: the rule gives a table or a kind of state that is not declared.
     """
-    if unknown := sorted(set(output.state) - set(kinds)):
-        msg = f"{stage} gives a state that it does not declare: {', '.join(unknown)}; it declares {', '.join(kinds)}"
-        raise ContractBroken(msg)
-    return dict(output.state)
+    declared = {"table": {*job.writes, *job.current}, "state": set(kinds)}
+    for word, given in (("table", output.tables), ("state", output.state)):
+        if unknown := sorted(set(given) - declared[word]):
+            known = ", ".join(sorted(declared[word])) or "none"
+            msg = f"{job.name} gives a {word} that it does not declare: {', '.join(unknown)}; it declares {known}"
+            raise ContractBroken(msg)
 
 
 def _deduplicated(

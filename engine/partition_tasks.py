@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pyspark import TaskContext
 from pyspark.sql import DataFrame
 
-from engine.batch import BatchPlan, contract, required, settled
+from engine.batch import BatchPlan, check, contract, settled
 from engine.job import MEMORY, CrossPartition, Frames
 from engine.settings import StreamSettings
 from kafka_io.ranges import KAFKA, RANGES, Range, fetched
@@ -111,7 +111,7 @@ def _partition(partition: str, records: pa.Table, plan: BatchPlan) -> pl.DataFra
     if MEMORY in known and len(records):
         before = {**known, MEMORY: _of_this_topic(known[MEMORY], records.column("offset")[0].as_py())}
     registry = newest_registry(plan.registry)
-    done = settled(records, source, plan.job.name, registry, before, plan.context)
+    done = settled(records, plan.job, source, registry, before, plan.context)
     _keep_state(done.state, known, partition, source.kept, plan)
     for table in plan.job.tables:
         if table in done.tables:
@@ -128,7 +128,8 @@ def across(step: CrossPartition, plan: BatchPlan) -> None:
     known = known_frames(plan.before, CROSS_PARTITION, kinds)
     handed = {table: staged(plan, table) for table in plan.job.hands}
     output = step(handed, newest_registry(plan.registry), known, plan.context)
-    _keep_state({**known, **required(output, kinds, plan.job.name)}, known, CROSS_PARTITION, kinds, plan)
+    check(output, plan.job, kinds)
+    _keep_state({**known, **output.state}, known, CROSS_PARTITION, kinds, plan)
     for table, frame in output.tables.items():
         _keep_rows(contract(frame, table), table, CROSS_PARTITION, plan)
 

@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from engine.batch import contract, settled
+from engine.batch import check, contract, settled
 from engine.job import CLOCKS, BatchContext, StreamingJob
 from engine.settings import StreamSettings
 from engine.watermark import watermarks
@@ -53,7 +53,7 @@ class Settling:
         for (topic, partition), state in self.states.items():
             source = self.job.source(topic)
             is_here = (pc.field("topic") == topic) & (pc.field("partition") == partition)
-            done = settled(records.filter(is_here), source, self.job.name, self.registry, state, context)
+            done = settled(records.filter(is_here), self.job, source, self.registry, state, context)
             self.states[topic, partition] = {kind: done.state[kind].cast(of) for kind, of in source.kept.items()}
             for name, frame in done.tables.items():
                 tables[name].append(frame)
@@ -64,6 +64,7 @@ class Settling:
         if self.job.cross_partition:
             handed = {name: whole[name] for name in self.job.hands}
             output = self.job.cross_partition(handed, self.registry, self.kept, context)
+            check(output, self.job, self.job.cross_partition_state)
             self.kept |= output.state
             whole |= {name: pl.concat([whole[name], contract(frame, name)]) for name, frame in output.tables.items()}
         return whole

@@ -1,0 +1,132 @@
+"""What the engine does around a job's rule: duplicates, clocks, verdicts, and an accounting that closes by itself."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any
+
+import polars as pl
+import pytest
+
+from engine.job import SAID, BatchContext, Frames, Output, Source, StreamingJob
+from metering.accounting import VERDICTS
+from schemas.codec import encode
+from schemas.errors import ContractBroken
+from schemas.tables import REGISTRY, polars_schema
+from schemas.topics import DEAD_LETTERS, READINGS
+from tests.settling import Settling, kafka_table
+
+BEGIN = datetime(2024, 6, 10, tzinfo=UTC)
+HANDED = pl.Schema({"handed": pl.Int64()})
+
+
+def rule(gives: Output | None, rows: pl.DataFrame, _: pl.DataFrame, state: Frames, __: BatchContext) -> Output:
+    """Stores what it is handed, and counts that; or gives what it is asked to."""
+    handed = pl.DataFrame({"handed": [len(rows)]}, schema=HANDED)
+    return gives or Output({"readings": rows}, {"count": pl.concat([state["count"], handed])})
+
+
+def settling(gives: Output | None = None, **declared: Any) -> Settling:
+    """A job that declares so; its impossible clocks are more than 36 hours ahead."""
+    source = Source(READINGS, partial(rule, gives), state={"count": HANDED}, **declared)
+    return Settling(StreamingJob("one", 1, (source,), ("readings",)), polars_schema(REGISTRY).to_frame())
+
+
+def reading(offset: int, minute: float, **values: Any) -> tuple[object, ...]:
+    """One of meter m1, that comes at once."""
+    at = BEGIN + timedelta(minutes=minute)
+    record = {"meter_id": "m1", "observed_at": at, "received_at": BEGIN, "dialect": "own", "run_id": "r", **values}
+    return (b"m1", encode("reading", record), READINGS.name, 0, offset, BEGIN)
+
+
+def accounting(found: dict[str, pl.DataFrame]) -> dict[str, int]:
+    return dict(found["accounting"].group_by("bucket").agg(pl.col("records").sum()).rows())
+
+
+def test_a_rule_is_handed_originals_and_every_record_is_counted_once() -> None:
+    job = settling(deduplicate_on=("meter_id", "observed_at"), refuses_impossible_clocks=True)
+    poison = (b"m1", b"\x00poison", READINGS.name, 0, 3, BEGIN)
+    found = job.batch(kafka_table([reading(0, 0), reading(1, 0), reading(2, 60 * 24 * 365), poison]))
+    assert accounting(found) == {"stored": 1, "duplicate": 1, "quarantined": 1, "invalid": 1}
+    assert found["readings"]["offset"].to_list() == [0]
+    assert found["quarantined_readings"].select("offset", "reason", "stage").rows() == [(2, "impossible_clock", "one")]
+    again = job.batch(kafka_table([reading(4, 0), reading(5, 1)]))
+    assert accounting(again) == {"stored": 1, "duplicate": 1}, "the batch before is remembered"
+    assert job.states[READINGS.name, 0]["count"]["handed"].to_list() == [1, 1]
+
+
+def test_a_job_that_asks_for_duplicates_gets_what_the_original_has() -> None:
+    job = settling(deduplicate_on=("meter_id", "observed_at"), compares=("import_t1_wh",), hands_duplicates=True)
+    seen: list[tuple[Any, ...]] = []
+    plain = job.job.sources[0].transform
+
+    def look(rows: pl.DataFrame, *others: Any) -> Output:
+        seen.extend(rows.select("offset", "seen", "first_import_t1_wh").rows())
+        return plain(rows, *others)
+
+    job.job = replace(job.job, sources=(replace(job.job.sources[0], transform=look),))
+    rows = [reading(n, 0, import_t1_wh=wh) for n, wh in enumerate([7, 7, 9])]
+    assert accounting(job.batch(kafka_table(rows))) == {"stored": 1, "duplicate": 1, "quarantined": 1}
+    assert sorted(seen) == [(0, None, None), (1, "duplicate", 7), (2, "conflict", 7)]
+
+
+def test_what_a_message_says_makes_it_the_same_not_when_it_came() -> None:
+    job = settling(deduplicate_on=("meter_id", SAID))
+    later = BEGIN + timedelta(seconds=9)
+    rows = [reading(0, 0, import_w=1), reading(1, 0, import_w=2), reading(2, 0, import_w=1, received_at=later)]
+    assert accounting(job.batch(kafka_table(rows))) == {"stored": 2, "duplicate": 1}
+
+
+@pytest.mark.parametrize(
+    ("reason", "bucket", "table"),
+    [
+        ("out_of_order", "late", "late_readings"),
+        ("implausible", "quarantined", "quarantined_readings"),
+        ("undecodable", "invalid", None),
+        ("a reason that no list has", "invalid", None),
+    ],
+)
+def test_a_verdict_puts_a_record_into_its_bucket_and_apart(reason: str, bucket: str, table: str | None) -> None:
+    verdict = pl.DataFrame({"offset": [1], "reason": [reason]}, schema=VERDICTS)
+    found = settling(Output({}, verdicts=pl.concat([verdict, verdict]))).batch(
+        kafka_table([reading(0, 0), reading(1, 1), reading(2, 2)])
+    )
+    assert accounting(found) == {"stored": 2, bucket: 1}
+    for name in ("late_readings", "quarantined_readings"):
+        assert found[name]["offset"].to_list() == ([1] if name == table else [])
+
+
+def test_the_engines_verdict_comes_before_the_rules() -> None:
+    verdicts = pl.DataFrame({"offset": [1, 77], "reason": ["out_of_order"] * 2}, schema=VERDICTS)
+    job = settling(Output({}, verdicts=verdicts), deduplicate_on=("meter_id", "observed_at"))
+    assert accounting(job.batch(kafka_table([reading(0, 0), reading(1, 0)]))) == {"stored": 1, "duplicate": 1}
+
+
+@pytest.mark.parametrize(
+    ("gives", "complaint"),
+    [
+        (
+            Output({"alarms": pl.DataFrame()}),
+            "one gives a table that it does not declare: alarms; it declares readings",
+        ),
+        (
+            Output({}, {"counts": pl.DataFrame()}),
+            "one gives a state that it does not declare: counts; it declares count",
+        ),
+    ],
+)
+def test_what_a_job_does_not_declare_is_refused(gives: Output, complaint: str) -> None:
+    with pytest.raises(ContractBroken, match=complaint):
+        settling(gives).batch(kafka_table([reading(0, 0)]))
+
+
+def test_a_dead_letter_is_an_invalid_record_and_what_cannot_be_decoded_becomes_one() -> None:
+    source = Source(DEAD_LETTERS, lambda rows, *_: Output({"dead_letters": rows}), keeps_undecoded=True)
+    job = Settling(StreamingJob("one", 1, (source,), ("dead_letters",)), polars_schema(REGISTRY).to_frame())
+    letter = {"payload": b"x", "reason": "not_framed", "detail": "", "received_at": BEGIN}
+    rows = [
+        (b"", value, DEAD_LETTERS.name, 0, n, BEGIN) for n, value in enumerate([encode("dead-letter", letter), b"?"])
+    ]
+    found = job.batch(kafka_table(rows))
+    assert accounting(found) == {"invalid": 2}
+    assert sorted(found["dead_letters"]["payload"].to_list()) == [b"?", b"x"]

@@ -188,14 +188,14 @@ def files_of(kind: str, name: str, root: Path) -> dict[Path, str]:
     written = {root / ROOMS[kind] / f"{name}.py": JOBS[kind].format(name=name)}
     scenario = root / "tests" / "scenarios" / name / "given_a_meter"
     written |= {scenario / path.format(name=name): text for path, text in SCENARIOS[kind].items()}
-    for path, additions in ADDED[kind].items():
-        text = (root / path).read_text()
+    for file, additions in ADDED[kind].items():
+        text = (root / file).read_text()
         for anchor, line in additions:
             if text.count(anchor) != 1:
-                msg = f"{path} has {text.count(anchor)} times {anchor.splitlines()[0]!r}, below which a line is added"
+                msg = f"{file} has {text.count(anchor)} times {anchor.splitlines()[0]!r}, below which a line is added"
                 raise ValueError(msg)
             text = text.replace(anchor, anchor + line.replace("{name}", name))
-        written[root / path] = text
+        written[root / file] = text
     return written
 
 

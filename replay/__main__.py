@@ -174,16 +174,9 @@ def simulated(
     with Progress(TextColumn("power flow"), BarColumn(), TimeElapsedColumn(), console=problems) as bar:
         task = bar.add_task("", total=None)
         return build_simulation(
-            folder,
-            day=day,
-            days=days,
-            grid=grid,
-            homes=homes,
-            step_s=step_s,
-            seed=seed,
-            taps=taps,
+            folder, day=day, days=days, grid=grid, homes=homes, step_s=step_s, seed=seed, taps=taps,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+        )  # fmt: skip
 
 
 @app.command()

@@ -72,7 +72,11 @@ class Places:
         self.left = self.left[~np.isin(self.left, meters)]
 
     def candidates(self, entry: Entry) -> tuple[list[int], int]:
-        """Meters that may have an entry's faults, in turn, and how many of them shall."""
+        """Meters that may have an entry's faults, in turn, and how many of them shall.
+
+        Raises:
+            ConfigError: a meter that is named is not free, or fewer are free than the entry asks for.
+        """
         if isinstance(entry.meters, list):
             free = dict(zip(self.fleet.meter_ids(self.left), self.left.tolist(), strict=True))
             for name in entry.meters:
@@ -98,7 +102,11 @@ class Places:
         return few if count < 4 * MARGIN else "is named by another entry"
 
     def numbers(self, entry: Entry, meter: int) -> list[tuple[int, int, int]]:
-        """Unrolled rows at which the faults of one meter begin, each with those between which it could."""
+        """Unrolled rows at which the faults of one meter begin, each with those between which it could.
+
+        Raises:
+            ConfigError: the meter has too few readings before, after or between them.
+        """
         each = np.array([meter])
         begin = int(self.fleet.begin("readings", each)[0])
         count = self.count(meter)

@@ -18,8 +18,7 @@ class Rows:
     """The tape's readings or events, by log and time.
 
     Attributes:
-        frame: the tape's columns that hold anything, with `equipment_number` (0 for a log's first
-            one, then 1 …).
+        frame: the tape's columns that hold anything, with `equipment_number` (0 for a log's first, then 1 …).
         keys: log × span + due, to find a log's row by time.
         due: microseconds since the tape's begin when a row is sent: never before the one above it in the log.
         first: per log its first row.

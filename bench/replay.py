@@ -41,7 +41,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kafka_io.clients import PRODUCER
-from replay.fleet import STAMP, fleet
+from replay.arrays import STAMP
+from replay.fleet import fleet
 from replay.sinks import BATCHING
 from replay.tape import has_tape, read_tape
 from schemas.codec import FRAME, arrow_schema, avro_schema, encode_batch, latest

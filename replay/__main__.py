@@ -20,11 +20,14 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as AnyProgress
 from rich.table import Table
 
-from replay.dirt import read_dirt, seconds
+from replay.dirt.entries import read_dirt, seconds
 from replay.fleet import PREFIX
 from replay.importers import formats, import_log
 from replay.pace import Pace, answers
-from replay.run import Ledger, Order, Standing, play
+from replay.run import play
+from replay.run.ledger import Ledger
+from replay.run.order import Order
+from replay.run.sending import Standing
 from replay.simulate import DEFAULT_GRID
 from replay.simulate import simulate as build_simulation
 from replay.sinks import KafkaSink, MqttSink, NullSink, Sink
@@ -45,7 +48,7 @@ Progress = partial(AnyProgress, disable=not sys.stderr.isatty())
 
 @contextmanager
 def working(what: str) -> Iterator[Callable[[str], None]]:
-    """Shows what is being done, where somebody looks; gives what tells the next step."""
+    """Shows what is being done, where somebody looks; gives a function that shows the next step."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -90,7 +93,7 @@ def import_command(
                 logs, format, to, meter_id=meter_id, timezone=timezone, keep_going=keep_going, first_at=begin,
                 ignore_crc=ignore_crc,
             )  # fmt: skip
-        _told(tape, to, is_there)
+        _summarise(tape, to, is_there)
         for line in refused:
             problems.print(f"  left out {line}", highlight=False, markup=False, soft_wrap=True)
 
@@ -141,7 +144,7 @@ def simulate(
         homes = meters or 50 if profiles == "demandlib" else None
         is_there = has_tape(to)
         tape = simulated(to, day.date(), step_s, seed, days=days, grid=grid, homes=homes, taps=_taps(tap or []))
-        _told(tape, to, is_there)
+        _summarise(tape, to, is_there)
 
 
 def _taps(wishes: list[str]) -> dict[str, int]:
@@ -171,16 +174,9 @@ def simulated(
     with Progress(TextColumn("power flow"), BarColumn(), TimeElapsedColumn(), console=problems) as bar:
         task = bar.add_task("", total=None)
         return build_simulation(
-            folder,
-            day=day,
-            days=days,
-            grid=grid,
-            homes=homes,
-            step_s=step_s,
-            seed=seed,
-            taps=taps,
-            progress=lambda done, of: bar.update(task, completed=done, total=of),
-        )
+            folder, day=day, days=days, grid=grid, homes=homes, step_s=step_s, seed=seed, taps=taps,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
 
 
 @app.command()
@@ -200,15 +196,15 @@ def inspect(
                 name = tape.resolve().name
                 found[name if name not in found else str(tape)] = statistics(read_tape(tape))
         if as_json:
-            told = {name: asdict(one) for name, one in found.items()}
-            sys.stdout.write(json.dumps(told | {"targets": TARGETS}) + "\n")
+            figures = {name: asdict(one) for name, one in found.items()}
+            sys.stdout.write(json.dumps(figures | {"targets": TARGETS}) + "\n")
             return
         for table in comparisons(found, console.width):  # one too wide for the terminal goes on in its next line
             console.print(table, width=max(console.width, NARROWEST), crop=False)
         console.print("Median over the meters (10th … 90th percentile). ✗: outside the range of docs/simulation.md.")
 
 
-def _told(tape: Tape, folder: Path, was_there: bool) -> None:
+def _summarise(tape: Tape, folder: Path, was_there: bool) -> None:
     info = tape.info
     if was_there:
         console.print(f"replaced the tape that was in {folder}", highlight=False, markup=False, soft_wrap=True)
@@ -321,13 +317,14 @@ def verify_command(
     """Compares what a run sent with what lake and dead letters hold, record by record, and explains every fault.
 
     It ends with precision and recall per reason and alarm type. Run it when the jobs have taken everything and closed
-    their windows: after `make down FLUSH=1`. Exit 0: nothing is left to explain; 1: the books do not balance, a fault
-    is unexplained, or a precision or recall is below 0.99; 2: no such run, or no lake. Per meter: verify.parquet beside
-    the run's ledger.
+    their windows: after `make down FLUSH=1`. Exit 0: nothing is left to explain; 1: the accounting does not balance, a
+    fault is unexplained, or a precision or recall is below 0.99; 2: no such run, or no lake. Per meter: verify.parquet
+    beside the run's ledger.
 
     Example: replay verify --run dirty
     """
-    from replay.verify import told, unfinished, verify  # DuckDB, which the processes of a run do without
+    from replay.verify import unfinished, verify  # DuckDB, which the processes of a run do without
+    from replay.verify.verdict import rendered
 
     with exits():
         end = time.monotonic() + wait
@@ -339,7 +336,7 @@ def verify_command(
         if as_json:
             sys.stdout.write(json.dumps(verdict.as_json(first)) + "\n")
         else:
-            for part in told(verdict, first):
+            for part in rendered(verdict, first):
                 console.print(part, highlight=False, soft_wrap=isinstance(part, str))
         if not verdict.is_balanced:
             raise SystemExit(1)
@@ -375,14 +372,14 @@ def record_command(
                 run_id=run,
                 begin=begin and begin.replace(tzinfo=UTC),
                 until=until and until.replace(tzinfo=UTC),
-                progress=lambda done, of: bar.update(task, completed=done, total=of),
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
-        _told(tape, to, is_there)
+        _summarise(tape, to, is_there)
         found = len(tape.readings) + len(tape.events)
         sent = None if run is None or begin or until else sent_by(run)
-        of = "" if sent is None else f" of the {sent:,} that run {run} sent"
+        whole = "" if sent is None else f" of the {sent:,} that run {run} sent"
         console.print(
-            f"{found:,} records{of}, which Kafka took up to {newest:%Y-%m-%d %H:%M:%S} UTC",
+            f"{found:,} records{whole}, which Kafka took up to {newest:%Y-%m-%d %H:%M:%S} UTC",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
         if sent is not None and found < sent:
@@ -439,17 +436,18 @@ def played(order: Order, connections: int = 1) -> Ledger:
     way = _way()
     if order.to == "mqtt" and order.is_steady and answers(way.kafka_bootstrap):
         order = replace(order, way=way.kafka_bootstrap)
-    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[told]}"), TimeElapsedColumn())
+    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[standing]}"), TimeElapsedColumn())
     left = (TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))
     with Progress(TextColumn("replay"), *columns, *left, console=problems) as bar:
-        task = bar.add_task("replay", total=1.0, told="")
+        task = bar.add_task("replay", total=1.0, standing="")
         began = time.monotonic()
 
         def show(standing: Standing) -> None:
             rate = standing.records / max(time.monotonic() - began, 1e-3)
             late = f", late by {standing.late_s:.1f} s" if standing.late_s > 1 else ""
             slip = f", has waited {standing.slip_s:.0f} s" if standing.slip_s > 1 else ""
-            bar.update(task, completed=standing.share, told=f"{standing.records:,} records, {rate:,.0f}/s{late}{slip}")
+            line = f"{standing.records:,} records, {rate:,.0f}/s{late}{slip}"
+            bar.update(task, completed=standing.share, standing=line)
 
         return play(order, _sink(order.to, way, connections), show)
 

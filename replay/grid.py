@@ -17,10 +17,10 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import numpy.typing as npt
 
+from replay.arrays import Floats
 from replay.tape import NOMINAL_MV
 from schemas.errors import ConfigError
 
-Floats = npt.NDArray[np.float64]
 Complexes = npt.NDArray[np.complex128]
 
 PROFILE_STEP_S = 900
@@ -317,8 +317,8 @@ def flow(
         factor = share[:, :, None] * (np.abs(volts) / NOMINAL_V) ** exponent[:, None]
         current = np.conj((factor * load_va - share[:, :, None] * made_w) / volts)
         before, volts = volts, source - supply.phase_ohm @ current - supply.neutral_ohm @ current.sum(axis=0)
-        moved = np.abs(volts - before).max()
-        if moved < TOLERANCE_V:
+        change_v = np.abs(volts - before).max()
+        if change_v < TOLERANCE_V:
             return np.abs(volts), (factor.sum(axis=0) * load_va.real)
     msg = f"the power flow found no voltages after {MAX_ROUNDS} rounds: more load than the grid can carry"
     raise ConfigError(msg)

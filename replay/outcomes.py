@@ -14,7 +14,7 @@ MAX_AHEAD, MAX_BEHIND = timedelta(hours=36), timedelta(days=400)
 GAP_FACTOR = 1.5  # a step over more than so many intervals is a gap
 NEAR_WH = 1_000  # how near to 0 a register begins again, where no fuse is known
 NEARLY_FULL_S = 3_600  # a register rolls over from so near to its end, at the most that the fuse lets through
-UNKNOWN_INTERVAL_S = 3_600  # how late a reading may be told, where the registry knows no interval
+UNKNOWN_INTERVAL_S = 3_600  # how late a reading may be reported, where the registry knows no interval
 STEP_SLACK_WH = 100  # the coarsest register counts in such steps: a step may be so much above the fuse's limit
 
 
@@ -70,7 +70,7 @@ LOST_CLOCK = {
     & (pl.col("quarantine") == QuarantineReason.IMPOSSIBLE_CLOCK.value)
     & (pl.col("quarantine_voltage") == QuarantineReason.IMPOSSIBLE_CLOCK.value)
 }
-TOLD_WH = (
+FAULT_WH = (
     pl.when(pl.col("kind") == FaultKind.UNIT_SLIP.value)
     .then(pl.col("wh") - pl.col("wh") / pl.col("amount"))
     .otherwise(pl.col("amount"))
@@ -79,7 +79,7 @@ TOLD_WH = (
 TOO_MUCH = {
     FaultOutcome.IMPLAUSIBLE: WILD & IS_TOO_FAR,
     # no fuse known, or little enough to be true
-    FaultOutcome.PLAUSIBLE: TAKEN & PLAIN & ~(TOLD_WH > LIMIT_WH + STEP_SLACK_WH).fill_null(False),
+    FaultOutcome.PLAUSIBLE: TAKEN & PLAIN & ~(FAULT_WH > LIMIT_WH + STEP_SLACK_WH).fill_null(False),
 }
 FORWARD = pl.col("amount") > 0
 AHEAD_S = (pl.col("stamped_at") - pl.col("due_at")).dt.total_microseconds() / 1e6

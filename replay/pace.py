@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from kafka_io.clients import admin
 from kafka_io.offsets import received
+from replay.arrays import SECOND
 from schemas.errors import RetryLater
 from schemas.topics import INGESTED
 
@@ -30,7 +31,6 @@ ON_THE_WAY = 4_000
 bridge, so that it never runs dry, and a few seconds of its work."""
 STALLED_S = 300.0  # a bridge that is killed on a slow machine is back long before
 CONNECT_S = 1.0
-SECOND = 1_000_000
 
 
 class Pace(StrEnum):
@@ -120,12 +120,12 @@ class Way:
         """
         if acknowledged() - self._carried <= self._most // 2:
             return
-        began = moved = time.monotonic()
+        began = carried_at = time.monotonic()
         self._look()
         if acknowledged() - self._carried <= self._most:
             return
         while (left := acknowledged() - self._carried) > self._most // 2 and not is_stopped():
-            if time.monotonic() - moved > STALLED_S:
+            if time.monotonic() - carried_at > STALLED_S:
                 msg = (
                     f"nothing has come through broker and bridge to Kafka for {STALLED_S:.0f} s, {left:,} records are "
                     "on their way: see make status and make logs; --pace open does not wait for them"
@@ -135,7 +135,7 @@ class Way:
             before = self._carried
             self._look()
             if self._carried != before:
-                moved = time.monotonic()
+                carried_at = time.monotonic()
         self.waited_s += time.monotonic() - began
 
 

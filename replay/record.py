@@ -22,9 +22,9 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from kafka_io import clients
 from kafka_io.offsets import kept
 from kafka_io.ranges import Range, fetched
-from replay.run import read_ledger, run_folder
+from lake.queries import open_lake
+from replay.run.ledger import read_ledger, run_folder
 from replay.tape import Tape, log_schema, registry_of, write_tape
-from replay.verify import open_lake
 from schemas.closed_lists import DeadLetterReason
 from schemas.codec import arrow_schema, decode_batch
 from schemas.errors import ConfigError, RetryLater
@@ -160,12 +160,12 @@ def _range(
     consumer: Consumer, topic: Topic, begin: datetime | None, until: datetime | None
 ) -> dict[int, tuple[int, int]]:
     """First offset and the one after the last, by partition, as they are now."""
-    told = consumer.list_topics(topic.name, timeout=TIMEOUT_S).topics[topic.name]
-    if told.error is not None:
-        msg = f"no topic {topic.name}: {told.error.str()}"
+    listed = consumer.list_topics(topic.name, timeout=TIMEOUT_S).topics[topic.name]
+    if listed.error is not None:
+        msg = f"no topic {topic.name}: {listed.error.str()}"
         raise ConfigError(msg)
     found = {}
-    for partition in sorted(told.partitions):
+    for partition in sorted(listed.partitions):
         low, high = kept(consumer, topic.name, partition, TIMEOUT_S)
         start = _at(consumer, topic, partition, begin, high) if begin else low
         end = _at(consumer, topic, partition, until, high) if until else high
@@ -230,7 +230,7 @@ def _interval_s(readings: pa.Table) -> int | None:
 
 
 def _registry(readings: pa.Table, events: pa.Table, interval_s: int | None) -> tuple[pa.Table, str]:
-    """The newest row of each meter in the lake's registry, and what the log tells of the others; with the time zone."""
+    """The newest row of each meter in the lake's registry, and what the log says of the others; with the time zone."""
     ids = pc.unique(pa.chunked_array([*readings["meter_id"].chunks, *events["meter_id"].chunks]))
     lake = open_lake()
     lake.register("meters", pa.table({"meter_id": ids}))

@@ -1,9 +1,9 @@
-"""How well a run's dirt was told: precision and recall of each reason and alarm type, against what the truth says.
+"""How well a run's faults were recognised: precision and recall of each reason and alarm type against the truth.
 
 What is due follows from the records as they were sent (the run's digest proves that the lake has them so), their places
 in Kafka, the truth about the faults, and the registry. No code is shared with the jobs. One thing only is taken from
 their tables: whether a record that came late shared a batch with those it should precede, which no truth can know; the
-step of the record after it says so, and the two have to agree. What nothing can tell is left out of both sides, counted
+step of the record after it says so, and the two have to agree. What nothing decides is left out of both sides, counted
 and named. docs/replay.md says the same in words.
 """
 
@@ -23,16 +23,14 @@ from replay.outcomes import (
     NEARLY_FULL_S,
     STEP_SLACK_WH,
 )
-from replay.sent import DELTAS, PLACE, VOLTAGE, Run
-from replay.sent import REGISTER_COLUMNS as NAMES
-from replay.sent import VOLTAGE_COLUMNS as VOLTAGES
+from replay.sent import DELTAS, PLACE, REGISTER_LIST, VOLTAGE, VOLTAGE_LIST, Run
 from schemas.closed_lists import DeltaReason, Edge, FaultKind, FaultOutcome, QuarantineReason
 from schemas.tables import REGISTERS
 
 LEAST = 0.99
 """A precision or recall below this does not hold."""
 RECENT_RECORDS = 10_000  # offsets within which a record is known again; the jobs' settings have the same
-UNTOLD, LOG = "untold", "log"
+UNDECIDED, LOG = "undecided", "log"
 ALL = 1 << 62  # more rows than there are
 VALUE = "meter_id, register, observed_at, wh"
 SCORED = f"({', '.join(repr(each.value) for each in DeltaReason if each not in (DeltaReason.FIRST, DeltaReason.OK))})"
@@ -43,9 +41,9 @@ WHY = {
     FaultKind.REORDER: "came within a batch, in order after all: no reason is due",
     FaultKind.CLOCK_JUMP: "what it and those after it become depends on which of them shared a batch",
     FaultKind.FROZEN: "an empty house looks the same: no reason says it",
-    FaultKind.SPIKE: "no fuse is known, or it is little enough to be true: nothing after it can be told",
-    FaultKind.UNIT_SLIP: "no fuse is known, or it is little enough to be true: nothing after it can be told",
-    FaultKind.RESET: "the first value is above what the fuse lets through: nothing after it can be told",
+    FaultKind.SPIKE: "no fuse is known, or it is little enough to be true: nothing after it can be decided",
+    FaultKind.UNIT_SLIP: "no fuse is known, or it is little enough to be true: nothing after it can be decided",
+    FaultKind.RESET: "the first value is above what the fuse lets through: nothing after it can be decided",
     FaultKind.ROLLOVER: "the step is above what the fuse lets through, or begins far from the end of the register",
 }
 """Kinds of faults of which the truth cannot always say what is due, and why."""
@@ -109,11 +107,11 @@ def _copies(lake: duckdb.DuckDBPyConnection) -> None:
             ANTI JOIN shared ON shared.meter_id = r.meter_id),
         injected AS (SELECT meter_id, seq, count(*) AS copies FROM faults
             WHERE kind = '{FaultKind.DUPLICATE}' AND was_sent GROUP BY ALL)
-        SELECT c.meter_id, c.seq, observed_at, {NAMES}, {PLACE}, place, is_impossible,
+        SELECT c.meter_id, c.seq, observed_at, {REGISTER_LIST}, {PLACE}, place, is_impossible,
             row_number() OVER same AS turn,
-            row({NAMES}, equipment_id) IS NOT DISTINCT FROM first_value(row({NAMES}, equipment_id)) OVER same
-                AS is_same,
-            row({VOLTAGES}) IS NOT DISTINCT FROM first_value(row({VOLTAGES})) OVER same AS is_same_voltage,
+            row({REGISTER_LIST}, equipment_id) IS NOT DISTINCT FROM
+                first_value(row({REGISTER_LIST}, equipment_id)) OVER same AS is_same,
+            row({VOLTAGE_LIST}) IS NOT DISTINCT FROM first_value(row({VOLTAGE_LIST})) OVER same AS is_same_voltage,
             place - first_value(place) OVER same <= {RECENT_RECORDS} AS is_known,
             row_number() OVER (PARTITION BY c.meter_id, c.seq ORDER BY place) - 1 > coalesce(i.copies, 0)
                 AS is_redelivered,
@@ -127,7 +125,7 @@ def _copies(lake: duckdb.DuckDBPyConnection) -> None:
 def _series(lake: duckdb.DuckDBPyConnection) -> None:
     """Table `due_steps`: each register's steps with a reason that the truth decides.
 
-    Also `untold_since`: per meter and register the time since when it does not, and for which cause; `overtaken`:
+    Also `undecided_since`: per meter and register the time since when it does not, and for which cause; `overtaken`:
     values before which one with a later stamp came, is_caught where both came within a batch.
     """
     lake.execute(
@@ -136,9 +134,9 @@ def _series(lake: duckdb.DuckDBPyConnection) -> None:
             f.amount,
             coalesce((f.kind = '{FaultKind.SPIKE}' AND f.detail = name)
                 OR (f.kind = '{FaultKind.UNIT_SLIP}' AND wh > 0), false) AS is_wild,
-            f.kind <> '{FaultKind.ROLLOVER}' OR f.detail = name AS is_told
-        FROM (UNPIVOT (SELECT meter_id, seq, observed_at, place, is_overtaken, {NAMES} FROM copies
-                WHERE turn = 1 AND NOT is_impossible) ON {NAMES} INTO NAME name VALUE wh) v
+            f.kind <> '{FaultKind.ROLLOVER}' OR f.detail = name AS is_labelled
+        FROM (UNPIVOT (SELECT meter_id, seq, observed_at, place, is_overtaken, {REGISTER_LIST} FROM copies
+                WHERE turn = 1 AND NOT is_impossible) ON {REGISTER_LIST} INTO NAME name VALUE wh) v
         LEFT JOIN (SELECT DISTINCT ON (meter_id, seq) * FROM faults
             WHERE topic = 'readings' AND was_sent AND kind <> '{FaultKind.DUPLICATE}') f
             ON f.meter_id = v.meter_id AND f.seq = v.seq"""
@@ -161,21 +159,21 @@ def _series(lake: duckdb.DuckDBPyConnection) -> None:
         ANTI JOIN (FROM overtaken WHERE NOT is_caught) USING (meter_id, register, observed_at) WHERE NOT is_wild"""
     )
     lake.execute(
-        f"""CREATE TEMP TABLE told_steps AS
+        f"""CREATE TEMP TABLE reasoned_steps AS
         WITH placed AS (
             SELECT s.*, max_w, interval_s, lag(observed_at) OVER place AS previous_at, lag(wh) OVER place AS previous_wh
             FROM series s LEFT JOIN limits l ON l.meter_id = s.meter_id
             WINDOW place AS (PARTITION BY s.meter_id, register ORDER BY observed_at))
         SELECT {VALUE}, kind, CASE
                 WHEN kind = '{FaultKind.METER_EXCHANGE}' THEN '{DeltaReason.METER_EXCHANGE}'
-                WHEN kind = '{FaultKind.ROLLOVER}' AND is_told THEN CASE
+                WHEN kind = '{FaultKind.ROLLOVER}' AND is_labelled THEN CASE
                     WHEN wh < previous_wh AND amount - previous_wh + wh <= coalesce({LIMIT_WH}, {NEAR_WH})
                         AND amount - previous_wh <= coalesce({NEARLY_FULL_WH}, {NEAR_WH})
-                    THEN '{DeltaReason.ROLLOVER}' ELSE '{UNTOLD}' END
+                    THEN '{DeltaReason.ROLLOVER}' ELSE '{UNDECIDED}' END
                 WHEN kind = '{FaultKind.RESET}' AND wh < previous_wh THEN CASE
                     WHEN wh <= coalesce({LIMIT_WH}, {NEAR_WH}) AND wh < previous_wh / 2
-                    THEN '{DeltaReason.RESET}' ELSE '{UNTOLD}' END
-                WHEN wh < previous_wh OR wh - previous_wh > {LIMIT_WH} THEN '{UNTOLD}'
+                    THEN '{DeltaReason.RESET}' ELSE '{UNDECIDED}' END
+                WHEN wh < previous_wh OR wh - previous_wh > {LIMIT_WH} THEN '{UNDECIDED}'
                 WHEN epoch(observed_at) - epoch(previous_at) > {GAP_FACTOR} * interval_s THEN '{DeltaReason.GAP}'
                 END AS reason
         FROM placed WHERE previous_at IS NOT NULL AND reason IS NOT NULL"""
@@ -190,10 +188,10 @@ def _series(lake: duckdb.DuckDBPyConnection) -> None:
     )
     registers = ", ".join(f"('{register}')" for register in REGISTERS)
     lake.execute(
-        f"""CREATE TEMP TABLE untold_since AS
+        f"""CREATE TEMP TABLE undecided_since AS
         SELECT meter_id, register, min(observed_at) AS since, arg_min(cause, observed_at) AS cause FROM (
-            SELECT meter_id, register, observed_at, coalesce(kind, '{LOG}') AS cause FROM told_steps
-            WHERE reason = '{UNTOLD}'
+            SELECT meter_id, register, observed_at, coalesce(kind, '{LOG}') AS cause FROM reasoned_steps
+            WHERE reason = '{UNDECIDED}'
             UNION ALL SELECT meter_id, register, observed_at, kind FROM wild WHERE NOT is_sure
             UNION ALL SELECT meter_id, each, least(observed_at, observed_at - to_seconds(amount)), kind
                 FROM faults, (VALUES {registers}) named (each) WHERE kind = '{FaultKind.CLOCK_JUMP}' AND was_sent
@@ -203,33 +201,33 @@ def _series(lake: duckdb.DuckDBPyConnection) -> None:
     lake.execute(
         f"""CREATE TEMP TABLE due_steps AS
         SELECT {VALUE}, reason FROM (
-            SELECT {VALUE}, reason FROM told_steps
+            SELECT {VALUE}, reason FROM reasoned_steps
             UNION ALL SELECT {VALUE}, '{DeltaReason.IMPLAUSIBLE}' FROM wild
             UNION ALL SELECT {VALUE}, '{DeltaReason.OUT_OF_ORDER}' FROM overtaken WHERE NOT is_caught)
-        LEFT JOIN untold_since USING (meter_id, register)
+        LEFT JOIN undecided_since USING (meter_id, register)
         WHERE reason IN {SCORED} AND (since IS NULL OR observed_at < since)
         UNION ALL
         SELECT meter_id, replace(name, '_wh', ''), observed_at, wh,
             CASE WHEN is_same THEN '{DeltaReason.DUPLICATE}' ELSE '{DeltaReason.CONFLICT}' END
         FROM (UNPIVOT (FROM copies WHERE turn > 1 AND is_known AND NOT is_redelivered AND NOT is_impossible)
-            ON {NAMES} INTO NAME name VALUE wh)"""
+            ON {REGISTER_LIST} INTO NAME name VALUE wh)"""
     )
 
 
 def _steps() -> str:
-    """Steps by reason; what came again from the broker may be told as it likes, and what follows what is untold."""
+    """Steps by reason; what came again from the broker may have any, and so may what follows an undecided step."""
     by_identity = f"('{DeltaReason.DUPLICATE}', '{DeltaReason.CONFLICT}')"
     return f"""WITH due AS (SELECT {VALUE}, reason, count(*) AS due FROM due_steps GROUP BY ALL),
         made AS (SELECT {VALUE}, reason, count(*) AS found FROM run_deltas ANTI JOIN shared USING (meter_id)
             WHERE reason IN {SCORED} GROUP BY ALL),
         again AS (SELECT meter_id, replace(name, '_wh', '') AS register, observed_at, wh, count(*) AS again
-            FROM (UNPIVOT (FROM copies WHERE turn > 1 AND (is_redelivered OR NOT is_known)) ON {NAMES}
+            FROM (UNPIVOT (FROM copies WHERE turn > 1 AND (is_redelivered OR NOT is_known)) ON {REGISTER_LIST}
                 INTO NAME name VALUE wh) GROUP BY ALL)
         SELECT 'consumption_deltas' AS place, reason, coalesce(due, 0) AS due, coalesce(found, 0) AS found,
             CASE WHEN observed_at >= since AND reason NOT IN {by_identity} THEN {ALL} ELSE coalesce(again, 0) END
                 AS spare
         FROM due FULL JOIN made USING ({VALUE}, reason) LEFT JOIN again USING ({VALUE})
-        LEFT JOIN untold_since USING (meter_id, register)"""
+        LEFT JOIN undecided_since USING (meter_id, register)"""
 
 
 def _quarantined_readings() -> str:
@@ -250,7 +248,7 @@ def _quarantined_readings() -> str:
         spared AS (
             SELECT {PLACE}, NULL AS reason FROM copies WHERE is_redelivered OR (turn > 1 AND NOT is_known)
             UNION SELECT {PLACE}, '{QuarantineReason.IMPLAUSIBLE}' FROM copies
-            JOIN (SELECT meter_id, min(since) AS since FROM untold_since GROUP BY ALL) USING (meter_id)
+            JOIN (SELECT meter_id, min(since) AS since FROM undecided_since GROUP BY ALL) USING (meter_id)
             WHERE turn = 1 AND observed_at >= since),
         joined AS (SELECT reason, {PLACE}, coalesce(due, 0) AS due, coalesce(found, 0) AS found
             FROM (SELECT *, 1 AS due FROM due) FULL JOIN made USING (stage, reason, {PLACE}))
@@ -266,7 +264,7 @@ def _quarantined_events() -> str:
             SELECT {PLACE}, CASE WHEN is_coded THEN '{QuarantineReason.UNKNOWN_ARGUMENT}'
                 ELSE '{QuarantineReason.UNKNOWN_CODE}' END AS reason
             FROM original_events ANTI JOIN shared USING (meter_id)
-            WHERE NOT is_coded OR (told_edge = '{Edge.LEVEL}' AND edge IS NULL)),
+            WHERE NOT is_coded OR (coded_edge = '{Edge.LEVEL}' AND edge IS NULL)),
         made AS (SELECT reason, {PLACE}, count(*) AS found FROM apart ANTI JOIN shared USING (meter_id)
             WHERE kept_in = 'quarantined_events' GROUP BY ALL)
         SELECT 'quarantined_events' AS place, reason, coalesce(due, 0) AS due, coalesce(found, 0) AS found, 0 AS spare
@@ -297,20 +295,21 @@ def _letters(run: Run) -> str:
 
 def _alarms() -> str:
     """Rows of alarms by type; an event that no later one came before is never late, whatever the stage says."""
-    key = "meter_id, alarm_type, arrival_at, change, moved_at"
+    key = "meter_id, alarm_type, arrival_at, change, changed_at"
     return f"""WITH due AS (
             SELECT {key}, count(*) AS due FROM (
                 SELECT meter_id, alarm_type, arrival_at, change,
-                    CASE WHEN change <> '{FaultOutcome.REPEATED}' THEN event_at END AS moved_at
+                    CASE WHEN change <> '{FaultOutcome.REPEATED}' THEN event_at END AS changed_at
                 FROM changes WHERE change <> '{FaultOutcome.STAYS_CLEARED}'
-                UNION ALL SELECT meter_id, alarm_type, arrival_at, '{UNTOLD}', event_at FROM original_events
+                UNION ALL SELECT meter_id, alarm_type, arrival_at, '{UNDECIDED}', event_at FROM original_events
                 WHERE is_apart AND NOT is_overtaken AND alarm_type IS NOT NULL AND edge IS NOT NULL)
             ANTI JOIN shared USING (meter_id) GROUP BY ALL),
         made AS (SELECT {key}, count(*) AS found FROM alarm_rows ANTI JOIN shared USING (meter_id) GROUP BY ALL)
         SELECT 'alarms' AS place, coalesce(d.alarm_type, m.alarm_type) AS reason, coalesce(due, 0) AS due,
             coalesce(found, 0) AS found, 0 AS spare
         FROM due d FULL JOIN made m ON m.meter_id = d.meter_id AND m.alarm_type = d.alarm_type
-            AND m.arrival_at = d.arrival_at AND m.change = d.change AND m.moved_at IS NOT DISTINCT FROM d.moved_at"""
+            AND m.arrival_at = d.arrival_at AND m.change = d.change
+            AND m.changed_at IS NOT DISTINCT FROM d.changed_at"""
 
 
 def _undecidable(lake: duckdb.DuckDBPyConnection) -> pl.DataFrame:
@@ -322,10 +321,10 @@ def _undecidable(lake: duckdb.DuckDBPyConnection) -> pl.DataFrame:
             WHERE is_caught AND kind IN ('{FaultKind.LATE}', '{FaultKind.REORDER}')
             UNION ALL SELECT meter_id, observed_at, kind FROM faults
             WHERE was_sent AND kind IN ('{FaultKind.FROZEN}', '{FaultKind.CLOCK_JUMP}')
-            UNION ALL SELECT DISTINCT meter_id, since, cause FROM untold_since
+            UNION ALL SELECT DISTINCT meter_id, since, cause FROM undecided_since
             WHERE cause <> '{FaultKind.CLOCK_JUMP}'),
         each AS (
-            SELECT cause, CASE cause {why} ELSE 'steps as no fault does: nothing after it can be told' END AS why
+            SELECT cause, CASE cause {why} ELSE 'steps as no fault does: nothing after it can be decided' END AS why
             FROM named
             UNION ALL SELECT 'redelivered', 'sent once, brought again by the broker' FROM copies WHERE is_redelivered
             UNION ALL SELECT 'distant', 'came more than {RECENT_RECORDS:,} records after the first with its stamp'
@@ -337,7 +336,7 @@ def _undecidable(lake: duckdb.DuckDBPyConnection) -> pl.DataFrame:
     return pl.DataFrame(found.to_arrow_table())
 
 
-def scores_told(scored: Scores) -> list[Table | str]:
+def rendered_scores(scored: Scores) -> list[Table | str]:
     """For people: the table, what is too low, and what the truth does not decide."""
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name in ("table", "reason"):

@@ -7,7 +7,7 @@ import polars as pl
 
 from lake.paths import table_path
 from replay.dirt import FAULTS
-from replay.run import Ledger, read_ledger, run_folder
+from replay.run.ledger import Ledger, read_ledger, run_folder
 from schemas.closed_lists import Bucket, FaultKind
 from schemas.errors import ConfigError
 from schemas.tables import PHASES, REGISTERS, polars_schema
@@ -16,9 +16,11 @@ from settings import home
 
 DELTAS, VOLTAGE, ALARMS, LAKE = "consumption_deltas", "voltage_deviation", "alarms", "readings_lake"
 """The stages, by the name of their job."""
-REGISTER_COLUMNS = ", ".join(f"{register}_wh" for register in REGISTERS)
-VOLTAGE_COLUMNS = ", ".join(f"voltage_{phase.lower()}_mv" for phase in PHASES)
+REGISTER_LIST = ", ".join(f"{register}_wh" for register in REGISTERS)
+VOLTAGE_LIST = ", ".join(f"voltage_{phase.lower()}_mv" for phase in PHASES)
+"""Columns of registers and voltages as lists in SQL."""
 PLACE = 'topic, partition, "offset"'
+"""Where a record lies in Kafka, in SQL."""
 
 
 def ledger_of(run_id: str) -> Ledger:
@@ -51,7 +53,7 @@ class Run:
         ledger: of run.json.
         meters: ledger.parquet.
         faults: faults.parquet with `row`, `was_sent` (its time had come when the run ended), `register` (whose steps
-            tell what became of it) and the meter's `max_w` and `interval_s`.
+            show what became of it) and the meter's `max_w` and `interval_s`.
     """
 
     ledger: Ledger
@@ -154,14 +156,14 @@ class Run:
         Args:
             holes: seqs that were not sent: topic, meter_id, seq.
         """
-        of = ["topic", "meter_id"]
+        keys = ["topic", "meter_id"]
         is_copy = pl.col("was_sent") & (pl.col("kind") == FaultKind.DUPLICATE)
-        copies = self.faults.filter(is_copy).group_by(of).agg(copies=pl.len().cast(pl.Int64))
-        missed = holes.group_by(of).agg(holes=pl.len().cast(pl.Int64))
+        copies = self.faults.filter(is_copy).group_by(keys).agg(copies=pl.len().cast(pl.Int64))
+        missed = holes.group_by(keys).agg(holes=pl.len().cast(pl.Int64))
         both = pl.concat([self.meters.select("meter_id", topic=pl.lit(kind), sent=kind) for kind in KINDS])
         return (
-            both.join(copies, on=of, how="left")
-            .join(missed, on=of, how="left")
+            both.join(copies, on=keys, how="left")
+            .join(missed, on=keys, how="left")
             .with_columns(pl.col("copies", "holes").fill_null(0))
             .with_columns(end=pl.col("sent") - pl.col("copies") + pl.col("holes"))
         )
@@ -172,16 +174,16 @@ class Run:
         Of an interrupted run also records that were to come later than their time, where their time had come: those
         below the end that the number of records sent gives.
         """
-        of = ["topic", "meter_id"]
+        keys = ["topic", "meter_id"]
         withheld = (pl.col("kind") == FaultKind.POISON) | ~pl.col("is_sent")
-        certain = self.faults.filter(pl.col("was_sent") & withheld).select(*of, "seq").unique()
+        certain = self.faults.filter(pl.col("was_sent") & withheld).select(*keys, "seq").unique()
         if self.ledger.is_whole:
             return certain
-        moved = pl.col("kind").is_in([FaultKind.LATE.value, FaultKind.REORDER.value])
+        is_delayed = pl.col("kind").is_in([FaultKind.LATE.value, FaultKind.REORDER.value])
         open_ = (
-            self.faults.filter(moved & ~pl.col("was_sent"))
+            self.faults.filter(is_delayed & ~pl.col("was_sent"))
             .sort("seq")
-            .join(self._sent(certain), on=of, how="left")
-            .with_columns(rank=pl.int_range(pl.len()).over(of))
+            .join(self._sent(certain), on=keys, how="left")
+            .with_columns(rank=pl.int_range(pl.len()).over(keys))
         )
-        return pl.concat([certain, open_.filter(pl.col("seq") < pl.col("end") + pl.col("rank")).select(*of, "seq")])
+        return pl.concat([certain, open_.filter(pl.col("seq") < pl.col("end") + pl.col("rank")).select(*keys, "seq")])

@@ -56,7 +56,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Statistics:
-    """A tape in figures; None where the tape cannot tell.
+    """A tape in figures; None where the tape does not say.
 
     Attributes:
         meters: on the tape.
@@ -66,13 +66,13 @@ class Statistics:
         last_at: ISO 8601.
         missing: readings that the interval would have and the tape does not, inside each meter's own span.
         backward: readings whose register stands below the one before.
-        duplicates: readings of a meter for a moment that it has told already.
+        duplicates: readings of a meter for a moment of which it has one already.
         kwh_per_day: per register, what a meter counts.
         power_to_register_pct: ∫ power dt over Δ register, minus 1.
         realism: by the names of `TARGETS`.
         mean_day_v: per hour of the local day, mean voltage.
         mean_day_w: the same of import.
-        why_not: of a figure that the tape cannot tell, the reason.
+        why_not: of a figure that is None, the reason.
     """
 
     meters: int
@@ -145,9 +145,9 @@ def _why_not(readings: pl.DataFrame, minutes: pl.DataFrame, registry: pl.DataFra
         "power_to_register_pct": "import does not rise",
     }
     volts = minutes["volts"].drop_nulls()
-    of_volts = [name for name in why if name != "power_to_register_pct"]
+    voltage_figures = [name for name in why if name != "power_to_register_pct"]
     if volts.n_unique() == 1:
-        why |= dict.fromkeys((name for name in of_volts if name != "hourly_swing_v"), "V never changes")
+        why |= dict.fromkeys((name for name in voltage_figures if name != "hourly_swing_v"), "V never changes")
     if not (minutes["export_w"] > 0).any():
         why["voltage_export_correlation"] = "no export in the tape"
     if registry["transformer_id"].drop_nulls().is_unique().all():
@@ -157,7 +157,7 @@ def _why_not(readings: pl.DataFrame, minutes: pl.DataFrame, registry: pl.DataFra
     if readings["import_w"].drop_nulls().is_empty():
         why["power_to_register_pct"] = "no power in the tape"
     if volts.is_empty():
-        why |= dict.fromkeys((*of_volts, "mean_day_v"), "no voltage in the tape")
+        why |= dict.fromkeys((*voltage_figures, "mean_day_v"), "no voltage in the tape")
     return why
 
 
@@ -250,19 +250,19 @@ def power_to_register_pct(readings: pl.DataFrame, interval_s: int | None) -> pl.
 def minute_values(readings: pl.DataFrame) -> pl.DataFrame:
     """Per meter and UTC minute the means: `volts`, `import_w`, `export_w`; sorted, null where not measured.
 
-    A meter that tells no power has the one of its register: what it rose by since the reading before.
+    A meter that measures no power has the one of its register: what it rose by since the reading before.
     """
-    told = [pl.col(f"{way}_w").cast(pl.Float64).alias(f"{way}_w") for way in ("import", "export")]
+    powers = [pl.col(f"{way}_w").cast(pl.Float64).alias(f"{way}_w") for way in ("import", "export")]
     step_s = pl.col("observed_at").diff().over("meter_id").dt.total_seconds()
     if readings["import_w"].null_count() == len(readings):
-        told = [
+        powers = [
             (pl.sum_horizontal(f"{way}_t1_wh", f"{way}_t2_wh").diff().over("meter_id").clip(0) * 3600 / step_s).alias(
                 f"{way}_w"
             )
             for way in ("import", "export")
         ]
     return (
-        readings.select("meter_id", "observed_at", *told, volts=pl.col("voltage_l1_mv") / 1000)
+        readings.select("meter_id", "observed_at", *powers, volts=pl.col("voltage_l1_mv") / 1000)
         .group_by("meter_id", minute=pl.col("observed_at").dt.truncate("1m"), maintain_order=True)
         .agg(pl.col("volts", "import_w", "export_w").mean())
     )
@@ -290,7 +290,7 @@ def hourly_swing_v(minutes: pl.DataFrame, interval_s: int | None) -> pl.Series:
 
     Args:
         minutes: see `minute_values`.
-        interval_s: usual step, which tells how many values an hour has.
+        interval_s: usual step, which says how many values an hour has.
     """
     half = 3600 / max(interval_s or 60, 60) / 2
     hours = (
@@ -398,11 +398,11 @@ def comparison(tapes: Mapping[str, Statistics]) -> Table:
         if any(figures):
             row(
                 f"{register} kWh a meter and day",
-                *[_told(figure, "{:.2f}", why="no such register") for figure in figures],
+                *[_cell(figure, "{:.2f}", why="no such register") for figure in figures],
             )
     row(
         "∫ power / Δ import − 1",
-        *[_told(one.power_to_register_pct, "{:+.2f}", " %", _why(one, "power_to_register_pct")) for one in own],
+        *[_cell(one.power_to_register_pct, "{:+.2f}", " %", _why(one, "power_to_register_pct")) for one in own],
     )
     for name, (low, high) in TARGETS.items():
         target = f"{low:g} … {high:g}"
@@ -420,7 +420,7 @@ def _why(one: Statistics, name: str) -> str:
     return one.why_not.get(name, "not in the tape")
 
 
-def _told(figure: Spread | None, form: str, unit: str = "", why: str = "") -> str:
+def _cell(figure: Spread | None, form: str, unit: str = "", why: str = "") -> str:
     if figure is None:
         return f"– ({why})"
     spans = "" if figure.meters == 1 else f"\n({form.format(figure.low)} … {form.format(figure.high)})"
@@ -430,9 +430,9 @@ def _told(figure: Spread | None, form: str, unit: str = "", why: str = "") -> st
 def _judged(name: str, one: Statistics) -> str:
     figure = one.realism[name]
     if figure is None:
-        return _told(None, "", why=_why(one, name))
+        return _cell(None, "", why=_why(one, name))
     mark = "[green]✓[/]" if is_in_range(name, figure) else "[red]✗[/]"
-    return f"{mark} {_told(figure, '{:.2f}')}"
+    return f"{mark} {_cell(figure, '{:.2f}')}"
 
 
 def _picture(hours: list[float | None], unit: str, why: str) -> str:

@@ -448,7 +448,7 @@ def sql(
     """
     import duckdb
 
-    from replay.verify import open_lake
+    from lake.queries import open_lake
 
     def work() -> None:
         stack = _stack()

@@ -27,15 +27,17 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from lake.paths import glob_of, report_path, table_path
+from lake.queries import accounting_lines, compared_energy, open_lake
 from metering.clocks import busiest_day
 from replay.__main__ import new_run_id, played, simulated, speed_of
-from replay.dirt import read_dirt
+from replay.dirt.entries import read_dirt
 from replay.importers import formats, import_log
-from replay.run import Ledger, Order, run_folder
+from replay.run.ledger import Ledger, run_folder
+from replay.run.order import Order
 from replay.simulate import VERSION
 from replay.tape import read_tape
-from replay.verify import told as verify_told
 from replay.verify import verify
+from replay.verify.verdict import rendered
 from schemas.errors import ConfigError, RetryLater, exits
 from settings import home, load
 from stack import proof
@@ -312,8 +314,8 @@ def drain(stack: Stack) -> None:
 
 
 def _summary(ledger: Ledger, offsets: dict[str, int], truth: Path | None, began: float) -> bool:
-    lake = proof.open_lake()
-    lines = proof.books(lake)
+    lake = open_lake()
+    lines = accounting_lines(lake)
     refused = lake.execute(
         """SELECT 'dead letter' AS place, reason, count(*) FROM dead_letters GROUP BY ALL
         UNION ALL SELECT 'quarantine of ' || count(DISTINCT stage) || ' jobs', reason,
@@ -334,7 +336,7 @@ def _summary(ledger: Ledger, offsets: dict[str, int], truth: Path | None, began:
     for place, reason, count in refused:
         facts.add_row("  ended as", f"{place}: {reason} × {count}")
     if truth:
-        tape_wh, delta_wh, _ = proof.energy(lake, truth)
+        tape_wh, delta_wh, _ = compared_energy(lake, truth)
         sign = "=" if tape_wh == delta_wh else "≠"
         facts.add_row("Energy", f"{tape_wh:,} Wh on the tape {sign} {delta_wh:,} Wh in the deltas")
     else:
@@ -367,7 +369,7 @@ def _summary(ledger: Ledger, offsets: dict[str, int], truth: Path | None, began:
     with console.status("replay verify: every record, window, alarm and fault"):
         verdict = verify(ledger.run_id)
     console.print(f"[bold]replay verify --run {ledger.run_id}[/]")
-    for part in verify_told(verdict, NAMED):
+    for part in rendered(verdict, NAMED):
         console.print(part)
     for problem in found:
         console.print(f"[red]✗[/] {problem}")

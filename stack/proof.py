@@ -6,11 +6,11 @@ from pathlib import Path
 import duckdb
 
 from kafka_io.offsets import newest_offsets
-from replay.verify import Books, books, broken_segments, energy, open_lake
+from lake.queries import accounting_lines, broken_segments, compared_energy
 from schemas.topics import EVENTS, INGESTED, READINGS, TOPICS
 from stack.native import waiting_in_broker
 
-__all__ = ["Books", "books", "broken_segments", "end_offsets", "energy", "open_lake", "problems", "waiting_in_broker"]
+__all__ = ["end_offsets", "problems", "waiting_in_broker"]
 
 STAGES = {
     "readings_lake": INGESTED,
@@ -47,7 +47,7 @@ def problems(lake: duckdb.DuckDBPyConnection, offsets: dict[str, int], sent: int
     in_kafka = sum(offsets[topic.name] for topic in INGESTED)
     if in_kafka < sent:
         found.append(f"{sent} records were sent and acknowledged, Kafka has {in_kafka}")
-    stages = {line.stage: line for line in books(lake)}
+    stages = {line.stage: line for line in accounting_lines(lake)}
     for stage, topics in STAGES.items():
         expected = sum(offsets[topic.name] for topic in topics)
         line = stages.get(stage)
@@ -61,5 +61,7 @@ def problems(lake: duckdb.DuckDBPyConnection, offsets: dict[str, int], sent: int
             found.append(f"{stage} received {line.received} records, its topics have {expected}")
     found += [f"segment {row[2]}: deltas {row[3]} Wh, registers {row[4]} Wh" for row in broken_segments(lake)[:5]]
     if truth:
-        found += [f"{row[0]} {row[1]}: {row[2]} Wh sent, {row[3]} Wh in the deltas" for row in energy(lake, truth)[2]]
+        found += [
+            f"{row[0]} {row[1]}: {row[2]} Wh sent, {row[3]} Wh in the deltas" for row in compared_energy(lake, truth)[2]
+        ]
     return found

@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from kafka_io.offsets import received
-from replay.run import run_folder
+from lake.queries import AccountingLine, accounting_lines, compared_energy, open_lake
+from replay.run.ledger import run_folder
 from schemas.topics import INGESTED
 from stack import proof
 from stack.containers import ContainerStack
@@ -49,7 +50,7 @@ STORED = {
 
 @dataclass
 class Result:
-    books: dict[str, proof.Books]
+    books: dict[str, AccountingLine]
     rows: dict[str, list[tuple[Any, ...]]]
     problems: list[str]
     energy_wh: tuple[int, int]
@@ -123,15 +124,15 @@ def run_chain(kind: type[Stack], home: Path, monkeypatch: pytest.MonkeyPatch, ki
         if isinstance(stack, ContainerStack):
             stack.clean()
         thread.shutdown(wait=False)
-    lake = proof.open_lake()
+    lake = open_lake()
     truth = run_folder("r1") / "truth.parquet"
     rows = {
         table: lake.execute(f"SELECT DISTINCT {columns} FROM {table} WHERE {_stored(table)} ORDER BY ALL").fetchall()
         for table, columns in STORED.items()
     }
-    tape_wh, delta_wh, _ = proof.energy(lake, truth)
+    tape_wh, delta_wh, _ = compared_energy(lake, truth)
     return Result(
-        {line.stage: line for line in proof.books(lake)},
+        {line.stage: line for line in accounting_lines(lake)},
         rows,
         proof.problems(lake, offsets, SENT, truth),
         (tape_wh, delta_wh),

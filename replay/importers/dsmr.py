@@ -4,7 +4,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from replay.importers import Asked, Defect, Imported, Log, as_frame
+from replay.log import Asked, Defect, Imported, Log, as_frame
 from replay.tape import STAMPED_BY_RUN
 from schemas.dsmr import decode_telegram, is_whole, split_telegrams
 from schemas.errors import InvalidMessage

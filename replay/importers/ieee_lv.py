@@ -6,7 +6,8 @@ from pathlib import Path
 
 import polars as pl
 
-from replay.importers import Asked, Defect, Imported, Log, as_frame, energy, number, summed
+from replay.fields import energy, number, summed
+from replay.log import Asked, Defect, Imported, Log, as_frame
 from schemas.errors import ConfigError
 
 FILES = ("Loads.txt",)

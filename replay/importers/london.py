@@ -4,7 +4,8 @@ from pathlib import Path
 
 import polars as pl
 
-from replay.importers import Asked, Defect, Imported, Log, energy, meter, stamp, summed, word
+from replay.fields import energy, meter, stamp, summed, word
+from replay.log import Asked, Defect, Imported, Log
 
 FILES = ("MAC*.csv", "MAC*.csv.gz")
 ZONE = "Europe/London"
@@ -21,7 +22,7 @@ def read(path: Path, asked: Asked) -> Imported:
     A stamp is the end of its half hour: records stop at 00:00, a day without any leaves out 00:30 to 00:00, and homes
     answer a change of the tariff from the next stamp on. The register begins at 0 with the first half hour, and one
     that is missing adds nothing. `tariff` is that of the half hour which has just ended; its file is in local time, as
-    the homes' answers in summer tell, and does not say which homes it is for. There is no power and no voltage in the
+    the homes' answers in summer show, and does not say which homes it is for. There is no power and no voltage in the
     log, and none is made up.
 
     Raises:

@@ -10,7 +10,8 @@ from zoneinfo import ZoneInfo
 
 import polars as pl
 
-from replay.importers import MAX_EXACT, Asked, Defect, Imported, Log, exact, fields_of, summed
+from replay.fields import MAX_EXACT, exact, summed
+from replay.log import Asked, Defect, Imported, Log, fields_of
 from schemas.topics import METER_ID
 
 FILES = ("*.csv", "*.csv.gz")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import polars as pl
 
-from replay.importers import Asked, Imported, Log, number, stamp, word
+from replay.fields import number, stamp, word
+from replay.log import Asked, Imported, Log
 
 FILES = ("2*.csv", "2*.csv.gz", "*minutes*.csv", "*minutes*.csv.gz")
 ZONE = "Europe/Amsterdam"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import polars as pl
 
-from replay.importers import Asked, Imported, p1mon
+from replay.importers import p1mon
+from replay.log import Asked, Imported
 
 FILES = ("*day*.csv", "*day*.csv.gz")
 ZONE = p1mon.ZONE

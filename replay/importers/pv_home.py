@@ -4,7 +4,8 @@ from pathlib import Path
 
 import polars as pl
 
-from replay.importers import Asked, Imported, Log, number, stamp
+from replay.fields import number, stamp
+from replay.log import Asked, Imported, Log
 
 FILES = ("*.csv", "*.csv.gz")
 ZONE = "Europe/London"

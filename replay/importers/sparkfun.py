@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from replay.importers import Asked, Imported, Log, as_frame, exact
+from replay.fields import exact
+from replay.log import Asked, Imported, Log, as_frame
 
 FILES = ("*.json", "*.json.gz", "*.csv", "*.csv.gz")
 ZONE = "Europe/Amsterdam"

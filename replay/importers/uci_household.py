@@ -4,7 +4,8 @@ from pathlib import Path
 
 import polars as pl
 
-from replay.importers import Asked, Defect, Imported, Log, energy, number, stamp, summed
+from replay.fields import energy, number, stamp, summed
+from replay.log import Asked, Defect, Imported, Log
 
 FILES = ("*.txt", "*.txt.gz")
 ZONE = "Europe/Paris"

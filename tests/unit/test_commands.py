@@ -12,7 +12,9 @@ from engine.settings import StreamSettings
 from lake.locks import job_run
 from replay.__main__ import app
 from replay.record import sent_by
-from replay.run import Order, play, run_folder
+from replay.run import play
+from replay.run.ledger import run_folder
+from replay.run.order import Order
 from replay.sinks import NullSink
 from schemas.errors import ConfigError, RetryLater
 from settings import load

@@ -9,9 +9,12 @@ import numpy as np
 import polars as pl
 import pytest
 
-from replay.dirt import Dirt, Entry, read_dirt
+from replay.dirt import Dirt
+from replay.dirt.entries import Entry, read_dirt
 from replay.fleet import Fleet, fleet
-from replay.run import Order, play, run_folder
+from replay.run import play
+from replay.run.ledger import run_folder
+from replay.run.order import Order
 from replay.tape import Tape, read_tape
 from schemas.closed_lists import DeadLetterReason, FaultKind, Poison
 from schemas.codec import decode
@@ -499,7 +502,7 @@ def test_a_log_that_names_no_equipment_takes_every_fault_but_an_exchange(tape: P
     other = [kind for kind in FaultKind if kind not in (FaultKind.POWER_STORM, FaultKind.METER_EXCHANGE)]
     faults = Dirt(crew, [entry(kind, meters=1) for kind in other], 1).faults
     assert set(faults.get_column("kind")) == {kind.value for kind in other}
-    with pytest.raises(ConfigError, match="no register of home.* of a box that its log names"):
+    with pytest.raises(ConfigError, match="no register of home.* of equipment that its log names"):
         Dirt(crew, [entry(FaultKind.METER_EXCHANGE)], 1)
 
 

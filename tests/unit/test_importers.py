@@ -13,7 +13,9 @@ from dsmr_parser.parsers import TelegramParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replay.importers import Asked, formats, import_log, number
+from replay.fields import number
+from replay.importers import formats, import_log
+from replay.log import Asked
 from replay.tape import read_tape
 from schemas.dsmr import split_telegrams
 from schemas.errors import BadLog, ConfigError

@@ -16,7 +16,9 @@ import pytest
 
 from lake.paths import table_path
 from replay.pace import Pace
-from replay.run import Ledger, Order, play, read_ledger, run_folder
+from replay.run import play
+from replay.run.ledger import Ledger, read_ledger, run_folder
+from replay.run.order import Order
 from replay.sinks import NullSink
 from schemas.codec import decode, decode_batch
 from schemas.errors import ConfigError, RetryLater
@@ -109,7 +111,7 @@ def test_of_several_processes_the_one_that_fails_says_why(tape: Path) -> None:
 def test_flat_out_no_meter_is_ahead_of_another_by_more_than_the_jobs_allow(
     tape: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("replay.run.BLOCK_RECORDS", 700)
+    monkeypatch.setattr("replay.run.blocks.BLOCK_RECORDS", 700)
     sink = Kept()
     play(Order(tape, "r1", "null", 300), lambda: sink)
     readings = decode_batch([payload for kind, *_, payload in sink.sent if kind == "readings"], "reading").records
@@ -170,7 +172,7 @@ def _played(tape: Path, run_id: str, sink_of: type[Kept]) -> Kept:
 
 
 def test_blocks_of_one_moment_wait_for_each_other_and_are_not_late(tape: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("replay.run.BLOCK_RECORDS", 7)
+    monkeypatch.setattr("replay.run.blocks.BLOCK_RECORDS", 7)
     sink = Hindered()
     ledger = play(Order(tape, "r1", "null", 20, speed=36_000.0, burst=True), lambda: sink)
     assert 0.9 <= ledger.slip_s
@@ -193,7 +195,8 @@ class Slow(NullSink):
 PLAY_SLOWLY = """
 import sys
 from pathlib import Path
-from replay.run import Order, play
+from replay.run import play
+from replay.run.order import Order
 from tests.unit.test_run import Slow
 if __name__ == "__main__":
     play(Order(Path(sys.argv[1]), "r1", "null", 300, speed=600.0, processes=int(sys.argv[2])), Slow)

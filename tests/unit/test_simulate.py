@@ -24,19 +24,8 @@ from replay.grid import (
     simbench_codes,
     simbench_grid,
 )
-from replay.simulate import (
-    CVR_EXPONENTS,
-    Outage,
-    TapChange,
-    course,
-    drift,
-    meters_of,
-    registers,
-    simulate,
-    switched,
-    switching,
-    tap_changes,
-)
+from replay.simulate import CVR_EXPONENTS, meters_of, registers, simulate, tap_changes
+from replay.simulate.power import Outage, TapChange, course, drift, switched, switching
 from replay.statistics import TARGETS, is_in_range, statistics
 from replay.tape import read_tape, write_tape
 from schemas.errors import ConfigError

@@ -19,10 +19,12 @@ from lake.paths import table_path
 from metering.energy import delta_engine
 from metering.registry import newest
 from replay.__main__ import app
-from replay.dirt import Entry
+from replay.dirt.entries import Entry
 from replay.outcomes import RULES
 from replay.pace import Pace
-from replay.run import Order, play, run_folder
+from replay.run import play
+from replay.run.ledger import run_folder
+from replay.run.order import Order
 from replay.verify import Verdict, verify
 from schemas.closed_lists import Bucket, FaultKind, FaultOutcome, Poison
 from schemas.errors import ConfigError, InvalidMessage
@@ -165,7 +167,7 @@ def test_records_that_the_run_made_late_are_named_with_the_cause_and_what_to_do(
     chain(tmp_path, 20, [], monkeypatch, Hindered())
     verdict = verify("r1")
     assert not verdict.is_balanced
-    whole = verdict.findings.filter(pl.col("meter_id").is_null()).get_column("told").to_list()
+    whole = verdict.findings.filter(pl.col("meter_id").is_null()).get_column("finding").to_list()
     assert len(whole) == 1
     assert "late and no fault explains it: the run kept its clock" in whole[0]
     assert "--pace steady" in whole[0]
@@ -332,7 +334,7 @@ def test_records_that_change_places_are_found_where_no_fault_moved_them(lake: Ca
     verdict = verify("r1")
     assert verdict.totals["reordered"] == 1
     assert named(verdict) == {"m0000005"}
-    assert "not in the order they were sent in: seq 50" in verdict.findings.row(0, named=True)["told"]
+    assert "not in the order they were sent in: seq 50" in verdict.findings.row(0, named=True)["finding"]
 
 
 @pytest.mark.parametrize(
@@ -407,7 +409,7 @@ def test_a_step_that_does_not_follow_from_the_one_before_is_found_on_any_registe
     ):
         which = (pl.col("reason") == reason) & (pl.col("register") == "export_t1")
         meters.append(change("consumption_deltas", which & ~pl.col("meter_id").is_in(meters), **columns))
-    findings = verify("r1").findings.filter(pl.col("told").str.contains("do not follow"))
+    findings = verify("r1").findings.filter(pl.col("finding").str.contains("do not follow"))
     assert sorted(findings.get_column("meter_id")) == sorted(meters)
 
 
@@ -674,7 +676,7 @@ def test_the_command_says_by_its_exit_code_and_in_json_what_it_found(lake: Calla
     assert bad.exit_code == 1
     told = json.loads(bad.stdout)
     assert told["totals"]["lost"] == 1
-    assert any(row["meter_id"] == meter and "seq 33" in row["told"] for row in told["findings"])
+    assert any(row["meter_id"] == meter and "seq 33" in row["finding"] for row in told["findings"])
     assert {row["reason"]: row["recall"] for row in json.loads(good.stdout)["scores"]} == {
         "power_failure": 1, "tamper_detect": 1,
     }  # fmt: skip

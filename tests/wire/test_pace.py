@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from replay import pace
-from replay.run import Order, play
+from replay.run import play
+from replay.run.order import Order
 from replay.sinks import MqttSink
 from schemas.errors import RetryLater
 from stack import proof

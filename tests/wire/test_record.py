@@ -12,9 +12,11 @@ from confluent_kafka.admin import AdminClient
 from typer.testing import CliRunner
 
 from replay.__main__ import app
-from replay.dirt import Entry
+from replay.dirt.entries import Entry
 from replay.record import record
-from replay.run import Order, play, run_folder
+from replay.run import play
+from replay.run.ledger import run_folder
+from replay.run.order import Order
 from replay.sinks import KafkaSink
 from replay.tape import Tape, log_schema
 from schemas.closed_lists import FaultKind

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pytest
 
 from lake.paths import table_path
-from replay.run import run_folder
+from replay.run.ledger import run_folder
 from replay.tape import read_tape, write_tape
 from schemas.closed_lists import DeltaReason, FaultKind
 from stack.demo import drain, environment, own_settings

@@ -7,12 +7,11 @@ With the run's clock, meter i plays log i mod M from a week of the log that the 
 and week days stay in place; at the end of the last whole week it goes on at the log's begin). Registers start anew and
 are summed again from the log's own steps, times a scale and with a wave along the register that bends every home's use
 a little and cannot make a register step back; powers bend with them. A log whose register begins anew (it steps back,
-or its box changes) is copied with the registers it has, for nothing says how far another one would step. Voltages are
-moved a little. Reports of a meter come at its own phase of the interval. The first M meters are the logs themselves: no
-week, no scale, no wave, the log's own registers. With the log's own clock nothing at all is changed.
+or its equipment changes) is copied with the registers it has, for nothing says how far another one would step. Voltages
+are shifted a little. Reports of a meter come at its own phase of the interval. The first M meters are the logs
+themselves: no week, no scale, no wave, the log's own registers. With the log's own clock nothing at all is changed.
 """
 
-import math
 import re
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -20,94 +19,21 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
+from replay.arrays import SECOND, Flags, Floats, Integers, from_microseconds
+from replay.fleet.plan import DAY, WEEK, Plan, planned
+from replay.fleet.rows import Rows, by_time, with_due
 from replay.tape import Tape
 from schemas.codec import arrow_schema
 from schemas.errors import ConfigError
-from schemas.tables import REGISTERS, REGISTRY, polars_schema
+from schemas.tables import REGISTRY, polars_schema
 
-Integers = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-
-REGISTER_COLUMNS = [f"{register}_wh" for register in REGISTERS]
 IMPORT_COLUMNS = [name for name in arrow_schema("reading").names if name.startswith("import_") and name.endswith("_w")]
 EXPORT_COLUMNS = [name for name in arrow_schema("reading").names if name.startswith("export_") and name.endswith("_w")]
 CURRENT_COLUMNS = [name for name in arrow_schema("reading").names if name.startswith("current_")]
 VOLTAGE_COLUMNS = [name for name in arrow_schema("reading").names if name.startswith("voltage_")]
-SCALES = (0.7, 1.3)  # homes of one grid differ by more; enough that no two copies are alike
-START_WH = 20_000_000  # a meter some years old
-SHIFT_MV = 800  # two neighbouring grids of one kind
-WAVE = 0.3  # how much a home's use is bent at most; below 1, or a register could step back
-WAVE_WH = (400.0, 4_000.0)  # length of the wave: some hours of a home's use
 PREFIX = "m"  # of the meters' ids
-MAX_HOLE = timedelta(days=400)  # beyond a hole as long as this stand broken clocks: no times to wait for
-SECOND = 1_000_000
-DAY, WEEK = 86_400 * SECOND, 7 * 86_400 * SECOND
-STAMP = pl.Datetime("us", "UTC")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The tape's readings or events, by log and time.
-
-    Attributes:
-        frame: the tape's columns that hold anything, with `box` (0 for a log's first equipment, then 1 …).
-        keys: log × span + due, to find a log's row by time.
-        due: microseconds since the tape's begin when a row is sent: never before the one above it in the log.
-        first: per log its first row.
-        cycle: per log its rows within one cycle.
-        used: per register and row the Wh since the log's first value: the sum of its steps ahead.
-        blank: per register where the tape has no value; not named where it has all.
-        has: per register and log whether there is any value.
-        base_wh: per register and row what the log shows where it began anew the last time, or at first.
-        anew: per register and row the row where it began anew the last time, −1 if it has not since the log's begin.
-        last_anew: per register and log the same at a cycle's end.
-        begins_anew: per log whether any of its registers does.
-        cycle_wh: per register and log the Wh of a whole cycle.
-    """
-
-    frame: pl.DataFrame
-    keys: Integers
-    due: Integers
-    first: Integers
-    cycle: Integers
-    used: dict[str, Floats]
-    blank: dict[str, npt.NDArray[np.bool_]]
-    has: dict[str, npt.NDArray[np.bool_]]
-    base_wh: dict[str, Floats]
-    anew: dict[str, Integers]
-    last_anew: dict[str, Integers]
-    begins_anew: npt.NDArray[np.bool_]
-    cycle_wh: dict[str, Floats]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What each meter plays: arrays of one entry a meter.
-
-    Attributes:
-        log: number of its log.
-        week: microseconds of the log that it begins at.
-        scale: factor on energy and power.
-        wave: how much its use is bent, 0 to `WAVE`.
-        wave_per_wh: angle per Wh of the wave along the register.
-        angle: where on the wave it begins.
-        start_wh: its registers' first value, if it is a copy.
-        shift_mv: on its voltages.
-        phase: microseconds after the log's time that it reports.
-    """
-
-    log: Integers
-    week: Integers
-    scale: Floats
-    wave: Floats
-    wave_per_wh: Floats
-    angle: Floats
-    start_wh: Integers
-    shift_mv: Integers
-    phase: Integers
 
 
 class Shown(NamedTuple):
@@ -197,7 +123,7 @@ class Fleet:
         """Whether any meter comes to its log's end and goes on at its begin."""
         return self.is_loop or self.has_weeks
 
-    def _goes_round(self, meters: Integers) -> npt.NDArray[np.bool_]:
+    def _goes_round(self, meters: Integers) -> Flags:
         return np.full(len(meters), True) if self.is_loop else meters >= len(self.logs)
 
     def _before(self, kind: str, meters: Integers, log_time: Integers) -> Integers:
@@ -231,8 +157,8 @@ class Fleet:
         """The meter's own stamp of unrolled rows, microseconds since 1970."""
         row, lap = self._place(kind, meters, numbers)
         stamps = self.kinds[kind].frame.get_column("observed_at").to_physical().to_numpy()
-        moved = 0 if self.own_clock else self.rebase // timedelta(microseconds=1)
-        observed: Integers = stamps[row] + lap * self.cycle - self.plan.week[meters] + moved
+        rebase_us = 0 if self.own_clock else self.rebase // timedelta(microseconds=1)
+        observed: Integers = stamps[row] + lap * self.cycle - self.plan.week[meters] + rebase_us
         return observed
 
     def registers(self, meters: Integers, numbers: Integers, filled: bool = False) -> dict[str, Floats]:
@@ -364,16 +290,17 @@ class Fleet:
         return taken.with_columns(**new)
 
     def _equipment(self, taken: pl.DataFrame, meters: Integers) -> pl.Series:
-        first = self.boxes(meters)
+        first = self.first_equipment(meters)
         if not self.has_exchanges:
             return first
-        later = pl.concat_str(pl.lit(first), pl.lit("-"), "box")
-        return taken.select(equipment_id=pl.when(pl.col("box") == 0).then(pl.lit(first)).otherwise(later)).to_series()
+        later = pl.concat_str(pl.lit(first), pl.lit("-"), "equipment_number")
+        is_first = pl.col("equipment_number") == 0
+        return taken.select(equipment_id=pl.when(is_first).then(pl.lit(first)).otherwise(later)).to_series()
 
     @cached_property
     def has_exchanges(self) -> bool:
-        """Whether any log has a second box."""
-        return int(str(self.kinds["readings"].frame.get_column("box").max())) > 0
+        """Whether any log has a second equipment."""
+        return int(str(self.kinds["readings"].frame.get_column("equipment_number").max())) > 0
 
     def meter_ids(self, meters: Integers) -> pl.Series:
         """Names of meters by their numbers."""
@@ -388,17 +315,17 @@ class Fleet:
         return pl.select(pl.lit(self.prefix) + numbers).to_series().rename("meter_id")
 
     @cached_property
-    def _boxes(self) -> pl.Series:
-        """Each meter's first box."""
+    def _first_equipment(self) -> pl.Series:
+        """Each meter's first equipment."""
         return pl.select(pl.lit("E-") + self._ids).to_series().rename("equipment_id")
 
-    def boxes(self, meters: Integers) -> pl.Series:
-        """The first box of meters by their numbers."""
-        return self._boxes[meters]
+    def first_equipment(self, meters: Integers) -> pl.Series:
+        """Ids of the first equipment of meters by their numbers."""
+        return self._first_equipment[meters]
 
     @property
     def mark(self) -> str:
-        """What tells this fleet's copies of the grid from those of a fleet with other ids."""
+        """What distinguishes this fleet's copies of the grid from those of a fleet with other ids."""
         return "" if self.prefix == PREFIX else f"{self.prefix}-"
 
     def registry(self, low: int, high: int) -> pl.DataFrame:
@@ -411,15 +338,15 @@ class Fleet:
         ids = self.meter_ids(meters)
         copy = pl.Series("copy", meters // len(self.logs) + 1)
         mark = pl.lit(self.mark)
-        is_copy, moved = pl.col("copy") > 1, pl.col("valid_from") + self.rebase
+        is_copy, rebased = pl.col("copy") > 1, pl.col("valid_from") + self.rebase
         grid = ["transformer_id", "feeder_id", "community_id"]
         return (
             named.with_columns(copy, meter_id=ids)
             .with_columns(
                 *[pl.format("{}-{}{}", name, mark, "copy").alias(name) for name in grid],
                 usage_point_id=pl.format("up-{}", "meter_id"),
-                equipment_id=self.boxes(meters),
-                valid_from=pl.when(is_copy).then(pl.min_horizontal(moved, pl.lit(self.first_at))).otherwise(moved),
+                equipment_id=self.first_equipment(meters),
+                valid_from=pl.when(is_copy).then(pl.min_horizontal(rebased, pl.lit(self.first_at))).otherwise(rebased),
             )
             .select(REGISTRY.names)
             .cast(polars_schema(REGISTRY))
@@ -430,7 +357,7 @@ class Fleet:
 
         Columns meter_id, register, first_wh, last_wh, energy_wh, begins_anew, readings. The energy is what went through
         the meter, the sum of its steps ahead: no fault that is injected changes it. Where the log's own register begins
-        anew (a step back, another box), what went through in between is in no log.
+        anew (a step back, other equipment), what went through in between is in no log.
         """
         meters = np.arange(low, high)
         begin = self.begin("readings", meters)
@@ -467,11 +394,6 @@ class Fleet:
 
 def _whole(values: pl.Series) -> pl.Series:
     return values.round(0).cast(pl.Int64)
-
-
-def from_microseconds(microseconds: Integers) -> pl.Series:
-    """Times by microseconds since 1970."""
-    return pl.Series(microseconds).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
 
 
 def fleet(
@@ -526,7 +448,7 @@ def fleet(
     if len(unnamed):
         msg = f"the tape's registry lacks {len(unnamed)} of its meters: {', '.join(unnamed.head(5))}"
         raise ConfigError(msg)
-    readings, events = _due(readings, events)
+    readings, events = with_due(readings, events)
     times = pl.concat([rows.get_column("due_at") for rows in (readings, events)])
     first, last = times.min(), times.max()
     assert isinstance(first, datetime)
@@ -549,8 +471,8 @@ def fleet(
     play = wanted if loop else min(wanted, length)
     kinds = {}
     for kind, rows in (("readings", readings), ("events", events)):
-        kinds[kind] = _rows(rows, logs, first, span, cycle, kind == "readings")
-    plan = _plan(
+        kinds[kind] = by_time(rows, logs, first, span, cycle, kind == "readings")
+    plan = planned(
         count, len(logs), seed, cycle // WEEK if has_weeks else 1, 0 if own_clock or burst else interval, own_clock
     )
     begins_anew = kinds["readings"].begins_anew[plan.log]
@@ -560,102 +482,3 @@ def fleet(
     return Fleet(
         logs, plan, kinds, first_at, play, last_at, cycle, loop, span, first_at - first, interval, own_clock, prefix
     )
-
-
-def _plan(count: int, logs: int, seed: int, weeks: int, interval: int, own_clock: bool) -> Plan:
-    """Each attribute has a generator of its own: a meter's plan does not depend on how many come after it."""
-    random = [np.random.default_rng(each) for each in np.random.SeedSequence(seed).spawn(8)]
-    number = np.arange(count)
-    is_copy = (number >= logs) & (not own_clock)
-    week = random[0].integers(0, weeks, count) * WEEK
-    scale = np.round(random[1].uniform(*SCALES, count), 4)
-    wave = np.round(random[2].uniform(0, WAVE, count), 4)
-    wave_wh = random[3].uniform(math.log(WAVE_WH[0]), math.log(WAVE_WH[1]), count)
-    angle = random[4].uniform(0, 2 * math.pi, count)
-    return Plan(
-        log=number % logs,
-        week=np.where(is_copy, week, 0),
-        scale=np.where(is_copy, scale, 1.0),
-        wave=np.where(is_copy, wave, 0.0),
-        wave_per_wh=np.asarray(2 * math.pi / np.round(np.exp(wave_wh), 1), np.float64),
-        angle=np.round(angle, 6),
-        start_wh=random[5].integers(0, START_WH, count),
-        shift_mv=np.where(is_copy, random[6].integers(-SHIFT_MV, SHIFT_MV + 1, count), 0),
-        phase=random[7].integers(0, interval, count) if interval else np.zeros(count, np.int64),
-    )
-
-
-def _due(readings: pl.DataFrame, events: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Adds due_at: when a record is sent, never before the one above it in the log.
-
-    A log's time is where most of its readings stand, between two holes of `MAX_HOLE`; a stamp outside is of a broken
-    clock and is sent when its neighbours are.
-    """
-    hole = (pl.col("observed_at").diff() > MAX_HOLE).fill_null(False).cum_sum()
-    times = (
-        readings.sort("observed_at")
-        .select("meter_id", "observed_at", part=hole.over("meter_id"))
-        .group_by("meter_id", "part")
-        .agg(begin=pl.col("observed_at").min(), end=pl.col("observed_at").max(), rows=pl.len())
-        .sort("rows", "end")
-        .group_by("meter_id")
-        .agg(pl.col("begin", "end").last())
-    )
-    every = times.select(pl.col("begin").min(), pl.col("end").max())
-    both = []
-    for rows in (readings, events):
-        known = rows.sort("log_row").join(times, on="meter_id", how="left", maintain_order="left")
-        begin, end = pl.col("begin").fill_null(every["begin"][0]), pl.col("end").fill_null(every["end"][0])
-        is_sane = pl.col("observed_at").is_between(begin - MAX_HOLE, end + MAX_HOLE)
-        due = pl.when(is_sane).then("observed_at").cum_max().forward_fill().backward_fill()
-        both.append(known.with_columns(due_at=due.over("meter_id")).drop("begin", "end"))
-    return both[0], both[1]
-
-
-def _rows(rows: pl.DataFrame, logs: pl.DataFrame, first: datetime, span: int, cycle: int, has_registers: bool) -> Rows:
-    number = pl.DataFrame({"meter_id": logs.get_column("meter_id"), "log": np.arange(len(logs))})
-    known = (
-        rows.join(number, on="meter_id", how="left", maintain_order="left")
-        .with_columns(due=(pl.col("due_at") - first).dt.total_microseconds().fill_null(0))
-        .sort("log", "due", "log_row")
-    )
-    log, due = known.get_column("log").to_numpy(), known.get_column("due").to_numpy()
-    edges = np.searchsorted(log, np.arange(len(logs) + 1))
-    keys = log * span + due
-    ends = np.searchsorted(keys, np.arange(len(logs)) * span + min(cycle, span - 1))
-    found = Rows(known, keys, due, edges[:-1], ends - edges[:-1], {}, {}, {}, {}, {}, {}, np.zeros(len(logs), bool), {})
-    if has_registers:
-        boxes = pl.col("equipment_id").forward_fill().backward_fill()
-        known = known.with_columns(box=boxes.rle_id().over("log").cast(pl.Int64), row=pl.int_range(pl.len()))
-    has_rows = edges[1:] > edges[:-1]
-    # to the first row after the cycle, where there is one: the step from a lap to the next is in it
-    after = np.minimum(np.maximum(np.minimum(ends, edges[1:] - 1), edges[:-1]), len(known) - 1)
-    last = np.minimum(np.maximum(np.minimum(ends, edges[1:]) - 1, edges[:-1]), len(known) - 1)
-    for name in REGISTER_COLUMNS if has_registers else ():
-        if known.get_column(name).null_count() == len(known):
-            continue
-        wh = pl.col(name).forward_fill().over("log", "box")
-        step = wh.diff().over("log", "box")
-        is_anew = (step < 0) | (pl.col("box") > 0) & wh.is_not_null() & wh.shift(1).over("log", "box").is_null()
-        own = known.select(
-            used=step.clip(0).fill_null(0).cum_sum().over("log").cast(pl.Float64),
-            anew=pl.when(is_anew).then("row").forward_fill().over("log").fill_null(-1),
-            is_blank=pl.col(name).is_null(),
-            base_wh=pl.col(name).drop_nulls().first().over("log").fill_null(0).cast(pl.Float64),
-            wh=pl.col(name).cast(pl.Float64),
-        )  # fmt: skip
-        base, wh_there, anew = (own.get_column(each).to_numpy() for each in ("base_wh", "wh", "anew"))
-        found.used[name], found.anew[name] = own.get_column("used").to_numpy(), anew
-        # where a register begins anew the log shows a value
-        found.base_wh[name] = np.where(anew == np.arange(len(known)), wh_there, base)
-        if known.get_column(name).null_count():
-            found.blank[name] = own.get_column("is_blank").to_numpy()
-        found.has[name] = np.array(
-            [not blank.all() for blank in np.split(own.get_column("is_blank").to_numpy(), edges[1:-1])]
-        )
-        found.last_anew[name] = np.where(has_rows, anew[last], -1)
-        found.begins_anew[log[anew >= 0]] = True
-        found.cycle_wh[name] = np.where(has_rows, found.used[name][after], 0.0)
-    frame = known.drop("log_row", "due_at", "log", "due", "row", strict=False)
-    empty = [column.name for column in frame.get_columns() if column.null_count() == len(frame) and len(frame)]
-    return replace(found, frame=frame.drop(empty))

@@ -1,0 +1,100 @@
+"""The lake by SQL: DuckDB over the plain globs, so that we see what everyone sees; what must hold in any lake."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import polars as pl
+
+from lake.paths import glob_of, table_path
+from lake.reading import newest_registry, registry_files
+from schemas.closed_lists import ACCEPTED_DELTAS, DeltaReason
+from schemas.tables import TABLES, polars_schema
+from settings import home
+
+ACCEPTED = f"({', '.join(repr(reason.value) for reason in ACCEPTED_DELTAS)})"
+"""The reasons of accepted steps as a list in SQL."""
+
+
+@dataclass(frozen=True)
+class AccountingLine:
+    """One stage's accounting, summed over batches."""
+
+    stage: str
+    received: int
+    stored: int
+    duplicate: int
+    late: int
+    quarantined: int
+    invalid: int
+
+    @property
+    def balance(self) -> bool:
+        """Received = stored + duplicate + late + quarantined + invalid."""
+        return self.received == self.stored + self.duplicate + self.late + self.quarantined + self.invalid
+
+
+def open_lake() -> duckdb.DuckDBPyConnection:
+    """A connection with a view per table, over its plain glob, and `newest_registry`: the newest row of each meter."""
+    connection = duckdb.connect()
+    connection.execute("SET TimeZone = 'UTC'")
+    connection.execute(f"SET temp_directory = '{home() / 'staging' / 'duckdb'}'")
+    for table in TABLES:
+        if any(table_path(table).glob("date=*/*.parquet")):
+            connection.execute(f"CREATE VIEW {table} AS FROM read_parquet('{glob_of(table_path(table))}')")
+        else:
+            schema = polars_schema(TABLES[table])
+            connection.register(f"no_{table}", pl.DataFrame(schema=schema).to_arrow())
+            connection.execute(f"CREATE VIEW {table} AS FROM no_{table}")
+    connection.register("newest_registry", newest_registry(registry_files()).to_arrow())
+    return connection
+
+
+def accounting_lines(lake: duckdb.DuckDBPyConnection, run_id: str | None = None) -> list[AccountingLine]:
+    """The accounting of every stage, of one run or of all; what cannot be decoded belongs to no run."""
+    rows = lake.execute(
+        """SELECT stage, sum(received), sum(stored), sum(duplicate), sum(late), sum(quarantined), sum(invalid)
+        FROM accounting WHERE run_id = $run_id OR $run_id IS NULL GROUP BY stage ORDER BY stage""",
+        {"run_id": run_id},
+    ).fetchall()
+    return [AccountingLine(stage, *map(int, numbers)) for stage, *numbers in rows]
+
+
+def broken_segments(lake: duckdb.DuckDBPyConnection) -> list[tuple[Any, ...]]:
+    """Segments whose deltas do not sum up to last − start; there must be none.
+
+    A segment starts at its first accepted value, or at 0 after a reset; a rollover adds a full register.
+
+    Returns:
+        meter_id, register, segment_id, Wh of the deltas, Wh by the registers.
+    """
+    return lake.execute(
+        f"""WITH accepted AS (
+            SELECT *,
+                CASE WHEN reason = '{DeltaReason.ROLLOVER}' THEN previous_wh + delta_wh - wh ELSE 0 END AS unrolled_wh
+            FROM consumption_deltas WHERE reason IN {ACCEPTED})
+        SELECT meter_id, register, segment_id, sum(delta_wh) AS deltas_wh,
+            max_by(wh, observed_at) + sum(unrolled_wh)
+                - CASE WHEN min_by(reason, observed_at) = '{DeltaReason.RESET}' THEN 0 ELSE min_by(wh, observed_at) END
+                AS registers_wh
+        FROM accepted GROUP BY ALL HAVING deltas_wh <> registers_wh ORDER BY ALL"""
+    ).fetchall()
+
+
+def compared_energy(lake: duckdb.DuckDBPyConnection, truth: Path) -> tuple[int, int, list[tuple[Any, ...]]]:
+    """The energy of the deltas beside that of a run's truth.
+
+    Returns:
+        Wh on the tape, Wh in the deltas, and up to five of the meters and registers where they differ: meter_id,
+        register, both in Wh.
+    """
+    total = lake.execute(f"SELECT sum(energy_wh) FROM read_parquet('{truth}')").fetchone()
+    found = lake.execute("SELECT coalesce(sum(delta_wh), 0) FROM consumption_deltas").fetchone()
+    differing = lake.execute(
+        f"""WITH deltas AS (SELECT meter_id, register, sum(delta_wh) AS found_wh FROM consumption_deltas GROUP BY ALL)
+        SELECT meter_id, register, energy_wh, found_wh
+        FROM read_parquet('{truth}') FULL JOIN deltas USING (meter_id, register)
+        WHERE energy_wh IS DISTINCT FROM found_wh AND NOT coalesce(begins_anew, false) ORDER BY ALL LIMIT 5"""
+    ).fetchall()
+    return int((total or (0,))[0]), int((found or (0,))[0]), differing

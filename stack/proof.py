@@ -6,11 +6,12 @@ from pathlib import Path
 import duckdb
 
 from kafka_io.offsets import newest_offsets
-from replay.verify import Books, books, broken_segments, energy, open_lake
+from replay.verify import Books as AccountingLine
+from replay.verify import books as accounting
+from replay.verify import broken_segments, energy, open_lake
 from schemas.topics import EVENTS, INGESTED, READINGS, TOPICS
-from stack.native import waiting_in_broker
 
-__all__ = ["Books", "books", "broken_segments", "end_offsets", "energy", "open_lake", "problems", "waiting_in_broker"]
+__all__ = ["AccountingLine", "accounting", "broken_segments", "end_offsets", "energy", "open_lake", "problems"]
 
 STAGES = {
     "readings_lake": INGESTED,
@@ -23,7 +24,7 @@ STAGES = {
 
 
 def end_offsets(bootstrap: str) -> dict[str, int]:
-    """Records that each topic has received since it was made: the bridge's books.
+    """Records that each topic has received since it was made: the bridge's accounting.
 
     Raises:
         RetryLater: Kafka does not say.
@@ -47,16 +48,16 @@ def problems(lake: duckdb.DuckDBPyConnection, offsets: dict[str, int], sent: int
     in_kafka = sum(offsets[topic.name] for topic in INGESTED)
     if in_kafka < sent:
         found.append(f"{sent} records were sent and acknowledged, Kafka has {in_kafka}")
-    stages = {line.stage: line for line in books(lake)}
+    stages = {line.stage: line for line in accounting(lake)}
     for stage, topics in STAGES.items():
         expected = sum(offsets[topic.name] for topic in topics)
         line = stages.get(stage)
         if line is None:
             if expected:
-                found.append(f"{stage} kept no books, its topics have {expected} records")
+                found.append(f"{stage} has no accounting, its topics have {expected} records")
             continue
         if not line.balance:
-            found.append(f"{stage}'s books do not balance: {line}")
+            found.append(f"{stage}'s accounting does not balance: {line}")
         if line.received != expected:
             found.append(f"{stage} received {line.received} records, its topics have {expected}")
     found += [f"segment {row[2]}: deltas {row[3]} Wh, registers {row[4]} Wh" for row in broken_segments(lake)[:5]]

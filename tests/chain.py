@@ -19,9 +19,11 @@ from kafka_io.offsets import received
 from replay.run import run_folder
 from schemas.topics import INGESTED
 from stack import proof
+from stack.backlog import left_on_the_way
 from stack.containers import ContainerStack
-from stack.demo import Stack, drain, environment, own_settings
-from stack.native import CLUSTER, NativeStack, left_on_the_way
+from stack.isolated import Stack, drain, environment, own_settings
+from stack.native import NativeStack
+from stack.parts import CLUSTER
 from tests.eventually import eventually
 from tests.wire import small_tape
 
@@ -49,7 +51,7 @@ STORED = {
 
 @dataclass
 class Result:
-    books: dict[str, proof.Books]
+    books: dict[str, proof.AccountingLine]
     rows: dict[str, list[tuple[Any, ...]]]
     problems: list[str]
     energy_wh: tuple[int, int]
@@ -131,7 +133,7 @@ def run_chain(kind: type[Stack], home: Path, monkeypatch: pytest.MonkeyPatch, ki
     }
     tape_wh, delta_wh, _ = proof.energy(lake, truth)
     return Result(
-        {line.stage: line for line in proof.books(lake)},
+        {line.stage: line for line in proof.accounting(lake)},
         rows,
         proof.problems(lake, offsets, SENT, truth),
         (tape_wh, delta_wh),

@@ -14,7 +14,8 @@ import psutil
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from ingest.bridge import CLEAN, OPEN, QUIET_S, SESSION
+from ingest.bridge import SESSION
+from ingest.subscription import CLEAN, OPEN, QUIET_S
 from kafka_io.offsets import newest_offsets
 from mqtt_io.client import LoopClient, turn
 from replay.sinks import MqttSink

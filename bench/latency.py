@@ -31,7 +31,7 @@ from rich.table import Table
 from schemas.codec import decode, encode
 from schemas.errors import RetryLater, exits
 from schemas.topics import CRITICAL_EVENTS, EVENTS
-from stack.demo import environment, own_settings
+from stack.isolated import environment, own_settings
 from stack.native import NativeStack
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -51,7 +51,7 @@ from schemas.topics import READINGS, mqtt_topic
 from tools import setup
 
 if TYPE_CHECKING:
-    from stack.native import StackSettings
+    from stack.settings import StackSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMED = Path(__file__).parent / "timed.py"
@@ -362,7 +362,7 @@ def mqtt(plan: Plan) -> Part:
     import paho.mqtt.client as paho
     from paho.mqtt.enums import CallbackAPIVersion
 
-    from stack.proof import waiting_in_broker
+    from stack.backlog import waiting_in_broker
 
     meters = min(MQTT_METERS, plan.meters)
     payloads = [value for _, value in _keyed_payloads(plan)]
@@ -438,7 +438,7 @@ def _stack(plan: Plan, part: str) -> Iterator[tuple["StackSettings", dict[str, s
     """One process of a stack of our own; gives its settings, its clients' environment and the CPU time it has used."""
     import psutil
 
-    from stack.demo import environment, own_settings
+    from stack.isolated import environment, own_settings
     from stack.native import NativeStack
 
     folder = plan.folder / part

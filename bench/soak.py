@@ -33,8 +33,9 @@ from rich.table import Table
 
 from replay.__main__ import simulated
 from schemas.errors import RetryLater, exits
-from stack.demo import DAY, GRID_TAPE, SEED, environment, own_settings
-from stack.jobs import JobMetrics, jobs, told
+from stack.demo import DAY, GRID_TAPE, SEED
+from stack.isolated import environment, own_settings
+from stack.jobs import JobMetrics, jobs, metrics_text
 from stack.native import NativeStack
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +67,7 @@ def _replayed(*given: Any) -> None:
 
 
 def _told(stack: NativeStack) -> list[JobMetrics]:
-    return jobs(told(stack.settings.metrics_port) or "")
+    return jobs(metrics_text(stack.settings.metrics_port) or "")
 
 
 def _lag(found: list[JobMetrics]) -> int | None:

@@ -571,7 +571,7 @@ def main(
 
     Examples: make bench-streams; make bench-streams ARGS="--records 1000000 --only own,kafka-streams --rounds 3"
     """
-    from stack.demo import own_settings
+    from stack.isolated import own_settings
     from stack.native import NativeStack
 
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what it started ends with it

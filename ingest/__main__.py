@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ingest.bridge import Bridge, BridgeSettings
+from ingest.bridge import Bridge
+from ingest.settings import BridgeSettings
 from schemas.errors import exits
 from settings import load
 

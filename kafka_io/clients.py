@@ -18,7 +18,7 @@ CONSUMER = {
     "enable.auto.offset.store": False,
 }
 SILENT: dict[str, Any] = {"log_level": 0}
-"""The client does not tell the terminal of each refused connection: whoever asks gets the error."""
+"""The client writes nothing to the terminal of each refused connection: whoever asks gets the error."""
 
 
 def producer(bootstrap: str, options: Mapping[str, Any] | None = None) -> Producer:

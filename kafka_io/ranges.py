@@ -103,8 +103,8 @@ def fetched(place: Range, bootstrap: str, accept_loss: bool) -> pa.Table:
 def _consumer(bootstrap: str) -> tuple[Consumer, deque[str]]:
     """One for each worker, which has one task at a time; a new one would ask for metadata first. And its last words."""
     complaints: deque[str] = deque(["it says nothing"], maxlen=1)
-    told = {"error_cb": lambda error: complaints.append(error.str())}
-    return clients.consumer(bootstrap, {**CONSUMER, **told}), complaints
+    reported = {"error_cb": lambda error: complaints.append(error.str())}
+    return clients.consumer(bootstrap, {**CONSUMER, **reported}), complaints
 
 
 def _kept(consumer: Consumer, place: Range) -> tuple[int, int]:

@@ -43,7 +43,7 @@ class LoopClient(mqtt.Client):
 
     @property
     def has_ahead(self) -> bool:
-        """Whether packets were read that are not handled; the socket does not tell of them."""
+        """Whether packets were read that are not handled; the socket does not show them."""
         return self.socket() is not None and self._place < len(self._ahead)
 
     def read(self) -> None:

@@ -26,19 +26,23 @@ from lake.paths import glob_of, report_path
 from schemas.errors import ConfigError, RetryLater, exits
 from settings import contradictions, load, started_with
 from stack import following
+from stack.backlog import waiting_in_broker
 from stack.containers import ContainerStack, engine
-from stack.jobs import JobMetrics, jobs, told
-from stack.native import ALL, NAMES, SUPERVISOR, NativeStack, PartState, StackSettings, waiting_in_broker
+from stack.jobs import JobMetrics, jobs, metrics_text
+from stack.native import NativeStack
+from stack.parts import ALWAYS, NATS, PARTS, STREAMING, SUPERVISOR, PartState
+from stack.settings import StackSettings
+from stack.supervisor import supervise as restart_dead_parts
 
 app = typer.Typer(
     help="The stack on this machine.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 console, problems = Console(highlight=False), Console(highlight=False, stderr=True)
 
-Names = Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join(NAMES)}. All without.")]
+Names = Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join(ALWAYS)}. All without.")]
 Mode = Annotated[str, typer.Option(envvar="MODE", help="docker, native, or auto: Docker where an engine answers.")]
 Cluster = Annotated[bool, typer.Option(envvar="CLUSTER", help="The jobs on a Spark master and two workers.")]
-Critical = Annotated[bool, typer.Option(envvar="CRITICAL", help="Critical events too, told within milliseconds.")]
+Critical = Annotated[bool, typer.Option(envvar="CRITICAL", help="Critical events too, published within milliseconds.")]
 FOLLOW_EVERY_S = 0.3
 LEGEND = """lag: records in Kafka that are not taken · took s: seconds of the last batch, ended: how long ago
 state: rows kept · late, bad: records kept apart since the start · watermark: windows up to then are closed"""
@@ -75,14 +79,14 @@ def _stack(
         msg = f"MODE is auto, docker or native, not {mode}"
         raise ConfigError(msg)
     settings = load(StackSettings)
-    folder = settings.home.resolve()
+    folder = settings.folder
     started = started_with(folder)
 
     def show(line: str) -> None:
         console.print(f"  {line}", markup=False)
 
     native = NativeStack(settings, show)
-    runs = "native" if any(native.is_running(name) for name in (*ALL, SUPERVISOR)) else None
+    runs = "native" if any(native.is_running(name) for name in (*PARTS, SUPERVISOR)) else None
     if runs is None and started.get("mode") == "docker" and (mode == "docker" or engine()):
         runs = "docker" if any(state.pid for state in ContainerStack(settings, show).states()) else None
     if runs:
@@ -132,7 +136,7 @@ def up(names: Names = None, mode: Mode = "auto", cluster: Cluster = False, criti
 def _bootstrap() -> str:
     """Where Kafka is; says where the environment means another than the home's stack has."""
     settings = load(StackSettings)
-    for line in contradictions(StackSettings, settings.home.resolve()):
+    for line in contradictions(StackSettings, settings.folder):
         problems.print(f"[yellow]![/] {line}", soft_wrap=True)
     return os.environ.get("METERSTREAM_KAFKA_BOOTSTRAP") or settings.kafka_bootstrap
 
@@ -153,7 +157,7 @@ def down(
 
     def work() -> None:
         stack = _stack(mode)
-        if flush and not stack.is_running("streaming"):
+        if flush and not stack.is_running(STREAMING.name):
             console.print("The streaming jobs do not run: nothing can be flushed.")
         with console.status("Stopping the stack"):
             stopped = stack.stop(flush)
@@ -174,7 +178,7 @@ def status(
     def work() -> None:
         stack = _stack(mode, cluster, critical)
         states = stack.states()
-        text = told(stack.settings.metrics_port) if stack.is_running("streaming") else None
+        text = metrics_text(stack.settings.metrics_port) if stack.is_running(STREAMING.name) else None
         found = jobs(text) if text else []
         if as_json:
             both = {"processes": [asdict(state) for state in states], "jobs": [asdict(job) for job in found]}
@@ -185,9 +189,9 @@ def status(
             if found:
                 console.print(_jobs_table(found))
                 console.print(LEGEND, style="dim")
-            elif stack.is_running("streaming"):
-                console.print("The streaming jobs have told nothing yet.")
-            if stack.is_running("nats"):
+            elif stack.is_running(STREAMING.name):
+                console.print("The streaming jobs have exported no metrics yet.")
+            if stack.is_running(NATS.name):
                 with contextlib.suppress(RetryLater):
                     console.print(
                         f"The MQTT broker holds {waiting_in_broker(stack.settings.nats_monitor_port):,} messages."
@@ -286,7 +290,7 @@ def _jobs_table(found: list[JobMetrics]) -> Table:
 
 @app.command()
 def logs(
-    names: Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join((*ALL, SUPERVISOR))}.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join((*PARTS, SUPERVISOR))}.")] = None,
     lines: Annotated[int, typer.Option(help="Last lines of each.")] = 20,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
     mode: Mode = "auto",
@@ -298,10 +302,10 @@ def logs(
         if isinstance(stack, ContainerStack):
             stack.logs(names or (), lines, follow)
             return
-        wanted = names or [name for name in (*ALL, SUPERVISOR) if name in NAMES or stack.log_file(name).exists()]
+        wanted = names or [name for name in (*PARTS, SUPERVISOR) if name in ALWAYS or stack.log_file(name).exists()]
         for name in wanted:
-            if name not in (*ALL, SUPERVISOR):
-                message = f"no such process: {name}; there are {', '.join((*ALL, SUPERVISOR))}"
+            if name not in (*PARTS, SUPERVISOR):
+                message = f"no such process: {name}; there are {', '.join((*PARTS, SUPERVISOR))}"
                 raise ConfigError(message)
         seen = {}
         for name in wanted:
@@ -336,15 +340,15 @@ def _show(name: str, lines: list[str]) -> None:
 
 
 @app.command()
-def run(name: Annotated[str, typer.Argument(help=f"Which: {', '.join(ALL)}.")]) -> None:
+def run(name: Annotated[str, typer.Argument(help=f"Which: {', '.join(PARTS)}.")]) -> None:
     """Become one process of the stack, in the foreground: what containers and service managers start.
 
     Example: METERSTREAM_SPARK_MASTER=spark://10.0.0.5:7077 stack run spark-worker-1
     """
 
     def work() -> None:
-        if name not in ALL:
-            message = f"no such process: {name}; there are {', '.join(ALL)}"
+        if name not in PARTS:
+            message = f"no such process: {name}; there are {', '.join(PARTS)}"
             raise ConfigError(message)
         NativeStack(load(StackSettings)).become(name)
 
@@ -413,9 +417,9 @@ def critical(
     count: Annotated[int | None, typer.Option(help="End after so many.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON each, for machines.")] = False,
 ) -> None:
-    """Follow critical events as they are told, until Ctrl-C: time, meter, what, volts, and how long it took to tell.
+    """Follow critical events as they are published, until Ctrl-C: time, meter, what, volts, and how long that took.
 
-    They are told where the stack was started with CRITICAL=1: make up CRITICAL=1, and .venv/bin/stack critical
+    They are published where the stack was started with CRITICAL=1: make up CRITICAL=1, and .venv/bin/stack critical
     """
 
     def work() -> None:
@@ -425,10 +429,10 @@ def critical(
                 typer.echo(json.dumps(event, default=str))
             else:
                 volts = "" if event["voltage_mv"] is None else f" {event['voltage_mv'] / 1000:.1f} V"
-                told_ms = (event["told_at"] - event["appended_at"]).total_seconds() * 1000
+                delay_ms = (event["told_at"] - event["appended_at"]).total_seconds() * 1000
                 what = " ".join(filter(None, (event["kind"], event["phase"], event["code"])))
                 line = f"{event['observed_at']:%Y-%m-%d %H:%M:%S}  {event['meter_id']:<16} {what}{volts}"
-                console.print(f"{line}  (told after {told_ms:,.0f} ms)", markup=False, soft_wrap=True)
+                console.print(f"{line}  (told after {delay_ms:,.0f} ms)", markup=False, soft_wrap=True)
             if number == count:
                 return
 
@@ -486,7 +490,7 @@ def supervise(names: Names = None) -> None:
     def report(line: str) -> None:
         console.print(f"{datetime.now(UTC).isoformat(timespec='seconds')} {line}", markup=False, soft_wrap=True)
 
-    _guarded(lambda: NativeStack(load(StackSettings)).supervise(names or NAMES, threading.Event(), report))
+    _guarded(lambda: restart_dead_parts(NativeStack(load(StackSettings)), names or ALWAYS, threading.Event(), report))
 
 
 if __name__ == "__main__":

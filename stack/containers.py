@@ -12,24 +12,10 @@ from typing import Any
 
 from schemas.errors import ConfigError, RetryLater
 from settings import started_file
-from stack.native import (
-    ALL,
-    CRITICAL,
-    FLUSH_GRACE_S,
-    FLUSHING,
-    LOG_TAIL_LINES,
-    NAMES,
-    NOT_FLUSHED,
-    NOT_READY,
-    ROOT,
-    SUPERVISOR,
-    PartState,
-    StackSettings,
-    StartFailed,
-    asked_for,
-    let_through,
-    remember,
-)
+from stack.backlog import FLUSH_GRACE_S, FLUSHING, NOT_FLUSHED, NOT_READY, let_through
+from stack.parts import ALWAYS, CRITICAL_EVENTS, INGEST, NATS, PARTS, STREAMING, SUPERVISOR, PartState, asked_for
+from stack.processes import LOG_TAIL_LINES, StartFailed
+from stack.settings import ROOT, StackSettings, remember
 
 START_TIMEOUT_S = 240.0
 ANSWER_S = 20.0
@@ -63,7 +49,7 @@ class ContainerStack:
         settings: home, published ports and compose's project; the data lie in the project's volumes.
         on_progress: gets a line for people when a container becomes ready or is stopped.
         cluster: run the jobs on a Spark master and two workers.
-        critical: tell of critical events too.
+        critical: publish critical events too.
 
     Raises:
         ConfigError: no engine answers, or there is no compose.
@@ -84,7 +70,7 @@ class ContainerStack:
             )
             raise ConfigError(msg)
         self.settings = settings
-        self.home = settings.home.resolve()
+        self.home = settings.folder
         self.project = settings.project
         self.names = asked_for(cluster, critical)
         self._cluster = cluster
@@ -101,7 +87,7 @@ class ContainerStack:
             StartFailed: it cannot be built.
         """
         before = time.monotonic()
-        self._do(["build", "nats"], IMAGE_FAILED)
+        self._do(["build", NATS.name], IMAGE_FAILED)
         self._on_progress(f"image ready in {time.monotonic() - before:.1f} s")
 
     def start(self, names: Iterable[str] | None = None) -> list[str]:
@@ -117,7 +103,7 @@ class ContainerStack:
             raise ConfigError(msg)
         running = {name for name in wanted if self.is_running(name)}
         before = time.monotonic()
-        remember(self.settings, "docker", self._cluster, CRITICAL in self.names)
+        remember(self.settings, "docker", self._cluster, CRITICAL_EVENTS.name in self.names)
         self._do(["up", "-d", *wanted], "the containers could not be started")
         for name in wanted:
             while (state := self._state(name).state) != "running":
@@ -141,17 +127,17 @@ class ContainerStack:
             RetryLater: a flush was asked for and the jobs are not ready, then nothing is stopped; or it did not come to
                 its end, then everything is.
         """
-        running = [name for name in ALL if self.is_running(name)]
+        running = [name for name in PARTS if self.is_running(name)]
         is_flushed = True
-        if flush and "streaming" in running:
-            if self._state("streaming").state != "running":
+        if flush and STREAMING.name in running:
+            if self._state(STREAMING.name).state != "running":
                 raise RetryLater(NOT_READY)
-            if {"nats", "ingest"} <= set(running):
+            if {NATS.name, INGEST.name} <= set(running):
                 let_through(self.settings, self._on_progress)
-            self._do(["kill", "-s", "SIGUSR1", "streaming"], "the jobs could not be asked to flush")
+            self._do(["kill", "-s", "SIGUSR1", STREAMING.name], "the jobs could not be asked to flush")
             self._on_progress(FLUSHING)
-            self.stop_part("streaming", FLUSH_GRACE_S)
-            is_flushed = self._inspect("streaming").get("State", {}).get("ExitCode") == 0
+            self.stop_part(STREAMING.name, FLUSH_GRACE_S)
+            is_flushed = self._inspect(STREAMING.name).get("State", {}).get("ExitCode") == 0
         self._do([*EVERY_PROFILE, "down", "--remove-orphans"], "the containers could not be stopped")
         if not is_flushed:
             raise RetryLater(NOT_FLUSHED)
@@ -177,7 +163,7 @@ class ContainerStack:
 
     def states(self) -> list[PartState]:
         """What runs, for people and monitors."""
-        return [self._state(name) for name in ALL if name in self.names or self._container(name)]
+        return [self._state(name) for name in PARTS if name in self.names or self._container(name)]
 
     def run(self, service: str, arguments: Sequence[str], mounts: dict[str, str] | None = None) -> str:
         """Runs a service once, in the foreground. Returns what it printed.
@@ -191,7 +177,7 @@ class ContainerStack:
 
     def attached(self, service: str, arguments: Sequence[str]) -> int:
         """Runs a service once, on this terminal, with the code as it is. Returns its exit code."""
-        self._do(["build", "nats"], IMAGE_FAILED)
+        self._do(["build", NATS.name], IMAGE_FAILED)
         command = [*self._compose, "run", "--rm", *([] if sys.stdout.isatty() else ["-T"]), service, *arguments]
         return subprocess.run(command, check=False, env=self._environment(), cwd=ROOT).returncode
 
@@ -200,7 +186,7 @@ class ContainerStack:
         for folder in ("lake", "runs", "state"):  # what is gone in the volume must not stay here
             shutil.rmtree(self.home / folder, ignore_errors=True)
         self.home.mkdir(parents=True, exist_ok=True)
-        container = self._container("ingest")
+        container = self._container(INGEST.name)
         subprocess.run([self._docker, "cp", f"{container}:/data/.", str(self.home)], check=True, capture_output=True)
 
     def logs(self, names: Sequence[str], lines: int, follow: bool) -> None:
@@ -210,7 +196,7 @@ class ContainerStack:
 
     def _environment(self) -> dict[str, str]:
         settings = self.settings
-        ports = {variable: str(port) for name in NAMES for variable, port in settings.ports(name).items()}
+        ports = {variable: str(port) for name in ALWAYS for variable, port in PARTS[name].ports(settings).items()}
         master = {"METERSTREAM_SPARK_MASTER": "spark://spark-master:7077"} if self._cluster else {}
         # the older compose would take the newer builder from its own docker only
         return {**os.environ, **ports, **master, "COMPOSE_PROJECT_NAME": self.project, "COMPOSE_DOCKER_CLI_BUILD": "0"}
@@ -223,8 +209,8 @@ class ContainerStack:
             stdout=subprocess.PIPE, stderr=None if show_errors else subprocess.PIPE,
         )  # fmt: skip
         if done.returncode:
-            told = (done.stdout + (done.stderr or "")).splitlines()[-LOG_TAIL_LINES:]
-            raise StartFailed("\n".join([f"{what}:", *(f"    {line}" for line in told)]))
+            last_lines = (done.stdout + (done.stderr or "")).splitlines()[-LOG_TAIL_LINES:]
+            raise StartFailed("\n".join([f"{what}:", *(f"    {line}" for line in last_lines)]))
         return done.stdout
 
     def _container(self, name: str) -> str:
@@ -248,17 +234,17 @@ class ContainerStack:
         return dict(json.loads(done.stdout)[0]) if done.returncode == 0 else {}
 
     def _state(self, name: str) -> PartState:
-        port = next(iter(self.settings.ports(name).values()), None)
-        state = self._inspect(name).get("State")
-        if not state:
+        port = PARTS[name].client_port(self.settings)
+        found = self._inspect(name).get("State")
+        if not found:
             return PartState(name, "stopped", port=port)
-        told = COMPOSE_STATES.get(state["Status"], "died")
-        if told == "running" and state.get("Health", {}).get("Status", "healthy") != "healthy":
-            told = "starting"
-        elif told == "stopped" and state["ExitCode"]:
-            told = "died"
-        since = datetime.fromisoformat(state["StartedAt"][:19] + "+00:00").timestamp() if told != "stopped" else None
-        return PartState(name, told, state["Pid"] or None, since, port)
+        state = COMPOSE_STATES.get(found["Status"], "died")
+        if state == "running" and found.get("Health", {}).get("Status", "healthy") != "healthy":
+            state = "starting"
+        elif state == "stopped" and found["ExitCode"]:
+            state = "died"
+        since = datetime.fromisoformat(found["StartedAt"][:19] + "+00:00").timestamp() if state != "stopped" else None
+        return PartState(name, state, found["Pid"] or None, since, port)
 
     def _explain(self, name: str, what: str) -> str:
         command = [*self._compose, *EVERY_PROFILE, "logs", "--no-color", "--tail", str(LOG_TAIL_LINES), name]

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -39,26 +38,24 @@ from replay.tape import read_tape
 from replay.verify import verify
 from replay.verify.verdict import rendered
 from schemas.errors import ConfigError, RetryLater, exits
-from settings import home, load
+from settings import home
 from stack import proof
+from stack.backlog import left_on_the_way
 from stack.containers import ContainerStack
-from stack.jobs import jobs, told
-from stack.native import ROOT, SUPERVISOR, NativeStack, StackSettings, left_on_the_way
+from stack.isolated import Stack, drain, environment, own_settings
+from stack.jobs import jobs, metrics_text
+from stack.native import NativeStack
+from stack.settings import ROOT, StackSettings
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 SEED = 1
-SHORT_LIVED_JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
-"""For a driver that lives minutes: compiling for the long run took 40 % of its CPU time."""
 DAY = date(2016, 6, 15)
 GRID_TAPE = ROOT / "data" / "cache" / f"simbench-{DAY}-v{VERSION}"
 BAD_INPUT = Path("config") / "demo-dirt.yml"
 IN_IMAGE = Path("/opt/meterstream")
-Stack = NativeStack | ContainerStack
 STALLED_S = 300.0  # a bridge that is killed on a slow machine carries again long before
-STREAMING_DRAIN_S = 3_600.0  # a slow machine is slow, not broken
 LOOK_S = 0.5
 NAMED = 10  # of what does not hold
-TRIES = 3  # the driver may be killed while it drains: it is started again and drains then
 
 
 def main(
@@ -145,7 +142,7 @@ def _demo(
             carry(settings, ledger.records)
             offsets = proof.end_offsets(settings.kafka_bootstrap)
         with _step("Spark takes what is left and closes its windows"):
-            drain(stack)
+            drain(stack, lambda: _lag_shown(stack))
         day = busiest_day(tape.readings.column("observed_at"), tape.info.time_zone)
         with _step(f"Nightly batch of {day}"):
             _nightly(stack, day)
@@ -182,35 +179,13 @@ def _nightly(stack: Stack, day: date) -> None:
         raise RetryLater(msg)
 
 
-def own_settings(folder: Path) -> StackSettings:
-    """A stack of its own in a folder, on ports that are free now."""
-    names = [name for name in StackSettings.model_fields if name.endswith("_port")]
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in names]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        ports = [each.getsockname()[1] for each in sockets]
-    return load(StackSettings, home=folder, **dict(zip(names, ports, strict=True)))
-
-
-def environment(settings: StackSettings) -> dict[str, str]:
-    """What makes replay, jobs and this process use that stack; the jobs flush when they are stopped."""
-    return {
-        "METERSTREAM_HOME": str(settings.home),
-        "METERSTREAM_MQTT_PORT": str(settings.mqtt_port),
-        "METERSTREAM_KAFKA_BOOTSTRAP": settings.kafka_bootstrap,
-        "METERSTREAM_FLUSH": "true",
-        "SPARK_SUBMIT_OPTS": SHORT_LIVED_JVM,
-    }
-
-
 def _empty(folder: Path) -> None:
     """Empties the demo's folder, if it is one."""
     if folder.exists() and any(folder.iterdir()) and not (folder / "run").is_dir():
         msg = f"{folder} is there and is no folder of a demo: name another with --folder"
         raise ConfigError(msg)
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "run").mkdir(parents=True)  # tells it for a demo's, also where this one is cut off before it has data
+    (folder / "run").mkdir(parents=True)  # makes it a demo's, also where this one is cut off before it has data
     (folder / "tmp").mkdir()
 
 
@@ -231,25 +206,25 @@ def _slipped(ledger: Ledger) -> str:
 
 @contextlib.contextmanager
 def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows how much of a long step is done and how long the rest will take; gives what takes (done, of)."""
+    """Shows how much of a long step is done and how long the rest will take; gives what takes (done, total)."""
     columns = (TextColumn(f"  {what}"), BarColumn(), TaskProgressColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, of: bar.update(task, completed=done, total=max(of, 1))
+        yield lambda done, total: bar.update(task, completed=done, total=max(total, 1))
 
 
 def carry(settings: StackSettings, sent: int) -> None:
     """Waits until Kafka has all that was sent, and the MQTT broker nothing more.
 
     Raises:
-        RetryLater: for minutes nothing moved.
+        RetryLater: for minutes nothing was carried.
     """
-    before, moved = (-1, -1), time.monotonic()
+    before, changed_at = (-1, -1), time.monotonic()
     with _bar("the bridge carries what the broker holds") as show:
         while (left := _left(settings, sent, before)) != (0, 0):
             if left != before:
-                before, moved = left, time.monotonic()
-            elif time.monotonic() - moved > STALLED_S:
+                before, changed_at = left, time.monotonic()
+            elif time.monotonic() - changed_at > STALLED_S:
                 msg = f"the bridge has not moved for {STALLED_S:.0f} s, with {max(left):,} messages left: see "
                 raise RetryLater(msg + str(home() / "logs"))
             show(sent - max(left), sent)
@@ -275,7 +250,7 @@ def _lag_shown(stack: Stack) -> Iterator[None]:
     def look() -> None:
         most = 0
         while not ended.wait(LOOK_S):
-            lag = sum(job.lag_records or 0 for job in jobs(told(stack.settings.metrics_port) or ""))
+            lag = sum(job.lag_records or 0 for job in jobs(metrics_text(stack.settings.metrics_port) or ""))
             most = max(most, lag)
             show(most - lag, most)
 
@@ -287,30 +262,6 @@ def _lag_shown(stack: Stack) -> Iterator[None]:
         finally:
             ended.set()
             looking.join()
-
-
-def drain(stack: Stack) -> None:
-    """Ends the driver, which takes what Kafka has and flushes; again where it was killed meanwhile.
-
-    Raises:
-        RetryLater: the jobs did not get to their end.
-    """
-    from engine.settings import StreamSettings
-    from engine.stream import Runner
-    from streaming_jobs import discovered
-
-    runners = [Runner(job, load(StreamSettings)) for job in discovered()]
-    stack.stop_part(SUPERVISOR)
-    for _ in range(TRIES):
-        with _lag_shown(stack):
-            stack.start(["streaming"])
-            stack.stop_part("streaming", STREAMING_DRAIN_S)
-        if isinstance(stack, ContainerStack):
-            stack.collect()
-        if all(runner.is_flushed for runner in runners):
-            return
-    msg = "the streaming jobs did not finish: see make logs"
-    raise RetryLater(msg)
 
 
 def _summary(ledger: Ledger, offsets: dict[str, int], truth: Path | None, began: float) -> bool:

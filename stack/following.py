@@ -62,8 +62,8 @@ def critical_events(bootstrap: str, from_start: bool) -> Iterator[Record]:
     Raises:
         RetryLater: Kafka does not answer, or stops answering.
     """
-    for event, told_at in _records(bootstrap, CRITICAL_EVENTS, from_start, to_end=False):
-        yield {**event, "told_at": told_at}
+    for event, in_kafka_at in _records(bootstrap, CRITICAL_EVENTS, from_start, to_end=False):
+        yield {**event, "told_at": in_kafka_at}
 
 
 def alarms(bootstrap: str) -> dict[str, Record]:

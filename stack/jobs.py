@@ -5,14 +5,14 @@ from math import isfinite, nan
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from stack.native import got
+from stack.ports import http_answer
 
 PREFIX = "meterstream_"
 
 
 @dataclass(frozen=True)
 class JobMetrics:
-    """What is known of one job; what it has not told yet is None.
+    """What is known of one job; what it has not exported yet is None.
 
     Attributes:
         job: its name.
@@ -41,9 +41,9 @@ class JobMetrics:
     quarantined: int = 0
 
 
-def told(port: int) -> str | None:
+def metrics_text(port: int) -> str | None:
     """The driver's metrics as text; None where nobody answers."""
-    answer = got(port, "/metrics", timeout_s=2.0)
+    answer = http_answer(port, "/metrics", timeout_s=2.0)
     return None if answer is None else answer.decode()
 
 

@@ -8,9 +8,6 @@ import duckdb
 from kafka_io.offsets import newest_offsets
 from lake.queries import accounting_lines, broken_segments, compared_energy
 from schemas.topics import EVENTS, INGESTED, READINGS, TOPICS
-from stack.native import waiting_in_broker
-
-__all__ = ["end_offsets", "problems", "waiting_in_broker"]
 
 STAGES = {
     "readings_lake": INGESTED,
@@ -23,7 +20,7 @@ STAGES = {
 
 
 def end_offsets(bootstrap: str) -> dict[str, int]:
-    """Records that each topic has received since it was made: the bridge's books.
+    """Records that each topic has received since it was made: the bridge's accounting.
 
     Raises:
         RetryLater: Kafka does not say.
@@ -53,10 +50,10 @@ def problems(lake: duckdb.DuckDBPyConnection, offsets: dict[str, int], sent: int
         line = stages.get(stage)
         if line is None:
             if expected:
-                found.append(f"{stage} kept no books, its topics have {expected} records")
+                found.append(f"{stage} has no accounting, its topics have {expected} records")
             continue
         if not line.balance:
-            found.append(f"{stage}'s books do not balance: {line}")
+            found.append(f"{stage}'s accounting does not balance: {line}")
         if line.received != expected:
             found.append(f"{stage} received {line.received} records, its topics have {expected}")
     found += [f"segment {row[2]}: deltas {row[3]} Wh, registers {row[4]} Wh" for row in broken_segments(lake)[:5]]

@@ -12,7 +12,7 @@ from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient
 
 from schemas.topics import READINGS, TOPICS
-from stack.demo import environment, own_settings
+from stack.isolated import environment, own_settings
 from stack.native import NativeStack
 from tests.eventually import eventually
 

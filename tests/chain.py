@@ -20,9 +20,11 @@ from lake.queries import AccountingLine, accounting_lines, compared_energy, open
 from replay.run.ledger import run_folder
 from schemas.topics import INGESTED
 from stack import proof
+from stack.backlog import left_on_the_way
 from stack.containers import ContainerStack
-from stack.demo import Stack, drain, environment, own_settings
-from stack.native import CLUSTER, NativeStack, left_on_the_way
+from stack.isolated import Stack, drain, environment, own_settings
+from stack.native import NativeStack
+from stack.parts import CLUSTER
 from tests.eventually import eventually
 from tests.wire import small_tape
 

@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SparkSession"]:
     from engine.session import spark_session
-    from stack.demo import SHORT_LIVED_JVM
+    from stack.isolated import SHORT_LIVED_JVM
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("METERSTREAM_HOME", str(tmp_path_factory.mktemp("home")))

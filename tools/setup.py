@@ -191,8 +191,9 @@ def python_works(*arguments: str) -> bool:
 def make_environment() -> None:
     """Makes `.venv`, or makes it anew where it is broken or was moved from elsewhere."""
     home = STAMPS / "root"
-    moved = home.exists() and home.read_text() != str(ROOT)
-    if VENV.exists() and (moved or not python_works("-c", f"import sys; sys.exit(sys.version_info < {OLDEST_PYTHON})")):
+    was_elsewhere = home.exists() and home.read_text() != str(ROOT)
+    is_new_enough = f"import sys; sys.exit(sys.version_info < {OLDEST_PYTHON})"
+    if VENV.exists() and (was_elsewhere or not python_works("-c", is_new_enough)):
         shutil.rmtree(VENV)
     if not python_works("-c", "import pip"):
         try:

@@ -15,7 +15,7 @@ def image():
     """Builds the image that every container here runs, and gives its name."""
     from settings import load
     from stack.containers import ContainerStack, engine
-    from stack.native import StackSettings
+    from stack.settings import StackSettings
 
     if engine() is None:
         what = "no Docker engine answers, or it has no compose; start one (on Debian: tools/engine.sh start)"

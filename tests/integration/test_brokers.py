@@ -7,7 +7,7 @@ import pytest
 from confluent_kafka import KafkaException
 
 from kafka_io.topics import create_topics
-from stack.demo import own_settings
+from stack.isolated import own_settings
 from tests.brokers import Brokers
 from tests.eventually import eventually
 

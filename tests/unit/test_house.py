@@ -64,7 +64,7 @@ def imports(source: str) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found |= {"." * node.level + (node.module or "")}
-            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module in JOBS}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module in (*JOBS, "stack")}
     return found
 
 
@@ -81,6 +81,11 @@ def wrong_imports(package: str, name: str, source: str) -> list[str]:
         if module in NIGHT_WITHOUT and (package == "batch_jobs" or (package, name) == ("engine", "night")):
             found.append(module)
     return [module for module in found if not (name.startswith("__") and module == f"{package}.discovered")]
+
+
+def uses_the_demo(name: str, source: str) -> bool:
+    """Whether a test other than the demo's own imports the demo: what both need is in stack/isolated.py."""
+    return name != "test_demo" and "stack.demo" in imports(source)
 
 
 def called(source: str) -> list[str]:
@@ -188,6 +193,18 @@ def test_a_forbidden_import_is_found(package: str, source: str) -> None:
 def test_a_stream_in_the_night_is_found() -> None:
     assert wrong_imports("engine", "night", "from engine.stream import StreamSettings")
     assert not wrong_imports("engine", "night", "from engine.settings import ClockSettings")
+
+
+@pytest.mark.parametrize("path", modules("tests"), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_demo_is_not_the_test_kit(path: Path) -> None:
+    assert not uses_the_demo(path.stem, path.read_text())
+
+
+@pytest.mark.parametrize("source", ["from stack.demo import Stack", "from stack import demo", "import stack.demo"])
+def test_a_test_that_imports_the_demo_is_found(source: str) -> None:
+    assert uses_the_demo("test_bridge", source)
+    assert not uses_the_demo("test_demo", source)
+    assert not uses_the_demo("test_bridge", "from stack.isolated import Stack")
 
 
 @pytest.mark.parametrize("source", ["Consumer({'group.id': 'x'})", "confluent_kafka.admin.AdminClient({})"])

@@ -9,7 +9,9 @@ import pytest
 
 from schemas.errors import ConfigError
 from settings import load
-from stack.native import NAMES, ROOT, NativeStack, StackSettings
+from stack.native import NativeStack
+from stack.parts import ALWAYS, KAFKA
+from stack.settings import ROOT, StackSettings
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def test_ports_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("METERSTREAM_KAFKA_PORT", "19092")
     settings = load(StackSettings)
     assert settings.kafka_bootstrap == "127.0.0.1:19092"
-    assert settings.ports("kafka")["METERSTREAM_KAFKA_PORT"] == 19092
+    assert KAFKA.ports(settings)["METERSTREAM_KAFKA_PORT"] == 19092
 
 
 def test_a_wrong_port_is_a_config_error_that_names_the_variable(monkeypatch):
@@ -38,7 +40,7 @@ def test_a_port_wanted_twice_is_refused_before_anything_starts(tmp_path):
     stack = NativeStack(load(StackSettings, home=tmp_path, mqtt_port=29092, kafka_port=29092))
     with pytest.raises(ConfigError, match=r"29092 is wanted twice.*METERSTREAM_KAFKA_PORT"):
         stack.start(["nats"])
-    assert stack.dead() == list(NAMES)
+    assert stack.dead() == list(ALWAYS)
 
 
 def test_a_port_in_use_names_the_port_and_the_variable_that_moves_it(tmp_path):
@@ -49,7 +51,7 @@ def test_a_port_in_use_names_the_port_and_the_variable_that_moves_it(tmp_path):
         stack = NativeStack(load(StackSettings, home=tmp_path, mqtt_port=port))
         with pytest.raises(ConfigError, match=rf"port {port} is in use.*METERSTREAM_MQTT_PORT"):
             stack.start(["nats"])
-    assert stack.dead() == list(NAMES)
+    assert stack.dead() == list(ALWAYS)
 
 
 def test_a_home_that_cannot_be_written_names_the_variable_that_moves_it(tmp_path):

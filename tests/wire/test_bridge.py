@@ -14,7 +14,7 @@ from kafka_io.offsets import newest_offsets
 from schemas.codec import decode, encode
 from schemas.dsmr import with_crc
 from schemas.topics import DEAD_LETTERS, READINGS, TOPICS, Topic, mqtt_topic
-from stack import proof
+from stack.backlog import waiting_in_broker
 from stack.native import NativeStack
 from tests.brokers import WAY, way
 from tests.eventually import eventually
@@ -100,7 +100,7 @@ def in_topic(stack: NativeStack, topic: Topic) -> list[dict[str, object]]:
 
 def carried(stack: NativeStack, topic: Topic, count: int) -> list[dict[str, object]]:
     eventually(lambda: came(stack, topic) >= count, 90)
-    eventually(lambda: proof.waiting_in_broker(stack.settings.nats_monitor_port) == 0, 60)
+    eventually(lambda: waiting_in_broker(stack.settings.nats_monitor_port) == 0, 60)
     return in_topic(stack, topic)
 
 
@@ -189,7 +189,7 @@ def test_while_kafka_is_away_the_broker_holds_and_then_all_is_carried(stack: Nat
     for seq in range(1, 500):
         meters.read("m1", seq)
     meters.close()
-    assert proof.waiting_in_broker(stack.settings.nats_monitor_port) >= 499
+    assert waiting_in_broker(stack.settings.nats_monitor_port) >= 499
     stack.start(["kafka"])
     found = {reading["seq"] for reading in carried(stack, READINGS, 500)}
     assert found == set(range(500))
@@ -203,4 +203,4 @@ def test_too_much_poison_stops_the_bridge_before_it_empties_the_topic(stack: Nat
     eventually(lambda: stack.dead(["ingest"]) == ["ingest"], 60)
     assert "poison" in stack.log_file("ingest").read_text()
     assert came(stack, DEAD_LETTERS) < 900
-    assert proof.waiting_in_broker(stack.settings.nats_monitor_port) > 0
+    assert waiting_in_broker(stack.settings.nats_monitor_port) > 0

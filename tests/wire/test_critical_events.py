@@ -24,7 +24,7 @@ from schemas.errors import ConfigError
 from schemas.tables import REGISTRY
 from schemas.topics import CRITICAL_EVENTS, EVENTS, READINGS
 from stack.__main__ import app
-from stack.demo import environment, own_settings
+from stack.isolated import environment, own_settings
 from stack.native import NativeStack
 from streaming_jobs.critical_events import CriticalSettings, start, unusual
 from tests.eventually import eventually

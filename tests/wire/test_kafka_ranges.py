@@ -15,7 +15,7 @@ from kafka_io.offsets import newest_offsets
 from kafka_io.ranges import KAFKA, Range, fetched
 from schemas.errors import RetryLater, StateLost
 from schemas.topics import READINGS
-from stack.demo import own_settings
+from stack.isolated import own_settings
 from stack.native import NativeStack
 
 COUNT = 30_000

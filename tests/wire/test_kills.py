@@ -34,8 +34,8 @@ from lake.publishing import BatchKey
 from schemas.codec import encode
 from schemas.tables import REGISTRY
 from schemas.topics import EVENTS, READINGS, Topic
-from stack.demo import SHORT_LIVED_JVM, own_settings
-from stack.jobs import JobMetrics, jobs, told
+from stack.isolated import SHORT_LIVED_JVM, own_settings
+from stack.jobs import JobMetrics, jobs, metrics_text
 from stack.native import NativeStack
 from streaming_jobs import discovered
 from tests.eventually import eventually
@@ -263,7 +263,7 @@ def clean(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Driver:
         driver.ask_to_end(process)
         until = time.monotonic() + 1_200
         while process.poll() is None and time.monotonic() < until:
-            driver.told += [jobs(text)] if (text := told(port)) else []
+            driver.told += [jobs(text)] if (text := metrics_text(port)) else []
             time.sleep(0.2)
         assert process.wait(60) == 0
     return driver

@@ -14,13 +14,15 @@ import psutil
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from ingest.bridge import CLEAN, OPEN, QUIET_S, SESSION
+from ingest.bridge import SESSION
+from ingest.subscription import CLEAN, OPEN, QUIET_S
 from kafka_io.offsets import newest_offsets
 from mqtt_io.client import LoopClient, turn
 from replay.sinks import MqttSink
 from schemas.codec import decode, encode
 from schemas.topics import READINGS
 from stack import proof
+from stack.backlog import waiting_in_broker
 from stack.native import NativeStack
 from tests.brokers import way
 from tests.eventually import eventually
@@ -86,7 +88,7 @@ class Order:
 
     def arrived(self, timeout_s: float) -> Arrived:
         """What Kafka has once the MQTT broker has nothing more; a first copy behind a later record is reordered."""
-        eventually(lambda: proof.waiting_in_broker(self.stack.settings.nats_monitor_port) == 0, timeout_s)
+        eventually(lambda: waiting_in_broker(self.stack.settings.nats_monitor_port) == 0, timeout_s)
         consumer = Consumer({"bootstrap.servers": self.stack.settings.kafka_bootstrap, "group.id": "test"})
         consumer.assign([TopicPartition(READINGS.name, number, offset) for number, offset in enumerate(self.since)])
         wanted = self.in_kafka()
@@ -301,7 +303,7 @@ def test_a_bridge_that_was_stopped_goes_on_at_once(order: Order) -> None:
     threading.Event().wait(QUIET_S)  # what comes in its last second may be on its way
     order.stack.stop_part("ingest")
     order.publish(1_000)
-    assert proof.waiting_in_broker(order.stack.settings.nats_monitor_port) == 1_000
+    assert waiting_in_broker(order.stack.settings.nats_monitor_port) == 1_000
     mark = order.stack.home / "run" / f"{SESSION}-all.session"
     assert mark.read_text() == CLEAN
     order.stack.start(["ingest"])

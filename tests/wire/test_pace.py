@@ -14,8 +14,8 @@ from replay.run import play
 from replay.run.order import Order
 from replay.sinks import MqttSink
 from schemas.errors import RetryLater
-from stack import proof
-from stack.native import NativeStack, left_on_the_way
+from stack.backlog import left_on_the_way, waiting_in_broker
+from stack.native import NativeStack
 from tests.brokers import way
 from tests.eventually import eventually
 from tests.wire import small_tape
@@ -52,7 +52,7 @@ def standing_still(stack: NativeStack) -> int:
     held: list[int] = []
 
     def stands() -> bool:
-        held.append(proof.waiting_in_broker(stack.settings.nats_monitor_port))
+        held.append(waiting_in_broker(stack.settings.nats_monitor_port))
         return len(held) > LOOKS and held[-1] == held[-LOOKS] > LIMIT
 
     eventually(stands, 60)

@@ -23,7 +23,7 @@ from schemas.closed_lists import FaultKind
 from schemas.codec import decode
 from schemas.errors import ConfigError, InvalidMessage, RetryLater
 from schemas.tables import polars_schema
-from stack.demo import environment, own_settings
+from stack.isolated import environment, own_settings
 from stack.native import NativeStack
 from tests.unit.test_run import Kept
 from tests.wire import small_tape

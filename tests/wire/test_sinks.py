@@ -14,7 +14,7 @@ from replay.sinks import BATCHING, QUEUED, KafkaSink, MqttSink
 from schemas.errors import RetryLater
 from schemas.topics import READINGS
 from stack import proof
-from stack.demo import environment, own_settings
+from stack.isolated import environment, own_settings
 from stack.native import NativeStack
 from tests.eventually import eventually
 

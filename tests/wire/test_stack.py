@@ -20,7 +20,9 @@ from schemas.errors import ConfigError
 from schemas.topics import ALARMS, COMMANDS
 from settings import load
 from stack.__main__ import app
-from stack.native import MARK, NativeStack, StackSettings, StartFailed
+from stack.native import NativeStack
+from stack.processes import MARK, StartFailed
+from stack.settings import StackSettings
 from tests.brokers import Brokers
 from tests.eventually import eventually
 from tests.wire import small_tape

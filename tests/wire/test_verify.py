@@ -17,8 +17,9 @@ from lake.paths import table_path
 from replay.run.ledger import run_folder
 from replay.tape import read_tape, write_tape
 from schemas.closed_lists import DeltaReason, FaultKind
-from stack.demo import drain, environment, own_settings
-from stack.native import NativeStack, left_on_the_way
+from stack.backlog import left_on_the_way
+from stack.isolated import drain, environment, own_settings
+from stack.native import NativeStack
 from tests.eventually import eventually
 from tests.wire import small_tape
 

@@ -9,8 +9,8 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from bench.contestants import per_meter
 from bench.peers import core
-from bench.streams import per_meter
 from bench.truth import PARTITIONS, REASONS, SHAPES, Shape, differences, expected, generate, payloads
 from engine.job import StreamingJob
 from kafka_io.ranges import KAFKA

@@ -15,7 +15,7 @@ from replay.sinks import MqttSink
 from schemas.errors import RetryLater
 from stack import proof
 from stack.native import NativeStack, left_on_the_way
-from tests.brokers import way
+from tests.brokers import pid_of, way
 from tests.eventually import eventually
 from tests.wire import small_tape
 
@@ -33,7 +33,7 @@ def stack(tmp_path: Path) -> Iterator[NativeStack]:
 
 @contextlib.contextmanager
 def suspended(stack: NativeStack) -> Iterator[None]:
-    bridge = psutil.Process(stack.pid("ingest") or 0)
+    bridge = psutil.Process(pid_of(stack, "ingest"))
     bridge.suspend()
     try:
         yield

@@ -105,7 +105,7 @@ def table(name: str, path: Path) -> pa.Table:
 
 def kafka_rows(topic: Topic, path: Path, batch: str, start: int) -> list[tuple[Any, ...]]:
     schema = arrow_schema(topic.entity)
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for row in read(path):
         if row.get("batch", "1") != batch:
             continue

@@ -135,6 +135,7 @@ def test_bytes_that_are_no_reading_are_refused_with_their_reason_alone_and_in_a_
 def test_no_bytes_bring_the_decoder_down(data: bytes, is_framed: bool) -> None:
     payload = FRAME.pack(0, 1) + data if is_framed else data
     crowd = decode_batch([payload, *[encode("reading", filled("reading", READING))] * 9], "reading")
+    expected: tuple[dict[str, Any], str | None]
     try:
         expected = (decode(payload, "reading"), None)
     except InvalidMessage as error:

@@ -85,7 +85,7 @@ def sent_streams(sink: Kept) -> dict[str, pl.DataFrame]:
             if row.get("meter_id") == meter_id:
                 rows.append(row)
         schema = polars_schema(log_schema(kind.removesuffix("s")))
-        frame = pl.DataFrame(rows, infer_schema_length=None).select(schema.names()).cast(schema)  # type: ignore[arg-type]
+        frame = pl.DataFrame(rows, infer_schema_length=None).select(schema.names()).cast(schema)
         frames[kind] = frame.sort("meter_id", maintain_order=True)
     return frames
 

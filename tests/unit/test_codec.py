@@ -173,10 +173,8 @@ def test_a_number_that_no_meter_can_mean_is_refused_alone_and_in_a_crowd(field: 
 
 
 def test_one_bad_row_among_thousands_costs_no_other() -> None:
-    payloads: list[bytes | None] = [
-        encode("reading", filled("reading", {**READING, "seq": number})) for number in range(5_000)
-    ]
-    payloads[4_321], payloads[17] = payloads[4_321][:-3], None  # type: ignore[index]
+    sound = [encode("reading", filled("reading", {**READING, "seq": number})) for number in range(5_000)]
+    payloads = [*sound[:17], None, *sound[18:4_321], sound[4_321][:-3], *sound[4_322:]]
     decoded = decode_batch(payloads, "reading")
     wrong = {n: reason for n, reason in enumerate(decoded.reasons.to_pylist()) if reason}
     assert wrong == {17: "not_framed", 4_321: "undecodable"}

@@ -91,7 +91,10 @@ def test_a_packet_that_comes_in_pieces_is_handled_once_and_whole(client: LoopCli
 
 
 def test_acknowledgements_of_a_turn_go_out_together_and_in_order(client: LoopClient, broker: Broker) -> None:
-    client.on_message = lambda _client, _data, message: client.ack(message.mid, 1)  # type: ignore[assignment]
+    def acknowledge(client: mqtt.Client, _: object, message: mqtt.MQTTMessage) -> None:
+        client.ack(message.mid, 1)
+
+    client.on_message = acknowledge
     broker.connection.sendall(b"".join(publication(mid, b"x") for mid in range(1, 101)))
     turning(client, lambda: not client.want_write())
     expected = b"".join(b"\x40\x02" + mid.to_bytes(2) for mid in range(1, 101))

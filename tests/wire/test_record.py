@@ -47,8 +47,10 @@ class Broker:
         self.between = datetime.now(UTC)
         play(Order(home / "tape", "sent", "null", METERS, dirt=DIRT), lambda: self.sent)
 
-    def record(self, name: str, **which: object) -> Tape:
-        return record(self.home / name, self.bootstrap, **which)[0]  # type: ignore[arg-type]
+    def record(
+        self, name: str, run_id: str | None = None, begin: datetime | None = None, until: datetime | None = None
+    ) -> Tape:
+        return record(self.home / name, self.bootstrap, run_id=run_id, begin=begin, until=until)[0]
 
 
 @pytest.fixture(scope="module")

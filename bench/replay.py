@@ -1,4 +1,4 @@
-"""What the replay's sending costs, beside what others take for the same: `make bench`.
+"""The bench of the replay: what its sending costs, beside what others take for the same: `make bench`.
 
 Four parts, each comparing within one run, its measurements in turn (A B A B …):
 

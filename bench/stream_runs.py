@@ -110,7 +110,8 @@ class Started:
 
     def kill(self) -> None:
         """SIGKILL for it and all that it started."""
-        for pid in list(tree(self.process.pid)):
+        running = list(tree(self.process.pid)) if self.process.poll() is None else []
+        for pid in running:  # the number of one that has ended may be another's by now
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
@@ -182,8 +183,8 @@ def measure(contestant: Contestant, run: Run, warm_up: float) -> Measured:
             one.listen(0)
         if one.process.returncode or mark is None or one.done != total:
             code = one.process.returncode
-            msg_0 = f"{contestant.name} ended with {code} after {one.done:,} of {total:,} records:"
-            raise one.problem(msg_0)
+            msg = f"{contestant.name} ended with {code} after {one.done:,} of {total:,} records:"
+            raise one.problem(msg)
     return Measured(
         contestant.name, run.work, run.shape.name, run.records, total - mark[0], used - mark[1], ended - mark[2], used,
         clock.peak_bytes, load,

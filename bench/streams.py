@@ -1,4 +1,4 @@
-"""Two works on streams of readings: our jobs beside other engines, in one run, in turn: `make bench-streams`.
+"""The bench of streams: two works, our jobs beside other engines, in turn, in one run: `make bench-streams`.
 
 deltas: energy per meter and register step, with reasons. windows: ten minutes, mean, least, largest and count per meter
 and phase, each distinct reading once. Both read a topic of framed Avro from its first record to its last: `dense` has

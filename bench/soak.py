@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import numpy as np
@@ -56,13 +57,13 @@ def _replay(variables: dict[str, str], meters: int, prefix: str, *how: str) -> s
     return subprocess.Popen(command, env=variables, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
-def _replayed(*given: Any) -> None:
+def _replayed(variables: dict[str, str], meters: int, prefix: str, *how: str) -> None:
     """A replay to its end.
 
     Raises:
         RetryLater: it failed.
     """
-    if _replay(*given).wait():
+    if _replay(variables, meters, prefix, *how).wait():
         raise RetryLater(FAILED)
 
 
@@ -193,9 +194,15 @@ def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema={"at_s": pl.Float64, "of": pl.String, "what": pl.String, "value": pl.Float64})
 
 
+def _mean(values: pl.Series) -> float | None:
+    known = values.drop_nulls().to_list()
+    return fmean(known) if known else None
+
+
 def show(samples: pl.DataFrame, restarted: pl.DataFrame, rate: float, sent: float) -> None:
     """One line per figure: where it began, where it ended, after the restart, the most, and how it rose."""
-    title = f"{samples['at_s'].max() / 3600:.2f} h at {sent:,.0f} readings/s, sustained {rate:,.0f}/s"  # type: ignore[operator]
+    hours = samples.select(pl.max("at_s")).item() / 3600
+    title = f"{hours:.2f} h at {sent:,.0f} readings/s, sustained {rate:,.0f}/s"
     table = Table(box=box.SIMPLE, title=title)
     for column in ("of", "figure", "first tenth", "last tenth", "restarted", "most", "rise an hour"):
         table.add_column(column, justify="left" if column in ("of", "figure") else "right")
@@ -205,10 +212,10 @@ def show(samples: pl.DataFrame, restarted: pl.DataFrame, rate: float, sent: floa
             continue
         again = restarted.filter(pl.col("of") == of, pl.col("what") == what)["value"]
         figures = [
-            values.head(tenth).mean(),
-            values.tail(tenth).mean(),
-            again.tail(len(again) * 2 // 3).mean(),
-            values.max(),
+            _mean(values.head(tenth)),
+            _mean(values.tail(tenth)),
+            _mean(again.tail(len(again) * 2 // 3)),
+            max(values.to_list()),
         ]
         rise, error = slope_an_hour(rows["at_s"], rows["value"])
         cells = ["" if figure is None else f"{figure:,.2f}" for figure in figures]

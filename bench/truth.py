@@ -175,7 +175,8 @@ def expected(work: str, rows: Path, cuts: pl.DataFrame | None = None) -> pl.Data
             batch = "c.batch"
             joined = 'asof join cuts c on r.partition = c.partition and r."offset" < c.end_offset'
         query = {"deltas": DELTAS, "windows": WINDOWS}[work].format(rows=rows, batch=batch, cuts=joined)
-        return database.sql(query).pl()
+        found: pl.DataFrame = database.sql(query).pl()
+        return found
 
 
 KEYS = {"deltas": ["meter_id"], "windows": ["meter_id", "phase", "window_us"]}

@@ -3,8 +3,6 @@
 One suite for every kind of stack: `tests/wire` runs it on native processes, `tests/integration` on containers.
 """
 
-import os
-import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +23,7 @@ from stack.containers import ContainerStack
 from stack.isolated import Stack, drain, environment, own_settings
 from stack.native import NativeStack
 from stack.parts import CLUSTER
+from tests import brokers
 from tests.eventually import eventually
 from tests.wire import small_tape
 
@@ -69,9 +68,7 @@ def kill(stack: Stack, name: str) -> None:
         assert not stack.is_running(name)
         stack.start()
         return
-    pid = stack.pid(name)
-    assert pid, f"{name} does not run"
-    os.kill(pid, signal.SIGKILL)
+    pid = brokers.kill(stack, name)
     eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", 10)
 
 

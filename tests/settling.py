@@ -1,7 +1,7 @@
 """A streaming job without Spark and files: its partitions are settled batch by batch, state carried."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 import polars as pl
@@ -74,6 +74,6 @@ def _none(table: str) -> pl.DataFrame:
     return polars_schema(TABLES[table]).to_frame()
 
 
-def kafka_table(rows: list[tuple[object, ...]]) -> pa.Table:
+def kafka_table(rows: Sequence[tuple[object, ...]]) -> pa.Table:
     """Records as Spark's Kafka source gives them: rows of key, value, topic, partition, offset, timestamp."""
     return pa.Table.from_pylist([dict(zip(KAFKA.names, row, strict=True)) for row in rows], KAFKA)

@@ -48,4 +48,4 @@ def starved(pids: Callable[[], list[int]], share: float) -> Iterator[None]:
 
 def _used_s(process: psutil.Process) -> float:
     times = process.cpu_times()
-    return times.user + times.system
+    return float(times.user + times.system)

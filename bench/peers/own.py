@@ -12,8 +12,14 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+    from engine.job import StreamingJob
 
 PASSES = 3
 """Polars reads the file so often: it has no stream, and a single pass would be over before it is warm."""
@@ -25,13 +31,19 @@ def say(records: int) -> None:
     sys.stdout.flush()
 
 
+def of_topic(job: "StreamingJob", topic: str) -> "StreamingJob":
+    """The job with another topic in its sources' place."""
+    sources = tuple(replace(source, topic=replace(source.topic, name=topic)) for source in job.sources)
+    return replace(job, sources=sources)
+
+
 def jobs(what: str, work: str, topic: str) -> None:
     """The streaming job of a work, to the end of its topic and with a flush."""
     from bench.peers import core
+    from engine.checkpoint import offsets_after
     from engine.session import spark_session
     from engine.settings import StreamSettings
     from engine.stream import JAVA_OPTIONS, Runner
-    from schemas.topics import READINGS
     from settings import load
     from streaming_jobs import consumption_deltas, voltage_deviation
 
@@ -39,16 +51,12 @@ def jobs(what: str, work: str, topic: str) -> None:
     job = core.JOBS[work] if what == "core" else whole[work]
 
     class Told(Runner):
-        done = 0
-
-        def _write(self, *arguments, **named):  # type: ignore[no-untyped-def]
-            buckets, bound = super()._write(*arguments, **named)
-            self.done += sum(buckets.values())
-            say(self.done)
-            return buckets, bound
+        def process(self, records: "DataFrame | None", batch_id: int) -> None:
+            super().process(records, batch_id)
+            say(sum(offsets_after(self.checkpoint, batch_id).values()))
 
     session = spark_session(f"bench-{work}", JAVA_OPTIONS)
-    runner = Told(replace(job, topics=(replace(READINGS, name=topic),)), load(StreamSettings))
+    runner = Told(of_topic(job, topic), load(StreamSettings))
     query = runner.start(session)
     query.processAllAvailable()
     query.stop()
@@ -73,7 +81,7 @@ def noop(topic: str, records: int) -> None:
         .load()
     )
 
-    def forget(batch, number: int) -> None:  # type: ignore[no-untyped-def]
+    def forget(batch: "DataFrame", number: int) -> None:
         batch.write.format("noop").mode("overwrite").save()
         say(min(records, (number + 1) * settings.max_offsets_per_trigger))
 

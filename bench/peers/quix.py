@@ -44,8 +44,9 @@ def main() -> None:
         stream = io.BytesIO(value)
         stream.seek(HEADER_BYTES)
         reading = fastavro.schemaless_reader(stream, schema)
+        assert isinstance(reading, dict)
         reading["observed_us"] = round(reading["observed_at"].timestamp() * 1e6)
-        return reading  # type: ignore[return-value]
+        return reading
 
     def observed_ms(value: dict[str, Any], *_: Any) -> int:
         return int(value["observed_us"] // 1000)

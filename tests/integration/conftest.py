@@ -11,7 +11,7 @@ os.environ["METERSTREAM_PROJECT"] = "meterstream-test"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def image():
+def image() -> str:
     """Builds the image that every container here runs, and gives its name."""
     from settings import load
     from stack.containers import ContainerStack, engine

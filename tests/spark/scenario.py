@@ -28,6 +28,7 @@ from lake.reading import spark_schema
 from schemas.codec import arrow_schema, decode, encode
 from schemas.tables import TABLES
 from schemas.topics import CRITICAL_EVENTS, EVENTS, READINGS, Topic
+from settings import load
 from streaming_jobs import critical_events
 from tests.settling import Settling, kafka_table
 
@@ -105,7 +106,7 @@ def table(name: str, path: Path) -> pa.Table:
 
 def kafka_rows(topic: Topic, path: Path, batch: str, start: int) -> list[tuple[Any, ...]]:
     schema = arrow_schema(topic.entity)
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for row in read(path):
         if row.get("batch", "1") != batch:
             continue
@@ -130,7 +131,7 @@ def stream(job: StreamingJob, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """
     options = settings_of(folder)
     flush = options.pop("flush", "") == "true"
-    settings = StreamSettings(kafka_bootstrap="none:0", **options)  # type: ignore[arg-type]
+    settings = load(StreamSettings, kafka_bootstrap="none:0", **options)
     registry = frame_of(table("registry", folder / "when" / "registry.csv"))
     when = {topic: folder / "when" / f"{topic.entity}s.csv" for topic in job.topics}
     batches = sorted({row.get("batch", "1") for path in when.values() for row in read(path)})

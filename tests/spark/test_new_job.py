@@ -26,7 +26,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def new_job(checkout: Path, kind: str, name: str) -> subprocess.CompletedProcess[str]:
-    order = [sys.executable, checkout / "tools" / "new_job.py", kind, name]
+    order = [sys.executable, str(checkout / "tools" / "new_job.py"), kind, name]
     return subprocess.run(order, capture_output=True, text=True, check=False)
 
 

@@ -41,7 +41,7 @@ def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     keep("registry", DAY, [{"meter_id": m, "phases": "L1", "interval_s": 3600, "time_zone": "UTC"} for m in "abc"])
     for shift in (-1, 0, 1):
         day = DAY + datetime.timedelta(days=shift)
-        readings = []
+        readings: list[dict[str, Any]] = []
         for hour in range(24):
             at = MIDNIGHT + datetime.timedelta(days=shift, hours=hour)
             for meter in "ab":
@@ -52,9 +52,9 @@ def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         keep("readings", day, [*readings, *[row | {"offset": row["offset"] + 1000} for row in readings[:3]]])
     noon = MIDNIGHT + datetime.timedelta(hours=12)
     alarm = {"alarm_id": "1", "meter_id": "a", "alarm_type": "tamper", "severity": "error", "source": "meter_event"}
-    alarm |= {"state": "active", "raised_at": noon, "updated_at": noon, "repeat_count": 0}
-    keep("alarms", DAY, [alarm])
-    quarters = [{"interval_start": noon + datetime.timedelta(minutes=15 * n)} for n in range(4)]
+    life = {"state": "active", "raised_at": noon, "updated_at": noon, "repeat_count": 0}
+    keep("alarms", DAY, [{**alarm, **life}])
+    quarters: list[dict[str, Any]] = [{"interval_start": noon + datetime.timedelta(minutes=15 * n)} for n in range(4)]
     known = {"meter_id": "a", "register": "import_t1", "energy_wh": 25, "covered_s": 900, "quality": "measured"}
     keep("interval_readings", DAY, [quarter | known for quarter in quarters])
     letter = {"payload": b"x", "reason": "bad_topic", "detail": "", "received_at": noon}
@@ -63,7 +63,7 @@ def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rows_of(report: str) -> list[tuple[Any, ...]]:
-    found = duckdb.sql(f"select * from read_parquet('{glob_of(report_path(report))}') order by all").fetchall()
+    found = duckdb.execute(f"select * from read_parquet('{glob_of(report_path(report))}') order by all").fetchall()
     assert found
     return found
 
@@ -87,7 +87,7 @@ def test_the_days_of_a_meter_add_up_to_its_register(spark: SparkSession, lake: P
     for shift in (-1, 0, 1):
         publish(spark, job, DAY + datetime.timedelta(days=shift), LIMITS)
     total = f"select sum(import_wh) from read_parquet('{glob_of(report_path(job.report))}') where meter_id = 'a'"
-    assert duckdb.sql(total).fetchall() == [(100 * 71,)]
+    assert duckdb.execute(total).fetchall() == [(100 * 71,)]
 
 
 def test_a_lake_without_rows_gives_an_empty_report(
@@ -125,7 +125,7 @@ def test_a_night_passes_over_what_no_registry_and_no_meter_can_mean(spark: Spark
 
     def said(report: str, names: str) -> list[tuple[Any, ...]]:
         where = "where meter_id is not null order by meter_id"
-        return duckdb.sql(f"select meter_id, {names} from '{glob_of(report_path(report))}' {where}").fetchall()
+        return duckdb.execute(f"select meter_id, {names} from '{glob_of(report_path(report))}' {where}").fetchall()
 
     assert said("daily_consumption_v1", "import_wh, expected_readings") == [("a", 2_400, None), ("b", 2_400, 0)]
     assert said("data_quality_v1", "expected, missing, completeness_pct") == [("a", *[None] * 3), ("b", 0, None, None)]
@@ -143,7 +143,7 @@ def test_a_profile_has_the_first_hour_of_its_four_weeks_which_is_of_an_earlier_u
     job = next(job for job in discovered() if job.name == "load_profile")
     publish(spark, job, DAY, LIMITS)
     hours = f"select hours, mean_wh from '{glob_of(report_path(job.report))}' where hour_of_day = 0"
-    assert duckdb.sql(hours).fetchall() == [(1, 100)]
+    assert duckdb.execute(hours).fetchall() == [(1, 100)]
 
 
 def nothing(tables: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date) -> DataFrame:

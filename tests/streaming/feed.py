@@ -131,7 +131,7 @@ def rows(table: str) -> list[tuple[Any, ...]]:
         return []
     renamed = "replace (regexp_replace(batch, '-[0-9a-f-]{36}-', '-') as batch)" if table == "accounting" else ""
     dated = "exclude (date)" if table == "accounting" else ""  # the day of the test
-    return sorted(duckdb.sql(f"select * {dated} {renamed} from '{pattern}'").fetchall(), key=repr)
+    return sorted(duckdb.execute(f"select * {dated} {renamed} from '{pattern}'").fetchall(), key=repr)
 
 
 def lake(runner: Runner) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def lake(runner: Runner) -> dict[str, Any]:
     found["files"] = sorted(
         (part.parts[-3], part.name.replace(runner.query_id, "id")) for part in parts if part.parts[-3] != "registry"
     )
-    found["current"] = sorted(duckdb.sql(f"select * from '{part}'").fetchall() for part in _current())
+    found["current"] = sorted(duckdb.execute(f"select * from '{part}'").fetchall() for part in _current())
     return found
 
 

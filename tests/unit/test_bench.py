@@ -9,8 +9,8 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from bench.peers import core
-from bench.streams import per_meter
+from bench.contestants import per_meter
+from bench.peers import core, own
 from bench.truth import PARTITIONS, REASONS, SHAPES, Shape, differences, expected, generate, payloads
 from engine.job import StreamingJob
 from kafka_io.ranges import KAFKA
@@ -118,6 +118,15 @@ def test_what_differs_from_the_oracle_is_found(tmp_path: Path) -> None:
         assert len(differences(work, wrong, right)) == 1
     assert len(differences("deltas", deltas[1:], deltas)) == 1
     assert len(differences("windows", pl.concat([windows, windows[:1]]), windows)) >= 1
+
+
+@pytest.mark.parametrize(
+    "job", [*core.JOBS.values(), consumption_deltas.JOB, voltage_deviation.JOB], ids=lambda job: job.name
+)
+def test_our_contestants_read_the_topic_that_the_others_read(job: StreamingJob) -> None:
+    moved = own.of_topic(job, SHAPES[0].topic)
+    assert [topic.name for topic in moved.topics] == [SHAPES[0].topic]
+    assert moved.source(SHAPES[0].topic).transform is job.source(READINGS.name).transform
 
 
 ENDS = range(30, 870, 30)  # of the batches, offsets of each partition

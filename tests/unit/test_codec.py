@@ -135,6 +135,7 @@ def test_bytes_that_are_no_reading_are_refused_with_their_reason_alone_and_in_a_
 def test_no_bytes_bring_the_decoder_down(data: bytes, is_framed: bool) -> None:
     payload = FRAME.pack(0, 1) + data if is_framed else data
     crowd = decode_batch([payload, *[encode("reading", filled("reading", READING))] * 9], "reading")
+    expected: tuple[dict[str, Any], str | None]
     try:
         expected = (decode(payload, "reading"), None)
     except InvalidMessage as error:
@@ -172,10 +173,8 @@ def test_a_number_that_no_meter_can_mean_is_refused_alone_and_in_a_crowd(field: 
 
 
 def test_one_bad_row_among_thousands_costs_no_other() -> None:
-    payloads: list[bytes | None] = [
-        encode("reading", filled("reading", {**READING, "seq": number})) for number in range(5_000)
-    ]
-    payloads[4_321], payloads[17] = payloads[4_321][:-3], None  # type: ignore[index]
+    sound = [encode("reading", filled("reading", {**READING, "seq": number})) for number in range(5_000)]
+    payloads = [*sound[:17], None, *sound[18:4_321], sound[4_321][:-3], *sound[4_322:]]
     decoded = decode_batch(payloads, "reading")
     wrong = {n: reason for n, reason in enumerate(decoded.reasons.to_pylist()) if reason}
     assert wrong == {17: "not_framed", 4_321: "undecodable"}

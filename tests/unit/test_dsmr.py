@@ -7,6 +7,7 @@ import string
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dsmr_parser import telegram_specifications
@@ -46,7 +47,7 @@ def sealed(telegram: bytes) -> bytes:
     return with_crc(re.split(rb"[\r\n]!", telegram)[0].decode("ascii").rstrip("\r\n") + "\n!")
 
 
-def expected(known: dict) -> dict:
+def expected(known: dict[str, Any]) -> dict[str, Any]:
     """Our fields from what another parser's authors expect of a telegram."""
     electricity = known.get("electricity", {})
     fields = {"import_w": electricity.get("powerReceivedTotal"), "export_w": electricity.get("powerReturnedTotal")}
@@ -71,13 +72,13 @@ def expected(known: dict) -> dict:
     return fields
 
 
-def test_crc_is_that_of_the_standard_algorithm():
+def test_crc_is_that_of_the_standard_algorithm() -> None:
     assert crc16(b"123456789") == 0xBB3D  # CRC-16/ARC's check value
     assert crc16(b"") == 0
 
 
 @pytest.mark.parametrize("path", TELEGRAMS, ids=lambda path: path.stem)
-def test_a_telegram_decodes_exactly_when_its_crc_holds_and_it_has_a_time(path):
+def test_a_telegram_decodes_exactly_when_its_crc_holds_and_it_has_a_time(path: Path) -> None:
     known_at = path.with_suffix(".json")
     known = json.loads(known_at.read_text()) if known_at.exists() else {}
     for _, telegram in split_telegrams(path.read_bytes()):
@@ -92,7 +93,7 @@ def test_a_telegram_decodes_exactly_when_its_crc_holds_and_it_has_a_time(path):
 
 
 @pytest.mark.parametrize("path", TELEGRAMS, ids=lambda path: path.stem)
-def test_each_quantity_is_what_the_authors_of_another_parser_expect(path):
+def test_each_quantity_is_what_the_authors_of_another_parser_expect(path: Path) -> None:
     known_at = path.with_suffix(".json")
     _, telegram = next(split_telegrams(path.read_bytes()))
     try:
@@ -112,11 +113,12 @@ def test_each_quantity_is_what_the_authors_of_another_parser_expect(path):
         assert not wrong
         if "timestamp" in known["metadata"] and reading["observed_at"] != CLOCK:  # local time there, whatever its Z
             local = datetime.fromisoformat(known["metadata"]["timestamp"])
-            flag = re.search(rb"0-0:1\.0\.0\(\d+([SW])", telegram)[1]
-            assert reading["observed_at"] == local - timedelta(hours=2 if flag == b"S" else 1)
+            stamp = re.search(rb"0-0:1\.0\.0\(\d+([SW])", telegram)
+            assert stamp is not None
+            assert reading["observed_at"] == local - timedelta(hours=2 if stamp[1] == b"S" else 1)
 
 
-def test_every_whole_telegram_of_a_log_decodes_as_dsmr_parser_decodes_it():
+def test_every_whole_telegram_of_a_log_decodes_as_dsmr_parser_decodes_it() -> None:
     parser = TelegramParser(telegram_specifications.V5)
     names = {
         "ELECTRICITY_USED_TARIFF_1": ("import_t1_wh", 1000),
@@ -143,12 +145,12 @@ def test_every_whole_telegram_of_a_log_decodes_as_dsmr_parser_decodes_it():
             assert decode_telegram(piece, "m1")["dialect"] == "dsmr-5"
 
 
-def test_line_ends_may_be_lf_or_crlf():
+def test_line_ends_may_be_lf_or_crlf() -> None:
     telegram = with_crc(V5)
     assert decode_telegram(telegram, "m1") == decode_telegram(telegram.replace(b"\r\n", b"\n"), "m1")
 
 
-def test_an_absent_or_empty_quantity_is_null_and_units_are_exact():
+def test_an_absent_or_empty_quantity_is_null_and_units_are_exact() -> None:
     reading = decode_telegram(with_crc(V5), "m1")
     assert reading["import_t1_wh"] == 3432827
     assert reading["import_t2_wh"] is None
@@ -165,7 +167,7 @@ def test_an_absent_or_empty_quantity_is_null_and_units_are_exact():
         ("210701120000W", datetime(2021, 7, 1, 11, tzinfo=UTC)),  # the flag settles, not the season
     ],
 )
-def test_the_season_flag_settles_the_time(stamp, utc):
+def test_the_season_flag_settles_the_time(stamp: str, utc: datetime) -> None:
     assert decode_telegram(with_crc(V5.replace("190324150519W", stamp)), "m1")["observed_at"] == utc
 
 
@@ -187,12 +189,14 @@ def test_the_season_flag_settles_the_time(stamp, utc):
         ("1-3:0.2.8(50)\n", "", "no version"),
     ],
 )
-def test_what_a_telegram_cannot_say_is_refused_with_its_line_even_where_the_crc_holds(before, after, reason):
+def test_what_a_telegram_cannot_say_is_refused_with_its_line_even_where_the_crc_holds(
+    before: str, after: str, reason: str
+) -> None:
     assert before in V5
     assert reason in detail_of(with_crc(V5.replace(before, after)))
 
 
-def test_a_garbled_or_cut_off_telegram_is_refused():
+def test_a_garbled_or_cut_off_telegram_is_refused() -> None:
     telegram = with_crc(V5)
     assert "CRC is" in detail_of(telegram.replace(b"237.1", b"237.2"))
     assert "no end line" in detail_of(telegram[:-12])
@@ -204,7 +208,7 @@ def test_a_garbled_or_cut_off_telegram_is_refused():
 
 
 @given(st.integers(0, len(with_crc(V5)) - 7), st.integers(1, 255))
-def test_no_flipped_byte_before_the_crc_goes_unseen(place, flip):
+def test_no_flipped_byte_before_the_crc_goes_unseen(place: int, flip: int) -> None:
     telegram = bytearray(with_crc(V5))
     telegram[place] ^= flip
     if bytes(telegram).replace(b"\r\n", b"\n").replace(b"\n", b"\r\n") != with_crc(V5):
@@ -212,7 +216,7 @@ def test_no_flipped_byte_before_the_crc_goes_unseen(place, flip):
 
 
 @given(st.binary(max_size=400))
-def test_any_bytes_give_a_reading_or_a_reason_and_nothing_else(data):
+def test_any_bytes_give_a_reading_or_a_reason_and_nothing_else(data: bytes) -> None:
     for telegram in (data, b"/" + data + b"\r\n!", b"/A\r\n" + data + b"\r\n!\r\n"):
         try:
             decode_telegram(telegram, "m1", clock=CLOCK)
@@ -221,7 +225,7 @@ def test_any_bytes_give_a_reading_or_a_reason_and_nothing_else(data):
 
 
 @given(st.text(string.ascii_letters + "/!\r\n", max_size=200))
-def test_splitting_a_log_loses_nothing_but_blank_lines(text):
+def test_splitting_a_log_loses_nothing_but_blank_lines(text: str) -> None:
     data = text.encode()
     pieces = list(split_telegrams(data))
     assert b"".join(piece for _, piece in pieces).split() == data.split()
@@ -229,7 +233,7 @@ def test_splitting_a_log_loses_nothing_but_blank_lines(text):
         assert data.splitlines()[line - 1] == piece.splitlines()[0]
 
 
-def test_a_telegram_without_a_clock_takes_the_callers():
+def test_a_telegram_without_a_clock_takes_the_callers() -> None:
     telegram = V5.replace("1-3:0.2.8(50)\n0-0:1.0.0(190324150519W)\n", "").encode()
     two = decode_telegram(telegram.replace(b"00.378", b"0000.37"), "m1", clock=CLOCK)
     three = decode_telegram(telegram.replace(b"00.378", b"000.37"), "m1", clock=CLOCK)
@@ -241,6 +245,6 @@ def test_a_telegram_without_a_clock_takes_the_callers():
     ("written", "equipment"),
     [("4D5354", "MST"), ("serienummer", "serienummer"), ("00112233", "00112233"), ("4D535", "4D535")],
 )
-def test_an_equipment_id_is_text_where_its_hexadecimal_is_text(written, equipment):
+def test_an_equipment_id_is_text_where_its_hexadecimal_is_text(written: str, equipment: str) -> None:
     telegram = with_crc(V5.replace("1-0:1.8.2()", f"0-0:96.1.1({written})"))
     assert decode_telegram(telegram, "m1")["equipment_id"] == equipment

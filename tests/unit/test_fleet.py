@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -193,9 +194,9 @@ def test_a_duration_is_of_the_log_for_every_meter_and_a_start_moves_the_clock(ta
         ({"own_clock": True, "start": small_tape.BEGIN}, "no --start"),
     ],
 )
-def test_what_cannot_be_played_is_said(tape: Tape, wrong: dict[str, object], told: str) -> None:
+def test_what_cannot_be_played_is_said(tape: Tape, wrong: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        fleet(tape, **wrong)  # type: ignore[arg-type]
+        fleet(tape, **wrong)
 
 
 def test_with_its_own_clock_the_log_is_sent_as_it_is(tape: Tape) -> None:
@@ -264,8 +265,7 @@ def test_a_register_that_begins_anew_in_the_log_does_so_in_every_copy_and_is_nev
     tape = one_log(tmp_path / "reset", 1, timedelta(hours=1))
     anew = changed(tape, import_t1_wh=1_000 + pl.when(pl.col("log_row") < 15).then("import_t1_wh").otherwise(
         pl.col("import_t1_wh") - 990))  # fmt: skip
-    days = {"duration": timedelta(days=3), "loop": True} if looped else {}
-    crew = fleet(anew, 5, **days)  # type: ignore[arg-type]
+    crew = fleet(anew, 5, duration=timedelta(days=3) if looped else None, loop=looped)
     readings = sent(crew).sort("meter", "seq")
     logged = pl.DataFrame(pl.from_arrow(anew.readings)).get_column("import_t1_wh").to_list()
     through = sum(max(after - before, 0) for before, after in zip(logged, logged[1:], strict=False))

@@ -1,6 +1,7 @@
 """Quarter hours of energy: the columns against the definition, one microsecond's share at a time in whole numbers."""
 
-from collections import defaultdict
+from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
@@ -14,14 +15,17 @@ from metering.energy.intervals import OPEN, quarter_hours
 START = datetime(2024, 3, 31, tzinfo=UTC)
 QUARTER_S = 900
 SPREAD = ("ok", "gap", "rollover", "reset")
+Step = tuple[str, int | None, int, int, str]
+"""Meter, from, to, Wh, reason; seconds after `START`."""
+Quarters = dict[tuple[str, int], tuple[int, int, str]]
+"""Meter and number of the quarter hour → Wh, covered seconds, quality."""
 
 
-def at(seconds):
+def at(seconds: int) -> datetime:
     return START + timedelta(seconds=seconds)
 
 
-def frame(rows):
-    """(meter, from, to, Wh, reason) in seconds → steps."""
+def frame(rows: Sequence[Step]) -> pl.DataFrame:
     return pl.DataFrame(
         [
             {
@@ -37,16 +41,17 @@ def frame(rows):
     )  # fmt: skip
 
 
-def baseline(newest):
+def baseline(newest: dict[str, int]) -> pl.DataFrame:
     rows = [
         {"meter_id": meter, "register": "import_t1", "previous_at": at(seconds)} for meter, seconds in newest.items()
     ]
     return pl.DataFrame(rows, schema=BASELINE)
 
 
-def defined(rows):
+def defined(rows: Sequence[Step]) -> Quarters:
     """The definition: what each quarter hour gets, step by step."""
-    energy, covered, rank, newest = defaultdict(int), defaultdict(int), defaultdict(int), {}
+    energy, covered, rank = (Counter[tuple[str, int]]() for _ in range(3))
+    newest: dict[str, int] = {}
     for meter, since, until, wh, reason in rows:
         newest[meter] = max(newest.get(meter, 0), until)
         if since is None or reason not in SPREAD or until - since > 7200:
@@ -67,7 +72,7 @@ def defined(rows):
     }
 
 
-def found(rows):
+def found(rows: pl.DataFrame) -> Quarters:
     return {
         (row["meter_id"], int((row["interval_start"] - START).total_seconds()) // QUARTER_S): (
             row["energy_wh"], row["covered_s"], row["quality"],
@@ -77,11 +82,11 @@ def found(rows):
 
 
 @st.composite
-def series(draw):
+def series(draw: st.DrawFn) -> tuple[list[Step], list[int]]:
     """Steps of two meters, each forward in time, and how they are cut into batches."""
-    rows = []
+    rows: list[Step] = []
     for meter in ("m1", "m2"):
-        clock = None
+        clock: int | None = None
         spans = draw(st.lists(st.sampled_from([1, 60, 300, 899, 900, 901, 1800, 4000, 7200, 7201]), max_size=15))
         for span in spans:
             reason = "first" if clock is None else draw(st.sampled_from([*SPREAD, "ok", "meter_exchange"]))
@@ -94,9 +99,10 @@ def series(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(series())
-def test_any_cut_into_batches_gives_the_definition(case):
+def test_any_cut_into_batches_gives_the_definition(case: tuple[list[Step], list[int]]) -> None:
     rows, cuts = case
-    open_intervals, newest, over = pl.DataFrame(schema=OPEN), {}, []
+    open_intervals, over = pl.DataFrame(schema=OPEN), []
+    newest: dict[str, int] = {}
     for left, right in pairwise(cuts):
         batch = rows[left:right]
         newest |= {meter: until for meter, _, until, _, _ in batch}
@@ -108,7 +114,7 @@ def test_any_cut_into_batches_gives_the_definition(case):
     assert len(together) == len(found(together)), "a quarter hour is over once"
 
 
-def test_the_energy_of_whole_quarter_hours_is_the_registers_rise():
+def test_the_energy_of_whole_quarter_hours_is_the_registers_rise() -> None:
     rows = [
         ("m1", None, 0, 0, "first"),
         ("m1", 0, 700, 10, "ok"),
@@ -121,7 +127,7 @@ def test_the_energy_of_whole_quarter_hours_is_the_registers_rise():
     assert len(quarters.open) == 0
 
 
-def test_a_step_that_is_longer_than_two_hours_is_not_spread():
+def test_a_step_that_is_longer_than_two_hours_is_not_spread() -> None:
     rows = [
         ("m1", None, 0, 0, "first"),
         ("m1", 0, 600, 10, "ok"),

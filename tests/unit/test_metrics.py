@@ -1,6 +1,7 @@
 """What Spark tells of a query, as Spark tells it, becomes lag and rate."""
 
 import json
+from typing import Any
 
 from pyspark.sql.streaming.listener import QueryProgressEvent, StreamingQueryProgress
 
@@ -9,7 +10,7 @@ from engine import metrics
 
 def progress(start: dict[str, int] | None, end: dict[str, int], milliseconds: int) -> QueryProgressEvent:
     """The event that PySpark makes of Spark's JSON."""
-    source = {
+    source: dict[str, Any] = {
         "description": "Kafka", "numInputRows": 0, "inputRowsPerSecond": 0.0, "processedRowsPerSecond": 0.0,
         "startOffset": start and {"t": start}, "endOffset": {"t": end}, "latestOffset": {"t": end}, "metrics": {},
     }  # fmt: skip

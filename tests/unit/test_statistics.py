@@ -1,8 +1,11 @@
 """What `replay inspect` says, against figures worked out by hand."""
 
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pytest
@@ -29,13 +32,13 @@ from replay.statistics import (
     voltage_export_correlation,
     voltage_import_correlation,
 )
-from replay.tape import log_schema, registry_of, write_tape
+from replay.tape import Tape, log_schema, registry_of, write_tape
 
 BEGIN = datetime(2016, 6, 15, tzinfo=UTC)
 WH = ("import_t1_wh", "import_t2_wh", "export_t1_wh", "export_t2_wh")
 
 
-def readings(seconds, meter_id="m1", **columns):
+def readings(seconds: Iterable[float], meter_id: str = "m1", **columns: npt.ArrayLike) -> pl.DataFrame:
     """Readings of a meter so many seconds after the begin; columns not named are null."""
     known = {"meter_id": meter_id, "observed_at": [BEGIN + timedelta(seconds=float(second)) for second in seconds]}
     schema = {"voltage_l1_mv": pl.Int64, "import_w": pl.Int64, "export_w": pl.Int64} | dict.fromkeys(WH, pl.Int64)
@@ -45,7 +48,7 @@ def readings(seconds, meter_id="m1", **columns):
     ).select("meter_id", "observed_at", *schema)
 
 
-def waves(count=600, memory=0.9, seed=1):
+def waves(count: int = 600, memory: float = 0.9, seed: int = 1) -> npt.NDArray[np.int64]:
     """Volts in mV with a known autocorrelation of one step."""
     generator = np.random.default_rng(seed)
     noise = generator.standard_normal(count)
@@ -54,7 +57,7 @@ def waves(count=600, memory=0.9, seed=1):
     return np.rint(230_000 + 2_000 * noise).astype(int)
 
 
-def tape_of(frame, folder):
+def tape_of(frame: pl.DataFrame, folder: Path) -> Tape:
     schema = log_schema("reading")
     full = frame.with_columns(dialect=pl.lit("x")).to_arrow()
     columns = [
@@ -69,7 +72,7 @@ def tape_of(frame, folder):
     )  # fmt: skip
 
 
-def test_a_lag_is_a_time_and_not_a_row():
+def test_a_lag_is_a_time_and_not_a_row() -> None:
     volts = waves()
     whole = readings(np.arange(600) * 60, voltage_l1_mv=volts)
     lacking = whole.filter(pl.int_range(600) % 7 != 3)
@@ -82,38 +85,38 @@ def test_a_lag_is_a_time_and_not_a_row():
     assert expected != pytest.approx(one[0], abs=1e-6)
 
 
-def test_a_tape_with_steps_of_five_minutes_knows_ten_minutes_and_not_one():
+def test_a_tape_with_steps_of_five_minutes_knows_ten_minutes_and_not_one() -> None:
     minutes = minute_values(ordered(readings(np.arange(400) * 300, voltage_l1_mv=waves(400))))
     assert autocorrelation(minutes, timedelta(minutes=1)).is_empty()
     assert 0.6 < autocorrelation(minutes, timedelta(minutes=10))[0] < 0.95
 
 
-def test_readings_within_a_minute_count_as_their_mean():
+def test_readings_within_a_minute_count_as_their_mean() -> None:
     minutes = minute_values(ordered(readings([0, 20, 40, 61], voltage_l1_mv=[1000, 2000, 3000, 9000])))
     assert minutes["volts"].to_list() == [2.0, 9.0]
 
 
-def test_the_swing_is_the_median_over_the_hours_of_highest_minus_lowest():
+def test_the_swing_is_the_median_over_the_hours_of_highest_minus_lowest() -> None:
     volts = np.full(180, 230_000)
     volts[10], volts[70], volts[80], volts[130] = 233_000, 228_000, 234_000, 229_000
     minutes = minute_values(ordered(readings(np.arange(180) * 60, voltage_l1_mv=volts)))
     assert hourly_swing_v(minutes, 60).to_list() == [3.0]
 
 
-def test_an_hour_that_is_hardly_there_has_no_swing():
+def test_an_hour_that_is_hardly_there_has_no_swing() -> None:
     at = np.concatenate([np.arange(60), np.arange(60, 65), np.arange(120, 180)]) * 60
     volts = np.where(np.arange(len(at)) % 2, 230_000, np.where(at < 7200, 232_000, 236_000))
     assert hourly_swing_v(minute_values(ordered(readings(at, voltage_l1_mv=volts))), 60)[0] == pytest.approx(4.0)
 
 
-def test_nine_minutes_by_the_second_have_no_swing_and_twelve_readings_of_five_minutes_do():
+def test_nine_minutes_by_the_second_have_no_swing_and_twelve_readings_of_five_minutes_do() -> None:
     short = minute_values(ordered(readings(np.arange(540), voltage_l1_mv=waves(540))))
     assert hourly_swing_v(short, 1).is_empty()
     volts = np.array([230_000, 231_500] * 6)
     assert hourly_swing_v(minute_values(ordered(readings(np.arange(12) * 300, voltage_l1_mv=volts))), 300)[0] == 1.5
 
 
-def test_voltage_is_compared_with_import_minus_export_and_while_exporting_with_export():
+def test_voltage_is_compared_with_import_minus_export_and_while_exporting_with_export() -> None:
     net_w = np.tile([-3000, -1000, 500, 2000], 100)
     volts = 235_000 - net_w
     columns = {"import_w": np.maximum(net_w, 0), "export_w": np.maximum(-net_w, 0), "voltage_l1_mv": volts}
@@ -122,12 +125,12 @@ def test_voltage_is_compared_with_import_minus_export_and_while_exporting_with_e
     assert voltage_export_correlation(minutes)[0] == pytest.approx(1)
 
 
-def test_a_meter_without_power_has_that_of_its_register():
+def test_a_meter_without_power_has_that_of_its_register() -> None:
     minutes = minute_values(ordered(readings([0, 60, 120], import_t1_wh=[0, 10, 40])))
     assert minutes["import_w"].to_list() == [None, 600.0, 1800.0]
 
 
-def test_meters_are_compared_with_those_of_their_own_transformer_only():
+def test_meters_are_compared_with_those_of_their_own_transformer_only() -> None:
     common, other = waves(900), waves(900, seed=2)
     frames = [
         readings(np.arange(900) * 60, name, voltage_l1_mv=volts)
@@ -139,35 +142,37 @@ def test_meters_are_compared_with_those_of_their_own_transformer_only():
     assert len(transformer_coherence(minute_values(ordered(pl.concat(frames))), one)) == 6
 
 
-def test_gaps_steps_back_and_duplicates_are_counted():
+def test_gaps_steps_back_and_duplicates_are_counted() -> None:
     frame = readings([0, 60, 60, 120, 300, 360], import_t1_wh=[10, 20, 25, 15, 30, 40])
     whole = ordered(frame)
     assert (len(frame) - len(whole), usual_interval_s(whole), missing(whole, 60), backward(whole)) == (1, 60, 2, 1)
 
 
-def test_energy_a_day_is_what_the_register_rises_by_over_its_days():
+def test_energy_a_day_is_what_the_register_rises_by_over_its_days() -> None:
     whole = ordered(readings([0, 43_200, 86_400, 172_800], import_t1_wh=[1000, 6000, 4000, 13_000]))
     assert kwh_per_day(whole, "import_t1").to_list() == [pytest.approx((5 + 9) / 2)]
     assert kwh_per_day(whole, "export_t1").to_list() == [None]
 
 
-def test_power_over_time_is_compared_with_the_register_over_usual_steps_only():
+def test_power_over_time_is_compared_with_the_register_over_usual_steps_only() -> None:
     frame = readings([0, 3600, 7200, 36_000], import_w=[1000, 1000, 1000, 9000], import_t1_wh=[0, 1000, 1800, 99_000])
     assert power_to_register_pct(ordered(frame), 3600)[0] == pytest.approx(100 * (2000 / 1800 - 1))
 
 
-def test_a_tape_without_voltage_and_power_gets_dashes(tmp_path):
+def test_a_tape_without_voltage_and_power_gets_dashes(tmp_path: Path) -> None:
     tape = tape_of(readings(np.arange(50) * 1800, import_t1_wh=np.arange(50) * 200), tmp_path / "tape")
     found = statistics(tape)
     assert set(found.realism.values()) == {None} and found.mean_day_v == [None] * 24
-    assert found.kwh_per_day["import_t1"] == Spread(*[pytest.approx(9.6)] * 3, meters=1)
+    day = found.kwh_per_day["import_t1"]
+    assert day is not None
+    assert [day.median, day.low, day.high] == pytest.approx([9.6] * 3) and day.meters == 1
     assert found.power_to_register_pct is None
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(comparison({"half hours": found}))
     assert "V swing within an hour" in (text := console.export_text()) and "–" in text and "9.60" in text
 
 
-def test_a_figure_out_of_range_is_marked():
+def test_a_figure_out_of_range_is_marked() -> None:
     steady = statistics_with(autocorrelation_1min=Spread(0.2, 0.1, 0.3, 5), hourly_swing_v=Spread(5, 4, 6, 5))
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(comparison({"noise": steady}))
@@ -177,7 +182,7 @@ def test_a_figure_out_of_range_is_marked():
     assert is_in_range("hourly_swing_v", Spread(3, 1, 9, 4)) and not is_in_range("hourly_swing_v", Spread(13, 1, 9, 4))
 
 
-def test_every_value_of_many_tapes_is_there_at_80_columns_and_a_dash_says_why(tmp_path):
+def test_every_value_of_many_tapes_is_there_at_80_columns_and_a_dash_says_why(tmp_path: Path) -> None:
     short = statistics(tape_of(readings(np.arange(540), voltage_l1_mv=waves(540)), tmp_path / "short"))
     blind = statistics(tape_of(readings(np.arange(50) * 1800, import_t1_wh=np.arange(50) * 200), tmp_path / "blind"))
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
@@ -193,16 +198,16 @@ def test_every_value_of_many_tapes_is_there_at_80_columns_and_a_dash_says_why(tm
     assert [len(columns) for columns in both] == [4]
 
 
-def statistics_with(**realism):
+def statistics_with(**realism: Spread) -> Statistics:
     return Statistics(
         1, 1, 60, None, None, 0, 0, 0, dict.fromkeys(("import_t1", "import_t2", "export_t1", "export_t2")), None,
         dict.fromkeys(TARGETS) | realism, list(range(24)), [None] * 24,
     )  # fmt: skip
 
 
-def test_independent_noise_is_out_of_every_range(tmp_path):
+def test_independent_noise_is_out_of_every_range(tmp_path: Path) -> None:
     generator = np.random.default_rng(1)
     volts, import_w = 230_000 + generator.normal(0, 500, 1440).astype(int), generator.integers(0, 3000, 1440)
     found = statistics(tape_of(readings(np.arange(1440) * 60, voltage_l1_mv=volts, import_w=import_w), tmp_path / "x"))
-    told = [name for name, figure in found.realism.items() if figure]
-    assert len(told) == 4 and not any(is_in_range(name, found.realism[name]) for name in told)
+    told = {name: figure for name, figure in found.realism.items() if figure}
+    assert len(told) == 4 and not any(is_in_range(name, figure) for name, figure in told.items())

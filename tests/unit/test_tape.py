@@ -2,17 +2,19 @@
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from replay.tape import TABLES, log_schema, read_tape, registry_of, write_tape
+from replay.tape import TABLES, Tape, log_schema, read_tape, registry_of, write_tape
 from schemas.codec import arrow_schema
 from schemas.errors import ConfigError, ContractBroken
 
 
-def readings(*hours):
+def readings(*hours: int) -> pa.Table:
     rows = [
         {"meter_id": "m1", "observed_at": datetime(2020, 1, 1, hour, tzinfo=UTC), "dialect": "test", "import_t1_wh": 7}
         for hour in hours
@@ -20,7 +22,7 @@ def readings(*hours):
     return pa.Table.from_pylist(rows, log_schema("reading"))
 
 
-def write(folder, table, **changes):
+def write(folder: Path, table: pa.Table, **changes: Any) -> Tape:
     known = {
         "readings": table,
         "events": log_schema("event").empty_table(),
@@ -35,7 +37,7 @@ def write(folder, table, **changes):
     return write_tape(folder, **(known | changes))
 
 
-def test_what_was_written_is_read_again_in_the_order_of_the_log(tmp_path):
+def test_what_was_written_is_read_again_in_the_order_of_the_log(tmp_path: Path) -> None:
     written = write(tmp_path / "date=x" / "tape", readings(5, 3, 3, 4))
     tape = read_tape(tmp_path / "date=x" / "tape")
     assert tape == written
@@ -45,34 +47,34 @@ def test_what_was_written_is_read_again_in_the_order_of_the_log(tmp_path):
     assert tape.info.defects == {"gap": 1}
 
 
-def test_a_tape_has_the_schemas_columns_without_what_a_run_stamps():
+def test_a_tape_has_the_schemas_columns_without_what_a_run_stamps() -> None:
     stamped = {"sent_at", "received_at", "run_id", "seq"}
     for entity in ("reading", "event"):
         assert set(TABLES[f"{entity}s"].names) == set(arrow_schema(entity).names) - stamped | {"log_row"}
 
 
-def test_a_tape_replaces_a_tape_and_leaves_nothing_beside_it(tmp_path):
+def test_a_tape_replaces_a_tape_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     write(tmp_path / "tape", readings(1))
     write(tmp_path / "tape", readings(1, 2))
     assert read_tape(tmp_path / "tape").readings.num_rows == 2
     assert [path.name for path in tmp_path.iterdir()] == ["tape"]
 
 
-def test_a_folder_that_holds_something_else_is_not_overwritten(tmp_path):
+def test_a_folder_that_holds_something_else_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is no tape"):
         write(tmp_path, readings(1))
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_rows_that_do_not_fit_leave_no_half_tape(tmp_path):
+def test_rows_that_do_not_fit_leave_no_half_tape(tmp_path: Path) -> None:
     with pytest.raises(ContractBroken, match="do not fit reading"):
         write(tmp_path / "tape", readings(1), readings=readings(1).drop_columns(["dialect"]))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("table", list(TABLES))
-def test_a_tape_that_lacks_a_column_or_a_file_is_refused_by_its_name(tmp_path, table):
+def test_a_tape_that_lacks_a_column_or_a_file_is_refused_by_its_name(tmp_path: Path, table: str) -> None:
     write(tmp_path / "tape", readings(1))
     path = tmp_path / "tape" / f"{table}.parquet"
     lacking = TABLES[table].names[1]
@@ -88,14 +90,14 @@ def test_a_tape_that_lacks_a_column_or_a_file_is_refused_by_its_name(tmp_path, t
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", json.dumps({"format": "x"})])
-def test_a_folder_without_a_whole_tape_json_is_no_tape(tmp_path, content):
+def test_a_folder_without_a_whole_tape_json_is_no_tape(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "tape.json").write_text(content)
     with pytest.raises(ConfigError, match="is no tape"):
         read_tape(tmp_path)
 
 
-def test_the_registry_says_null_for_what_a_log_cannot_tell():
+def test_the_registry_says_null_for_what_a_log_cannot_tell() -> None:
     meter = registry_of(readings(2, 1), time_zone="Europe/Berlin", interval_s=None).to_pylist()[0]
     assert meter["valid_from"] == datetime(2020, 1, 1, 1, tzinfo=UTC)
     assert {meter[name] for name in ("phases", "equipment_id", "fuse_a", "transformer_id", "interval_s")} == {None}

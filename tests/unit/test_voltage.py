@@ -1,7 +1,7 @@
 """Voltage windows: what they hold, when they are over, and the bands."""
 
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import polars as pl
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.job import BatchContext
 from engine.settings import StreamSettings
-from engine.watermark import CLOCK, clock, watermarks
+from engine.watermark import CLOCK, WATERMARKS, clock, watermarks
 from metering.accounting import bucket_of
 from metering.energy.delta_engine import STAMP
 from metering.voltage.windows import VOLTAGES, WINDOWS, ClosedWindows, close_windows, windows
@@ -30,7 +30,6 @@ SAMPLES = pl.Schema(
 JUDGED_BY = pl.Schema({"nominal_mv": pl.Int64(), "jurisdiction": pl.String()})
 REGISTRY = pl.Schema({"meter_id": pl.String(), **JUDGED_BY}).to_frame()
 CLOSED = pl.Schema({"meter_id": pl.String(), "run_id": pl.String(), "window_start": STAMP})
-WATERMARKS = {"run_id": pl.String, "previous_watermark": STAMP, "watermark": STAMP}
 
 
 def at(minutes: float) -> datetime:
@@ -77,13 +76,6 @@ class Stream:
 
 def buckets(result: ClosedWindows) -> list[str]:
     return result.readings.sort("offset").select(bucket_of(pl.col("why"))).to_series().to_list()
-
-
-class Expected(NamedTuple):
-    count: int
-    mean: int
-    low: int
-    high: int
 
 
 def test_the_begin_of_a_window_belongs_to_it_and_its_end_to_the_next() -> None:
@@ -270,7 +262,7 @@ def test_a_partitions_clock_says_whether_the_batch_had_anything_of_a_run() -> No
         StreamSettings(kafka_bootstrap="none:0"), pl.DataFrame([("r1", None, at(1))], WATERMARKS, orient="row")
     )
     nothing = pl.DataFrame(schema=CLOCK)
-    said = {"run_id": pl.String, "arrival_at": STAMP}
+    said = pl.Schema({"run_id": pl.String(), "arrival_at": STAMP})
     rows = pl.DataFrame([("r1", at(5)), ("r1", at(4)), (None, at(9))], said, orient="row")
     first = clock(rows, nothing, context.watermarks)
     assert sorted(first.rows(), key=str) == [("r1", at(5), True, at(1)), (None, at(9), True, None)]

@@ -3,17 +3,19 @@
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pytest
 
-from metering.voltage.groups import FEWEST_WINDOWS, MEMORY_WINDOWS, MOVEMENT, roll_up
+from metering.voltage.groups import FEWEST_WINDOWS, MEMORY_WINDOWS, MOVEMENT, Rollups, roll_up
 from metering.voltage.windows import WINDOWS
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 NOTHING = pl.DataFrame(schema=MOVEMENT)
+Percents = npt.NDArray[np.float64]
 
 
-def windows(deviations, first=0, group="T1"):
+def windows(deviations: dict[str, Percents], first: int = 0, group: str = "T1") -> pl.DataFrame:
     """meter → deviations in %, one per window → rows of one transformer's phase L1."""
     rows = [
         {
@@ -28,23 +30,23 @@ def windows(deviations, first=0, group="T1"):
     return pl.DataFrame(rows, schema=WINDOWS | {"level": pl.String, "group_id": pl.String, "group": pl.String})
 
 
-def neighbours(count, seed=1, meters=6):
+def neighbours(count: int, seed: int = 1, meters: int = 6) -> dict[str, Percents]:
     """Voltages that move together, a correlation of more than 0.9."""
     drawn = np.random.default_rng(seed)
     common = np.cumsum(drawn.normal(0, 0.5, count))
     return {f"m{number}": common + drawn.normal(0, 0.1, count) - number / 2 for number in range(meters)}
 
 
-def told(rolled):
+def told(rolled: Rollups) -> list[tuple[str, bool]]:
     return [(row["meter_id"], row["is_suspicious"]) for row in rolled.suspicious.to_dicts()]
 
 
-def test_neighbours_are_in_step():
+def test_neighbours_are_in_step() -> None:
     assert told(roll_up(windows(neighbours(200)), NOTHING)) == []
 
 
 @pytest.mark.parametrize("kind", ["of another transformer", "frozen", "upside down"])
-def test_a_meter_that_does_not_move_with_the_others_is_told_once(kind):
+def test_a_meter_that_does_not_move_with_the_others_is_told_once(kind: str) -> None:
     others = neighbours(100)
     others["m0"] = {
         "of another transformer": neighbours(100, seed=2)["m0"], "frozen": np.zeros(100), "upside down": -others["m0"],
@@ -57,7 +59,7 @@ def test_a_meter_that_does_not_move_with_the_others_is_told_once(kind):
     assert row["correlation"] < 0.5
 
 
-def test_it_is_told_when_it_comes_back_into_step():
+def test_it_is_told_when_it_comes_back_into_step() -> None:
     out, back = neighbours(60), neighbours(2 * MEMORY_WINDOWS, seed=3)
     out["m0"] = -out["m0"]
     first = roll_up(windows(out), NOTHING)
@@ -66,7 +68,7 @@ def test_it_is_told_when_it_comes_back_into_step():
     assert told(second) == [("m0", False)]
 
 
-def test_the_numbers_are_those_of_numpy_while_nothing_has_faded():
+def test_the_numbers_are_those_of_numpy_while_nothing_has_faded() -> None:
     others = neighbours(80)
     rolled = roll_up(windows(others), NOTHING)
     state = rolled.movement.row(by_predicate=pl.col("meter_id") == "m3", named=True)
@@ -78,7 +80,7 @@ def test_the_numbers_are_those_of_numpy_while_nothing_has_faded():
     assert correlation == pytest.approx(np.corrcoef(others["m3"], median)[0, 1])
 
 
-def test_any_cut_into_batches_gives_the_same():
+def test_any_cut_into_batches_gives_the_same() -> None:
     others = neighbours(100)
     others["m0"] = -others["m0"]
     at_once = roll_up(windows(others), NOTHING)
@@ -88,7 +90,7 @@ def test_any_cut_into_batches_gives_the_same():
     assert second.movement.equals(at_once.movement)
 
 
-def test_too_few_meters_say_nothing_and_another_transformer_begins_anew():
+def test_too_few_meters_say_nothing_and_another_transformer_begins_anew() -> None:
     few = neighbours(100, meters=3)
     few["m0"] = -few["m0"]
     assert len(roll_up(windows(few), NOTHING).movement) == 0

@@ -1,14 +1,13 @@
 """The bridge between the real broker and the real Kafka: what it carries, refuses, and survives."""
 
 import json
-import os
-import signal
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import paho.mqtt.client as mqtt
 import pytest
 from confluent_kafka import Consumer, TopicPartition
+from paho.mqtt.enums import CallbackAPIVersion
 
 from kafka_io.offsets import newest_offsets
 from schemas.codec import decode, encode
@@ -16,7 +15,7 @@ from schemas.dsmr import with_crc
 from schemas.topics import DEAD_LETTERS, READINGS, TOPICS, Topic, mqtt_topic
 from stack.backlog import waiting_in_broker
 from stack.native import NativeStack
-from tests.brokers import WAY, way
+from tests.brokers import WAY, kill, way
 from tests.eventually import eventually
 
 BEGIN = datetime(2024, 3, 4, tzinfo=UTC)
@@ -51,7 +50,7 @@ class Meters:
     """Publishes for meters over one connection that reconnects, QoS 1."""
 
     def __init__(self, stack: NativeStack) -> None:
-        self.client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id="meters", clean_session=False)
+        self.client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="meters", clean_session=False)
         self.client.reconnect_delay_set(1, 1)
         self.client.connect("127.0.0.1", stack.settings.mqtt_port)
         self.client.loop_start()
@@ -156,7 +155,7 @@ def test_a_killed_bridge_loses_nothing_and_keeps_the_order_of_every_meter(stack:
         meters.read(f"m{seq % 10}", seq // 10)
         if seq == 1_500:
             eventually(lambda: came(stack, READINGS) > 200, 30)
-            os.kill(stack.pid("ingest") or 0, signal.SIGKILL)
+            kill(stack, "ingest")
     eventually(lambda: stack.dead(["ingest"]) == ["ingest"], 10)
     stack.start(["ingest"])
     meters.close()
@@ -173,7 +172,7 @@ def test_a_killed_broker_loses_nothing_that_it_acknowledged(stack: NativeStack) 
     for seq in range(1_000):
         meters.read("m1", seq)
         if seq == 500:
-            os.kill(stack.pid("nats") or 0, signal.SIGKILL)
+            kill(stack, "nats")
             eventually(lambda: stack.dead(["nats"]) == ["nats"], 10)
             stack.start(["nats"])
     meters.close()

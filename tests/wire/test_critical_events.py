@@ -133,7 +133,12 @@ def test_a_nominal_voltage_that_becomes_known_counts_from_then_on(
         return {(one["meter_id"], one["voltage_mv"]) for one in reader.records if one["kind"] == "voltage_far_out"}
 
     process = running()
-    eventually(lambda: (read("american", 120_000), ("american", 120_000) in told())[1], 120)
+
+    def is_far_out() -> bool:
+        read("american", 120_000)
+        return ("american", 120_000) in told()
+
+    eventually(is_far_out, 120)
     folder = kafka.home / "lake" / "registry" / "date=2024-01-01"
     folder.mkdir(parents=True)
     known = pa.Table.from_pylist([{"meter_id": "american", "nominal_mv": 120_000}], REGISTRY)

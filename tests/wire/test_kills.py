@@ -209,7 +209,7 @@ class Driver:
             pattern = lake / table / ("*.parquet" if table == "latest_readings" else "date=*/*.parquet")
             books = "EXCLUDE (date) REPLACE (regexp_replace(batch, '-[0-9a-f-]{36}-', '-') AS batch)"
             columns = f"* {books}" if table == "accounting" else "*"
-            found[table] = duckdb.sql(f"SELECT {columns} FROM '{pattern}' ORDER BY ALL").fetchall()
+            found[table] = duckdb.execute(f"SELECT {columns} FROM '{pattern}' ORDER BY ALL").fetchall()
         return found
 
 
@@ -302,24 +302,24 @@ def test_the_run_has_every_kind_of_row_and_its_books_add_up(clean: Driver) -> No
     names = [part.name for part in (clean.home / "lake").glob("*/date=*/*.parquet")]
     assert all(any(MERGED.match(name) and name.startswith(job) for name in names) for job in WATCHED), names
     late = "SELECT stage, count(*) FROM '{}' GROUP BY ALL ORDER BY ALL"
-    told = duckdb.sql(late.format(clean.home / "lake" / "late_readings" / "date=*" / "*.parquet")).fetchall()
+    told = duckdb.execute(late.format(clean.home / "lake" / "late_readings" / "date=*" / "*.parquet")).fetchall()
     books = "SELECT stage, sum(late)::BIGINT FROM '{}' GROUP BY ALL HAVING sum(late) > 0 ORDER BY ALL"
     pattern = clean.home / "lake" / "accounting" / "date=*" / "*.parquet"
-    assert duckdb.sql(books.format(pattern)).fetchall() == told
+    assert duckdb.execute(books.format(pattern)).fetchall() == told
     sums = "SELECT sum(received - stored - duplicate - late - quarantined - invalid), min(received) FROM '{}'"
-    assert duckdb.sql(sums.format(pattern)).fetchall()[0][0] == 0
+    assert duckdb.execute(sums.format(pattern)).fetchall()[0][0] == 0
     assert len(list((clean.home / "state").glob("voltage_deviation/*/*.flushed"))) == 1
 
 
 def test_meters_with_wrong_clocks_change_nothing_of_the_others(clean: Driver) -> None:
     windows = clean.home / "lake" / "voltage_windows" / "date=*" / "*.parquet"
     late = clean.home / "lake" / "late_readings" / "date=*" / "*.parquet"
-    sane = duckdb.sql(
+    sane = duckdb.execute(
         f"""SELECT count(*) FROM '{windows}' WHERE meter_id NOT IN ('m10', 'm11')
         AND window_start BETWEEN '{START}' AND '{START + timedelta(hours=1)}'"""
     ).fetchall()[0][0]
     assert sane == 10 * READINGS_EACH // 10  # each of the ten others has its six windows
-    assert duckdb.sql(f"SELECT count(*) FROM '{late}' WHERE meter_id = 'm10'").fetchall() == [(0,)]
+    assert duckdb.execute(f"SELECT count(*) FROM '{late}' WHERE meter_id = 'm10'").fetchall() == [(0,)]
 
 
 @pytest.mark.long
@@ -424,7 +424,7 @@ def test_a_flush_ends_though_meters_go_on_and_what_comes_meanwhile_is_for_the_ne
         pattern = driver.home / "lake" / table / "date=*" / "*.parquet"
         when = "window_start" if table == "voltage_windows" else "observed_at"
         query = f"SELECT count(*), count(DISTINCT {when}) FROM '{pattern}' WHERE meter_id = 'm99'"
-        return tuple(duckdb.sql(query).fetchall()[0])
+        return tuple(duckdb.execute(query).fetchall()[0])
 
     meter = threading.Thread(target=go_on)
     meter.start()
@@ -442,7 +442,7 @@ def test_a_flush_ends_though_meters_go_on_and_what_comes_meanwhile_is_for_the_ne
     windows, starts = of_it("voltage_windows")
     assert windows == starts > 0
     books = f"'{driver.home}/lake/accounting/date=*/*.parquet'"
-    found = duckdb.sql(
+    found = duckdb.execute(
         f"SELECT sum(received - stored - duplicate - late - quarantined - invalid) FROM {books}"
     ).fetchall()
     assert found == [(0,)]

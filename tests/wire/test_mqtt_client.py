@@ -8,7 +8,7 @@ import paho.mqtt.client as mqtt
 import pytest
 
 from mqtt_io.client import LoopClient, turn
-from tests.eventually import eventually
+from tests.eventually import turning
 
 CONNACK, SUBACK = b"\x20\x02\x00\x00", b"\x90\x03\x00\x01\x01"
 
@@ -53,11 +53,11 @@ def broker() -> Iterator[Broker]:
 
 
 def connected(broker: Broker, **options: float) -> LoopClient:
-    client = LoopClient("c", clean_session=False, manual_ack=True, reconnect_on_failure=False, **options)  # type: ignore[arg-type]
+    client = LoopClient("c", clean_session=False, manual_ack=True, reconnect_on_failure=False, **options)
     accepting = threading.Thread(target=broker.accept)
     accepting.start()
     client.connect("127.0.0.1", broker.port, keepalive=30)
-    eventually(lambda: turn([client], 0.01) or client.is_connected())
+    turning(client, client.is_connected)
     accepting.join()
     return client
 
@@ -76,7 +76,7 @@ def received(client: LoopClient) -> list[tuple[int, bytes]]:
 def test_packets_that_come_together_are_handled_in_one_turn(client: LoopClient, broker: Broker) -> None:
     found = received(client)
     broker.connection.sendall(b"".join(publication(mid, b"x" * 100) for mid in range(1, 301)))
-    eventually(lambda: turn([client], 0.01) or len(found) == 300)
+    turning(client, lambda: len(found) == 300)
     assert found == [(mid, b"x" * 100) for mid in range(1, 301)]
 
 
@@ -86,14 +86,17 @@ def test_a_packet_that_comes_in_pieces_is_handled_once_and_whole(client: LoopCli
     for start in range(0, len(whole), 9_999):
         broker.connection.sendall(whole[start : start + 9_999])
         turn([client], 0.01)
-    eventually(lambda: turn([client], 0.01) or len(found) == 2)
+    turning(client, lambda: len(found) == 2)
     assert found == [(1, b"y" * 70_000), (2, b"z")]
 
 
 def test_acknowledgements_of_a_turn_go_out_together_and_in_order(client: LoopClient, broker: Broker) -> None:
-    client.on_message = lambda _client, _data, message: client.ack(message.mid, 1)  # type: ignore[assignment]
+    def acknowledge(client: mqtt.Client, _: object, message: mqtt.MQTTMessage) -> None:
+        client.ack(message.mid, 1)
+
+    client.on_message = acknowledge
     broker.connection.sendall(b"".join(publication(mid, b"x") for mid in range(1, 101)))
-    eventually(lambda: turn([client], 0.01) or not client.want_write())
+    turning(client, lambda: not client.want_write())
     expected = b"".join(b"\x40\x02" + mid.to_bytes(2) for mid in range(1, 101))
     assert broker.read_until(len(expected)) == expected
 
@@ -106,7 +109,7 @@ def test_what_the_socket_does_not_take_goes_out_later(client: LoopClient, broker
     assert client.want_write(), "the socket took ten megabytes at once"
     reading = threading.Thread(target=broker.read_until, args=(10_000_000,))
     reading.start()
-    eventually(lambda: turn([client], 0.01) or not client.want_write(), 30)
+    turning(client, lambda: not client.want_write(), 30)
     reading.join()
     assert broker.got.count(payload) == 10
 
@@ -114,16 +117,16 @@ def test_what_the_socket_does_not_take_goes_out_later(client: LoopClient, broker
 def test_a_lost_connection_leaves_no_socket_and_the_next_one_begins_anew(client: LoopClient, broker: Broker) -> None:
     found = received(client)
     broker.connection.sendall(publication(1, b"cut off")[:-3])
-    eventually(lambda: turn([client], 0.01) or client._place == len(client._ahead) > 0)
+    turning(client, lambda: client._place == len(client._ahead) > 0)
     broker.connection.close()
-    eventually(lambda: turn([client], 0.01) or client.socket() is None)
+    turning(client, lambda: client.socket() is None)
     accepting = threading.Thread(target=broker.accept)
     accepting.start()
     assert client.reconnect() == mqtt.MQTT_ERR_SUCCESS
-    eventually(lambda: turn([client], 0.01) or client.is_connected())
+    turning(client, client.is_connected)
     accepting.join()
     broker.connection.sendall(publication(1, b"whole"))
-    eventually(lambda: turn([client], 0.01) or found)
+    turning(client, lambda: found)
     assert found == [(1, b"whole")]
 
 

@@ -1,8 +1,6 @@
 """Order per meter from MQTT to Kafka, whatever bridge and Kafka get of the machine."""
 
 import contextlib
-import os
-import signal
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,15 +15,15 @@ from confluent_kafka import Consumer, TopicPartition
 from ingest.bridge import SESSION
 from ingest.subscription import CLEAN, OPEN, QUIET_S
 from kafka_io.offsets import newest_offsets
-from mqtt_io.client import LoopClient, turn
+from mqtt_io.client import LoopClient
 from replay.sinks import MqttSink
 from schemas.codec import decode, encode
 from schemas.topics import READINGS
 from stack import proof
 from stack.backlog import waiting_in_broker
 from stack.native import NativeStack
-from tests.brokers import way
-from tests.eventually import eventually
+from tests.brokers import kill, pid_of, way
+from tests.eventually import eventually, turning
 from tests.starved import starved
 
 BEGIN = datetime(2024, 3, 4, tzinfo=UTC)
@@ -119,7 +117,7 @@ class Order:
     @contextlib.contextmanager
     def kafka_away(self) -> Iterator[None]:
         """Kafka takes nothing, and comes back as it was."""
-        kafka = psutil.Process(self.stack.pid("kafka") or 0)
+        kafka = psutil.Process(pid_of(self.stack, "kafka"))
         kafka.suspend()
         try:
             yield
@@ -128,7 +126,7 @@ class Order:
 
     def kill_bridge(self) -> None:
         """Ends it without a word."""
-        os.kill(self.stack.pid("ingest") or 0, signal.SIGKILL)
+        kill(self.stack, "ingest")
         eventually(lambda: self.stack.dead(["ingest"]) == ["ingest"], 30)
 
     def busy(self) -> list[int]:
@@ -215,14 +213,14 @@ def test_the_session_of_an_earlier_release_brings_what_it_has_and_is_removed(ord
         client = LoopClient("meterstream-bridge-all", clean_session=False)
         client.on_connect = lambda _client, _data, flags, *_: connected.append(not flags.session_present)
         client.connect("127.0.0.1", order.stack.settings.mqtt_port)
-        eventually(lambda: turn([client], 0.05) or connected, 10)
+        turning(client, lambda: connected)
         assert connected == [is_new]
         return client
 
     old, subscribed = session(is_new=True), threading.Event()
     old.on_subscribe = lambda *_: subscribed.set()
     old.subscribe("meters/#", 1)
-    eventually(lambda: turn([old], 0.05) or subscribed.is_set(), 10)
+    turning(old, subscribed.is_set)
     old.leave()
     order.publish(5_000)
     order.stack.start(["ingest"])
@@ -289,7 +287,7 @@ def test_a_bridge_that_believes_in_a_shorter_ack_wait_finds_one_that_is_long_eno
 def test_of_a_bridge_that_owns_many_shards_nothing_overtakes_while_kafka_is_killed(order: Order) -> None:
     publishing = threading.Thread(target=order.publish, args=(10_000,))
     publishing.start()
-    os.kill(order.stack.pid("kafka") or 0, signal.SIGKILL)
+    kill(order.stack, "kafka")
     threading.Event().wait(19)
     order.stack.start(["kafka"])
     publishing.join()

@@ -16,7 +16,7 @@ from replay.sinks import MqttSink
 from schemas.errors import RetryLater
 from stack.backlog import left_on_the_way, waiting_in_broker
 from stack.native import NativeStack
-from tests.brokers import way
+from tests.brokers import pid_of, way
 from tests.eventually import eventually
 from tests.wire import small_tape
 
@@ -34,7 +34,7 @@ def stack(tmp_path: Path) -> Iterator[NativeStack]:
 
 @contextlib.contextmanager
 def suspended(stack: NativeStack) -> Iterator[None]:
-    bridge = psutil.Process(stack.pid("ingest") or 0)
+    bridge = psutil.Process(pid_of(stack, "ingest"))
     bridge.suspend()
     try:
         yield

@@ -49,8 +49,10 @@ class Broker:
         self.between = datetime.now(UTC)
         play(Order(home / "tape", "sent", "null", METERS, dirt=DIRT), lambda: self.sent)
 
-    def record(self, name: str, **which: object) -> Tape:
-        return record(self.home / name, self.bootstrap, **which)[0]  # type: ignore[arg-type]
+    def record(
+        self, name: str, run_id: str | None = None, begin: datetime | None = None, until: datetime | None = None
+    ) -> Tape:
+        return record(self.home / name, self.bootstrap, run_id=run_id, begin=begin, until=until)[0]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def sent_streams(sink: Kept) -> dict[str, pl.DataFrame]:
             if row.get("meter_id") == meter_id:
                 rows.append(row)
         schema = polars_schema(log_schema(kind.removesuffix("s")))
-        frame = pl.DataFrame(rows, infer_schema_length=None).select(schema.names()).cast(schema)  # type: ignore[arg-type]
+        frame = pl.DataFrame(rows, infer_schema_length=None).select(schema.names()).cast(schema)
         frames[kind] = frame.sort("meter_id", maintain_order=True)
     return frames
 

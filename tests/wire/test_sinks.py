@@ -1,14 +1,14 @@
 """What a sink says is safe is there, on the real Kafka and the real MQTT broker: full, stopped, killed, restarted."""
 
-import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import paho.mqtt.client as mqtt
 import pytest
 from confluent_kafka import Consumer, TopicPartition
+from paho.mqtt.enums import CallbackAPIVersion
 
 from replay.sinks import BATCHING, QUEUED, KafkaSink, MqttSink
 from schemas.errors import RetryLater
@@ -16,6 +16,7 @@ from schemas.topics import READINGS
 from stack import proof
 from stack.isolated import environment, own_settings
 from stack.native import NativeStack
+from tests.brokers import kill
 from tests.eventually import eventually
 
 METERS = [f"m{number}" for number in range(7)]
@@ -108,14 +109,14 @@ def test_what_kafka_did_not_take_in_time_is_told_and_not_acknowledged(
 ) -> None:
     monkeypatch.setitem(BATCHING, "message.timeout.ms", "1000")
     sink = KafkaSink(stack.settings.kafka_bootstrap)
-    os.kill(stack.pid("kafka") or 0, signal.SIGSTOP)
+    kill(stack, "kafka", signal.SIGSTOP)
     try:
         sink.send("readings", *said("late", 600))
         with pytest.raises(RetryLater, match="did not take 600 records"):
             sink.close()
         assert sink.acknowledged == 0
     finally:
-        os.kill(stack.pid("kafka") or 0, signal.SIGCONT)
+        kill(stack, "kafka", signal.SIGCONT)
 
 
 class Away:
@@ -129,7 +130,7 @@ class Away:
         client.loop_forever()
 
     def _connected(self) -> mqtt.Client:
-        client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id="away", clean_session=False)
+        client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="away", clean_session=False)
         client.connect("127.0.0.1", self.port)
         return client
 
@@ -137,7 +138,7 @@ class Away:
         """What came, in the broker's order, until these payloads have: two connections' messages meet in any order."""
         found: list[bytes] = []
         client = self._connected()
-        client.on_message = lambda _, __, message: found.append(message.payload)
+        client.on_message = lambda _, __, message: found.append(bytes(message.payload))
         client.loop_start()
         try:
             eventually(lambda: set(until) <= set(found), 30)
@@ -163,7 +164,7 @@ def test_a_killed_mqtt_broker_gets_all_that_it_did_not_acknowledge_and_every_met
 
     def kill_and_start() -> None:
         is_under_way.wait(60)
-        os.kill(stack.pid("nats") or 0, signal.SIGKILL)
+        kill(stack, "nats")
         eventually(lambda: stack.dead(["nats"]) == ["nats"], 10)
         stack.start(["nats"])
 
@@ -199,14 +200,15 @@ def test_a_broker_that_acknowledges_nothing_is_waited_for_with_a_bounded_number_
     monkeypatch.setattr("replay.sinks.DRAIN_S", 1.0)
     sink = MqttSink("127.0.0.1", stack.settings.mqtt_port, 2)
     ids, payloads = said("silent", 3_000)
-    os.kill(stack.pid("nats") or 0, signal.SIGSTOP)
+    kill(stack, "nats", signal.SIGSTOP)
     try:
-        for act in (lambda: sink.send("readings", ids, payloads), sink.close):
+        acts: list[Callable[[], None]] = [lambda: sink.send("readings", ids, payloads), sink.close]
+        for act in acts:
             with pytest.raises(RetryLater, match=f"nothing within 1 s, {QUEUED} records"):
                 act()
         assert sink.acknowledged == 0
     finally:
-        os.kill(stack.pid("nats") or 0, signal.SIGCONT)
+        kill(stack, "nats", signal.SIGCONT)
 
 
 def test_where_nobody_or_nobody_who_speaks_mqtt_listens_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -23,7 +26,7 @@ from stack.__main__ import app
 from stack.native import NativeStack
 from stack.processes import MARK, StartFailed
 from stack.settings import StackSettings
-from tests.brokers import Brokers
+from tests.brokers import Brokers, kill
 from tests.eventually import eventually
 from tests.wire import small_tape
 
@@ -31,7 +34,7 @@ BROKERS = ["nats", "kafka"]
 PORTS = ("mqtt_port", "nats_port", "nats_monitor_port", "kafka_port", "kafka_controller_port")
 
 
-def free_ports(count):
+def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as held:
         probes = [held.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -39,7 +42,7 @@ def free_ports(count):
         return [probe.getsockname()[1] for probe in probes]
 
 
-def left_of(home):
+def left_of(home: Path) -> list[psutil.Process]:
     marked = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -48,7 +51,7 @@ def left_of(home):
     return marked
 
 
-def open_ports(settings):
+def open_ports(settings: StackSettings) -> list[str]:
     opened = []
     for name in PORTS:
         with contextlib.suppress(OSError):
@@ -57,12 +60,12 @@ def open_ports(settings):
     return opened
 
 
-def fresh_stack(home):
+def fresh_stack(home: Path) -> NativeStack:
     return NativeStack(load(StackSettings, home=home, **dict(zip(PORTS, free_ports(len(PORTS)), strict=True))))
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory):
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeStack]:
     stack = fresh_stack(tmp_path_factory.mktemp("stack"))
     try:
         stack.start(BROKERS)
@@ -74,7 +77,7 @@ def stack(tmp_path_factory):
 
 
 @pytest.fixture
-def own_stack(tmp_path):
+def own_stack(tmp_path: Path) -> Iterator[NativeStack]:
     stack = fresh_stack(tmp_path)
     try:
         yield stack
@@ -84,7 +87,7 @@ def own_stack(tmp_path):
     assert open_ports(stack.settings) == []
 
 
-def command(stack, *arguments):
+def command(stack: NativeStack, *arguments: str) -> subprocess.Popen[str]:
     ports = {f"METERSTREAM_{name.upper()}": str(getattr(stack.settings, name)) for name in PORTS}
     return subprocess.Popen(
         [sys.executable, "-m", "stack", *arguments],
@@ -97,28 +100,28 @@ def command(stack, *arguments):
 
 class TestNativeBrokers(Brokers):
     @pytest.fixture
-    def killed_and_started(self, stack):
-        def kill(name):
-            os.kill(stack.pid(name), signal.SIGKILL)
+    def killed_and_started(self, stack: NativeStack) -> Callable[[str], None]:
+        def kill_and_start(name: str) -> None:
+            kill(stack, name)
             eventually(lambda: not stack.is_running(name))
             assert stack.start([name]) == [name]
 
-        return kill
+        return kill_and_start
 
 
-def test_starting_again_starts_nothing_and_keeps_the_processes(stack):
+def test_starting_again_starts_nothing_and_keeps_the_processes(stack: NativeStack) -> None:
     before = [stack.pid(name) for name in BROKERS]
     assert stack.start(BROKERS) == []
     assert [stack.pid(name) for name in BROKERS] == before
 
 
-def test_another_process_sees_the_same_stack(stack):
+def test_another_process_sees_the_same_stack(stack: NativeStack) -> None:
     other = NativeStack(stack.settings)
     assert [state.state for state in other.states()][:2] == ["running", "running"]
     assert [other.pid(name) for name in BROKERS] == [stack.pid(name) for name in BROKERS]
 
 
-def test_a_second_stack_on_the_same_ports_is_refused_by_the_variables_names(stack, tmp_path):
+def test_a_second_stack_on_the_same_ports_is_refused_by_the_variables_names(stack: NativeStack, tmp_path: Path) -> None:
     second = NativeStack(stack.settings.model_copy(update={"home": tmp_path}))
     theirs = f"kafka of the stack in {stack.home}"
     with pytest.raises(ConfigError, match=rf"METERSTREAM_MQTT_PORT.*{theirs}.*METERSTREAM_KAFKA_PORT"):
@@ -126,9 +129,12 @@ def test_a_second_stack_on_the_same_ports_is_refused_by_the_variables_names(stac
     assert left_of(tmp_path) == []
 
 
-def test_alarms_that_stand_are_shown_and_acknowledged_by_the_beginning_of_their_ids(stack, monkeypatch):
+def test_alarms_that_stand_are_shown_and_acknowledged_by_the_beginning_of_their_ids(
+    stack: NativeStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     at = datetime(2024, 6, 10, 8, tzinfo=UTC)
-    life = {"alarm_type": "tamper", "severity": "error", "repeat_count": 0, "source": "meter_event", "updated_at": at}
+    life: dict[str, Any] = {"alarm_type": "tamper", "severity": "error", "repeat_count": 0, "source": "meter_event"}
+    life["updated_at"] = at
     stands, over = {"alarm_id": "0f3c", "meter_id": "m1"} | life, {"alarm_id": "77aa", "meter_id": "m2"} | life
     producer = Producer({"bootstrap.servers": stack.settings.kafka_bootstrap})
     for alarm, ended in [(stands, None), (over, None), (stands | {"repeat_count": 1}, None), (over, at)]:
@@ -138,7 +144,7 @@ def test_alarms_that_stand_are_shown_and_acknowledged_by_the_beginning_of_their_
     assert producer.flush(30) == 0
     monkeypatch.setenv("METERSTREAM_KAFKA_PORT", str(stack.settings.kafka_port))
 
-    def said(*arguments):
+    def said(*arguments: str) -> tuple[int, str]:
         found = CliRunner().invoke(app, arguments)
         return found.exit_code, found.output
 
@@ -159,15 +165,15 @@ def test_alarms_that_stand_are_shown_and_acknowledged_by_the_beginning_of_their_
     assert code == 2 and "2 alarms begin with" in shown
 
 
-def test_a_killed_broker_is_dead_until_it_is_started(stack):
-    os.kill(stack.pid("nats"), signal.SIGKILL)
+def test_a_killed_broker_is_dead_until_it_is_started(stack: NativeStack) -> None:
+    kill(stack, "nats")
     eventually(lambda: stack.dead(BROKERS) == ["nats"])
     assert stack.start(BROKERS) == ["nats"]
     stack.restart("nats")
     assert stack.dead(BROKERS) == []
 
 
-def test_a_process_that_dies_while_starting_shows_its_log_and_leaves_nothing(tmp_path):
+def test_a_process_that_dies_while_starting_shows_its_log_and_leaves_nothing(tmp_path: Path) -> None:
     broken = tmp_path / "broken-server"
     broken.write_text("#!/bin/sh\nsleep 100 &\necho no luck today; exit 3\n")
     broken.chmod(0o755)
@@ -178,7 +184,7 @@ def test_a_process_that_dies_while_starting_shows_its_log_and_leaves_nothing(tmp
     assert left_of(tmp_path) == []
 
 
-def test_ctrl_c_while_starting_leaves_nothing(own_stack):
+def test_ctrl_c_while_starting_leaves_nothing(own_stack: NativeStack) -> None:
     process = command(own_stack, "up", *BROKERS)
     eventually(lambda: own_stack.is_running("kafka"), 20)
     process.send_signal(signal.SIGINT)
@@ -186,24 +192,21 @@ def test_ctrl_c_while_starting_leaves_nothing(own_stack):
     assert left_of(own_stack.home) == []
 
 
-def test_up_leaves_a_supervisor_that_brings_back_what_was_killed(own_stack):
+def test_up_leaves_a_supervisor_that_brings_back_what_was_killed(own_stack: NativeStack) -> None:
     up = command(own_stack, "up", "nats")
     assert up.wait(150) == 0, up.communicate()
-    killed = own_stack.pid("nats")
-    os.kill(killed, signal.SIGKILL)
+    killed = kill(own_stack, "nats")
     eventually(lambda: own_stack.pid("nats") not in {None, killed}, 15)
     up = command(own_stack, "up", "kafka")  # and what is started later it looks after too
     assert up.wait(450) == 0, up.communicate()
-    killed = {own_stack.pid(name) for name in BROKERS}
-    for pid in killed:
-        os.kill(pid, signal.SIGKILL)
-    eventually(lambda: not {own_stack.pid(name) for name in BROKERS} & {None, *killed}, 60)
+    both = {kill(own_stack, name) for name in BROKERS}
+    eventually(lambda: not {own_stack.pid(name) for name in BROKERS} & {None, *both}, 60)
 
 
-def test_down_works_without_the_supervisor_and_says_so_when_nothing_runs(own_stack):
+def test_down_works_without_the_supervisor_and_says_so_when_nothing_runs(own_stack: NativeStack) -> None:
     up = command(own_stack, "up", "nats")
     assert up.wait(150) == 0, up.communicate()
-    os.kill(own_stack.pid("supervisor"), signal.SIGKILL)
+    kill(own_stack, "supervisor")
     down = command(own_stack, "down")
     assert "nats stopped" in down.communicate(timeout=150)[0]
     assert left_of(own_stack.home) == []
@@ -213,7 +216,7 @@ def test_down_works_without_the_supervisor_and_says_so_when_nothing_runs(own_sta
     assert again.returncode == 0
 
 
-def elsewhere(stack, *arguments, **variables):
+def elsewhere(stack: NativeStack, *arguments: str, **variables: str) -> tuple[int, str, str]:
     """A command in another shell, which knows the home and nothing else of the stack."""
     known = {name: value for name, value in os.environ.items() if not name.startswith("METERSTREAM_")}
     done = subprocess.run(
@@ -224,7 +227,7 @@ def elsewhere(stack, *arguments, **variables):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_another_shell_that_knows_the_home_alone_finds_the_stack_and_its_ports(own_stack):
+def test_another_shell_that_knows_the_home_alone_finds_the_stack_and_its_ports(own_stack: NativeStack) -> None:
     up = command(own_stack, "up", "nats")
     assert up.wait(150) == 0, up.communicate()
     _, out, _ = elsewhere(own_stack, "status", "--json")
@@ -236,7 +239,7 @@ def test_another_shell_that_knows_the_home_alone_finds_the_stack_and_its_ports(o
     assert (started["mode"], started["mqtt_port"]) == ("native", own_stack.settings.mqtt_port)
 
 
-def test_settings_that_contradict_what_runs_are_said_and_refused_where_they_would_act(own_stack):
+def test_settings_that_contradict_what_runs_are_said_and_refused_where_they_would_act(own_stack: NativeStack) -> None:
     up = command(own_stack, "up", "nats")
     assert up.wait(150) == 0, up.communicate()
     told = f"METERSTREAM_MQTT_PORT is 1, and the stack in {own_stack.home} was started with "
@@ -249,7 +252,7 @@ def test_settings_that_contradict_what_runs_are_said_and_refused_where_they_woul
     assert code == 2 and "MODE is docker, and the stack in" in err
 
 
-def test_a_replay_goes_to_the_stack_of_the_home(own_stack, tmp_path):
+def test_a_replay_goes_to_the_stack_of_the_home(own_stack: NativeStack, tmp_path: Path) -> None:
     own_stack.start(["nats"])
     small_tape.write(tmp_path / "tape")
     known = {name: value for name, value in os.environ.items() if not name.startswith("METERSTREAM_")}
@@ -261,7 +264,7 @@ def test_a_replay_goes_to_the_stack_of_the_home(own_stack, tmp_path):
     assert json.loads(replay.stdout)["is_whole"], replay.stderr
 
 
-def test_the_lake_of_the_home_answers_sql(tmp_path):
+def test_the_lake_of_the_home_answers_sql(tmp_path: Path) -> None:
     stack = fresh_stack(tmp_path)
     code, out, _ = elsewhere(stack, "sql", "--json", "SELECT count(*) AS n FROM readings")
     assert (code, out) == (0, '{"n": 0}\n')

@@ -303,6 +303,29 @@ OLD = {
 }
 """Words of before → the trade's."""
 
+OLD_NAMES = {"told", "moved", "of", "books", "Books", "Advance", "box"}
+"""Names that had several meanings each: nothing of ours is called so."""
+LONGEST = 500  # lines of a file whose first line gives no reason for more
+
+
+def old_names(source: str) -> set[str]:
+    """Names of `OLD_NAMES` that a source gives to something of its own."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found & OLD_NAMES
+
+
+def too_long(source: str) -> bool:
+    """Whether a file is long, and its first line does not say why."""
+    lines = source.splitlines()
+    return len(lines) > LONGEST and "in one file:" not in lines[0]
+
 
 def wrong_citations(text: str, root: Path) -> list[str]:
     """Files and headings that a text names and the repository does not have."""
@@ -326,6 +349,28 @@ def test_what_a_text_cites_is_there_and_no_old_word_is_left(path: Path) -> None:
     text = path.read_text()
     assert wrong_citations(text, ROOT) == []
     assert [word for word in OLD if re.search(rf"\b{word}\b", text)] == []
+
+
+@pytest.mark.parametrize(
+    "path", modules(*MAY_IMPORT, "bench", "tools", "tests"), ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+def test_a_name_has_one_meaning_and_a_file_is_no_longer_than_its_reason(path: Path) -> None:
+    assert old_names(path.read_text()) == set()
+    assert not too_long(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "source", ["told = 1", "def f(of): ...", "class Books: ...", "for moved in x: ...", "def of(): ..."]
+)
+def test_a_name_of_several_meanings_is_found(source: str) -> None:
+    assert old_names(source)
+    assert not old_names("from rich import box\nx = box.SIMPLE, y.told")
+
+
+def test_a_long_file_without_a_reason_is_found() -> None:
+    assert too_long("x = 1\n" * (LONGEST + 1))
+    assert not too_long("x = 1\n" * LONGEST)
+    assert not too_long('"""All cases of a grammar in one file: they share a table."""\n' * (LONGEST + 1))
 
 
 def test_a_citation_of_nothing_is_found() -> None:

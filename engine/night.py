@@ -227,7 +227,7 @@ def _read(session: SparkSession, name: str, date: datetime.date, days_before: in
     if not parts:
         msg = f"report {name} has nothing for {date.isoformat()}: run its job for that date first"
         raise ConfigError(msg)
-    return session.read.parquet(*parts)
+    return session.read.schema(spark_schema(REPORTS[name])).parquet(*parts)
 
 
 def publish(session: SparkSession, job: BatchJob, date: datetime.date, limits: ClockSettings) -> int:

@@ -160,7 +160,7 @@ def staged(plan: BatchPlan, table: str) -> pl.DataFrame:
     """The rows of a table that the partitions have written."""
     parts = sorted((plan.staging / table).glob("date=*/*.parquet"))
     schema = polars_schema(TABLES[table])
-    return pl.concat([pl.DataFrame(schema=schema), *[pl.read_parquet(part, hive_partitioning=False) for part in parts]])
+    return pl.concat([schema.to_frame(), *[pl.read_parquet(part, hive_partitioning=False) for part in parts]])
 
 
 def _keep_state(state: Frames, known: Frames, partition: str, kinds: Mapping[str, pl.Schema], plan: BatchPlan) -> None:

@@ -1,11 +1,11 @@
 """The lake by SQL: DuckDB over the plain globs, so that we see what everyone sees; what must hold in any lake."""
 
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import polars as pl
 
 from lake.paths import glob_of, table_path
 from lake.reading import newest_registry, registry_files
@@ -35,18 +35,23 @@ class AccountingLine:
         return self.received == self.stored + self.duplicate + self.late + self.quarantined + self.invalid
 
 
+def rows_of(files: str) -> str:
+    """The SQL that reads files of a table or report; a column that some of them were written before is null there."""
+    return f"FROM read_parquet('{files}', union_by_name = true)"
+
+
 def open_lake() -> duckdb.DuckDBPyConnection:
     """A connection with a view per table, over its plain glob, and `newest_registry`: the newest row of each meter."""
     connection = duckdb.connect()
     connection.execute("SET TimeZone = 'UTC'")
     connection.execute(f"SET temp_directory = '{home() / 'staging' / 'duckdb'}'")
     for table in TABLES:
-        if any(table_path(table).glob("date=*/*.parquet")):
-            connection.execute(f"CREATE VIEW {table} AS FROM read_parquet('{glob_of(table_path(table))}')")
-        else:
-            schema = polars_schema(TABLES[table])
-            connection.register(f"no_{table}", pl.DataFrame(schema=schema).to_arrow())
-            connection.execute(f"CREATE VIEW {table} AS FROM no_{table}")
+        connection.register(f"no_{table}", polars_schema(TABLES[table]).to_frame().to_arrow())
+        rows = f"FROM no_{table}"
+        for files in (glob_of(table_path(table)), str(table_path(table) / "*.parquet")):  # those of a current table
+            if glob(files):
+                rows += f" UNION ALL BY NAME {rows_of(files)}"
+        connection.execute(f"CREATE VIEW {table} AS {rows}")
     connection.register("newest_registry", newest_registry(registry_files()).to_arrow())
     return connection
 

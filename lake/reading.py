@@ -59,20 +59,28 @@ def registry_files() -> RegistryFiles:
 @lru_cache(maxsize=1)
 def newest_registry(files: RegistryFiles) -> pl.DataFrame:
     """`read_registry` without Spark; read once per process and change of the files."""
-    schema = polars_schema(TABLES["registry"])
-    if not files:
-        return pl.DataFrame(schema=schema)
-    return usable(newest(pl.read_parquet([path for path, _ in files], columns=schema.names())))
+    return usable(newest(_registry(files).collect()))
 
 
 def registered(meter_ids: pl.Series) -> pl.DataFrame:
     """The newest row of each of these meters as it was registered, with the `file` that has it."""
-    schema = {**polars_schema(TABLES["registry"]), "file": pl.String()}
-    files = [path for path, _ in registry_files()]
-    if not files:
-        return pl.DataFrame(schema=schema)
     is_one = pl.col("meter_id").is_in(meter_ids.implode())
-    return newest(pl.scan_parquet(files, include_file_paths="file").filter(is_one).select(*schema).collect())
+    return newest(_registry(registry_files(), with_file=True).filter(is_one).collect())
+
+
+def _registry(files: RegistryFiles, with_file: bool = False) -> pl.LazyFrame:
+    """All rows of the registry; a column that a file was written before is null there."""
+    schema = polars_schema(TABLES["registry"])
+    if not files:
+        return pl.LazyFrame(schema={**schema, "file": pl.String()} if with_file else schema)
+    return pl.scan_parquet(
+        [path for path, _ in files],
+        schema=schema,
+        hive_partitioning=False,
+        missing_columns="insert",
+        extra_columns="ignore",
+        include_file_paths="file" if with_file else None,
+    )
 
 
 def read_registry(session: SparkSession) -> DataFrame:

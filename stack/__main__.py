@@ -452,7 +452,7 @@ def sql(
     """
     import duckdb
 
-    from lake.queries import open_lake
+    from lake.queries import open_lake, rows_of
 
     def work() -> None:
         stack = _stack()
@@ -465,9 +465,8 @@ def sql(
         with open_lake() as lake:
             for report in sorted(path.name for path in report_path("").glob("*_v*")):
                 if any(report_path(report).glob("date=*/*.parquet")):
-                    files = f"FROM read_parquet('{glob_of(report_path(report))}')"
                     for name in (report, report.rpartition("_v")[0]):  # the newest version, without its number
-                        lake.execute(f'CREATE OR REPLACE VIEW "{name}" AS {files}')
+                        lake.execute(f'CREATE OR REPLACE VIEW "{name}" AS {rows_of(glob_of(report_path(report)))}')
             try:
                 rows = lake.sql(query)
                 if rows is None:

@@ -70,7 +70,7 @@ def main(
     mode: Annotated[str, typer.Option(help="native: processes; docker: containers.")] = "native",
     cluster: Annotated[bool, typer.Option(help="Spark's jobs on a master and two workers.")] = False,
 ) -> None:
-    """Runs the whole chain on a day of a real low-voltage grid, or on a log of your own, and proves the result.
+    """Runs the whole chain on a day of a simulated low-voltage grid, or on a log of your own, and proves the result.
 
     Examples: make demo; make demo METERS=100; make demo LOG=meter.txt FORMAT=dsmr; make demo MODE=docker CLUSTER=1
     """

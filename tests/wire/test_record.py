@@ -81,9 +81,9 @@ def sent_streams(sink: Kept) -> dict[str, pl.DataFrame]:
     frames = {}
     for kind in ("readings", "events"):
         rows = []
-        for of, meter_id, _, payload in sink.sent:
+        for sent_kind, meter_id, _, payload in sink.sent:
             try:
-                row = decode(payload, kind.removesuffix("s")) if of == kind else {}
+                row = decode(payload, kind.removesuffix("s")) if sent_kind == kind else {}
             except InvalidMessage:
                 continue
             if row.get("meter_id") == meter_id:

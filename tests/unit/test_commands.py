@@ -85,8 +85,8 @@ def test_a_second_driver_of_a_job_is_told_so_before_it_touches_anything(
         assert is_alone
         command = [sys.executable, "-m", "streaming_jobs.voltage_deviation", "--kafka-bootstrap", "localhost:1"]
         found = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
-    refusal = f"error: voltage_deviation runs in another process with METERSTREAM_HOME={tmp_path}; stop that one first\n"
-    assert (found.returncode, found.stderr) == (1, refusal)
+    why = f"voltage_deviation runs in another process with METERSTREAM_HOME={tmp_path}; stop that one first"
+    assert (found.returncode, found.stderr) == (1, f"error: {why}\n")
 
 
 @pytest.mark.parametrize(

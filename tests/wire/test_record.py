@@ -154,10 +154,10 @@ def test_a_recording_that_lacks_records_of_its_run_says_how_many(broker: Broker)
     sent = broker.ledger.readings + broker.ledger.events
     whole = CliRunner().invoke(app, command)
     assert (whole.exit_code, f"{sent:,} records of the {sent:,} that run a sent" in whole.stdout) == (0, True)
-    book = run_folder("a") / "run.json"
-    kept = book.read_text()
-    book.write_text(json.dumps({**json.loads(kept), "records": broker.ledger.records + 1}))
+    run_file = run_folder("a") / "run.json"
+    kept = run_file.read_text()
+    run_file.write_text(json.dumps({**json.loads(kept), "records": broker.ledger.records + 1}))
     part = CliRunner().invoke(app, command)
-    book.write_text(kept)
+    run_file.write_text(kept)
     assert (part.exit_code, f"{sent:,} records of the {sent + 1:,} that run a sent" in part.stdout) == (1, True)
     assert "1 records of run a are not in Kafka yet" in part.stderr

@@ -49,5 +49,5 @@ def producer_jars() -> Path:
     module = ROOT / "bench" / "ivy.xml"
     with setting_up():
         setup.step("Bench jars", setup.digest(module.read_bytes()),
-                   lambda told: setup.fetch_jars(java_program(), module, ("bench",), told))  # fmt: skip
+                   lambda show: setup.fetch_jars(java_program(), module, ("bench",), show))  # fmt: skip
     return setup.JARS / "bench"

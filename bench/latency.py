@@ -53,14 +53,14 @@ class Measured:
     Attributes:
         way: one of `WAYS`.
         sent: events after the warm-up.
-        told: how many of them came out.
+        received: how many of them came out.
         p50_ms: median latency; the others the same way.
         load: load average at the round's begin: what else the machine did.
     """
 
     way: str
     sent: int
-    told: int
+    received: int
     p50_ms: float
     p99_ms: float
     max_ms: float
@@ -72,15 +72,15 @@ def _job(way: str, variables: dict[str, str], home: Path) -> Iterator[None]:
     """A contender, ready; with a home of its own it begins at the end of the topics."""
     home.mkdir()
     ready = home / "run" / "critical_events.ready"
-    told = home / "critical.log"
-    with told.open("ab") as log:
+    log_file = home / "critical.log"
+    with log_file.open("ab") as log:
         own = {**variables, "METERSTREAM_HOME": str(home)}
         process = subprocess.Popen(WAYS[way], env=own, stdout=log, stderr=log, cwd=ROOT)
         try:
             until = time.monotonic() + START_S
             while not ready.exists():
                 if process.poll() is not None or time.monotonic() > until:
-                    msg = f"{way} did not start:\n{told.read_text()[-2_000:]}"
+                    msg = f"{way} did not start:\n{log_file.read_text()[-2_000:]}"
                     raise RetryLater(msg)
                 time.sleep(0.1)
             yield
@@ -173,11 +173,11 @@ def main(
             return
         table = Table(box=box.SIMPLE, title=f"{rate:,} events/s for {seconds} s, from append to receipt")
         table.add_column("contender")
-        for name in ("told", "p50 ms", "p99 ms", "max ms", "load before"):
+        for name in ("received", "p50 ms", "p99 ms", "max ms", "load before"):
             table.add_column(name, justify="right")
         for one in done:
             figures = [f"{one.p50_ms:.1f}", f"{one.p99_ms:.1f}", f"{one.max_ms:.1f}", f"{one.load:.1f}"]
-            table.add_row(one.way, f"{one.told:,} of {one.sent:,}", *figures)
+            table.add_row(one.way, f"{one.received:,} of {one.sent:,}", *figures)
         console.print(table)
 
 

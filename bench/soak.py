@@ -67,7 +67,7 @@ def _replayed(variables: dict[str, str], meters: int, prefix: str, *how: str) ->
         raise RetryLater(FAILED)
 
 
-def _told(stack: NativeStack) -> list[JobMetrics]:
+def _metrics(stack: NativeStack) -> list[JobMetrics]:
     return jobs(metrics_text(stack.settings.metrics_port) or "")
 
 
@@ -86,15 +86,15 @@ def sustained(stack: NativeStack, variables: dict[str, str], meters: int) -> flo
     _replayed(variables, meters, "w", "--duration", "10m", "--speed", "max")  # the jobs are awake then
     _wait_for_no_lag(stack)
     _replayed(variables, meters, "f", "--duration", f"{FLAT_OUT_STEPS * STEP_S}s", "--speed", "max")
-    before, began = {job.job: job.records for job in _told(stack)}, time.monotonic()
+    before, began = {job.job: job.records for job in _metrics(stack)}, time.monotonic()
     _wait_for_no_lag(stack)
-    took = [job.records - before.get(job.job, 0) for job in _told(stack) if job.job != "alarms"]
+    took = [job.records - before.get(job.job, 0) for job in _metrics(stack) if job.job != "alarms"]
     return min(took) / (time.monotonic() - began)
 
 
 def _wait_for_no_lag(stack: NativeStack) -> None:
     until = time.monotonic() + SETTLED_S
-    while _lag(_told(stack)) != 0:
+    while _lag(_metrics(stack)) != 0:
         time.sleep(0.5)
         if time.monotonic() > until:
             msg = f"the jobs still lag after {SETTLED_S:.0f} s: see {stack.home / 'logs'}"
@@ -145,10 +145,10 @@ def slope_an_hour(at_s: pl.Series, values: pl.Series) -> tuple[float, float]:
     return float(rise), float(covariance[0, 0] ** 0.5)
 
 
-def sample(stack: NativeStack, told_now: list[JobMetrics], at_s: float) -> list[dict[str, float | str | None]]:
-    """What there is to see now, with what the jobs have told: rows of (at_s, of, what, value)."""
+def sample(stack: NativeStack, metrics: list[JobMetrics], at_s: float) -> list[dict[str, float | str | None]]:
+    """What there is to see now, with what the jobs have told: rows of (at_s, part, what, value)."""
     seen: dict[tuple[str, str], float | None] = {}
-    for job in told_now:
+    for job in metrics:
         seen[job.job, "lag, records"] = job.lag_records
         seen[job.job, "batch, s"] = job.batch_seconds
         seen[job.job, "state, rows"] = job.state_rows
@@ -159,7 +159,7 @@ def sample(stack: NativeStack, told_now: list[JobMetrics], at_s: float) -> list[
     seen["machine", "load"] = os.getloadavg()[0]  # what else it has to do shows in every other figure
     lake = list((stack.home / "lake").rglob("*.parquet"))
     seen["lake", "files"] = len(lake)
-    return [{"at_s": at_s, "of": of, "what": what, "value": value} for (of, what), value in seen.items()]
+    return [{"at_s": at_s, "part": part, "what": what, "value": value} for (part, what), value in seen.items()]
 
 
 def looks(stack: NativeStack, replay: subprocess.Popen[bytes], seconds: float, every_s: float) -> list[dict[str, Any]]:
@@ -172,18 +172,18 @@ def looks(stack: NativeStack, replay: subprocess.Popen[bytes], seconds: float, e
     moments = random.Random(SEED)
     trees = {"driver": stack.pid("streaming"), "kafka": stack.pid("kafka"), "replay": replay.pid}
     began = before = time.monotonic()
-    busy = {of: busy_s(pid) for of, pid in trees.items()}
+    busy = {part: busy_s(pid) for part, pid in trees.items()}
     while (left := began + seconds - time.monotonic()) > 0:
         time.sleep(min(moments.uniform(0.5, 1.5) * every_s, left))
-        now, told_now = time.monotonic(), _told(stack)
-        rows += sample(stack, told_now, now - began)
-        used = {of: busy_s(pid) for of, pid in trees.items()}
+        now, metrics = time.monotonic(), _metrics(stack)
+        rows += sample(stack, metrics, now - began)
+        used = {part: busy_s(pid) for part, pid in trees.items()}
         rows += [
-            {"at_s": now - began, "of": of, "what": "cores", "value": (used[of] - busy[of]) / (now - before)}
-            for of in trees
+            {"at_s": now - began, "part": part, "what": "cores", "value": (used[part] - busy[part]) / (now - before)}
+            for part in trees
         ]
         before, busy = now, used
-        lag = _lag(told_now)
+        lag = _lag(metrics)
         progress.print(f"{(now - began) / 60:5.1f} min, lag {'?' if lag is None else f'{lag:,}'}")
         if replay.poll():
             raise RetryLater(FAILED)
@@ -191,7 +191,7 @@ def looks(stack: NativeStack, replay: subprocess.Popen[bytes], seconds: float, e
 
 
 def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
-    return pl.DataFrame(rows, schema={"at_s": pl.Float64, "of": pl.String, "what": pl.String, "value": pl.Float64})
+    return pl.DataFrame(rows, schema={"at_s": pl.Float64, "part": pl.String, "what": pl.String, "value": pl.Float64})
 
 
 def _mean(values: pl.Series) -> float | None:
@@ -204,13 +204,13 @@ def show(samples: pl.DataFrame, restarted: pl.DataFrame, rate: float, sent: floa
     hours = samples.select(pl.max("at_s")).item() / 3600
     title = f"{hours:.2f} h at {sent:,.0f} readings/s, sustained {rate:,.0f}/s"
     table = Table(box=box.SIMPLE, title=title)
-    for column in ("of", "figure", "first tenth", "last tenth", "restarted", "most", "rise an hour"):
-        table.add_column(column, justify="left" if column in ("of", "figure") else "right")
-    for (of, what), rows in samples.group_by("of", "what", maintain_order=True):
+    for column in ("part", "figure", "first tenth", "last tenth", "restarted", "most", "rise an hour"):
+        table.add_column(column, justify="left" if column in ("part", "figure") else "right")
+    for (part, what), rows in samples.group_by("part", "what", maintain_order=True):
         values, tenth = rows["value"].drop_nulls(), max(1, len(rows) // 10)
         if values.is_empty():
             continue
-        again = restarted.filter(pl.col("of") == of, pl.col("what") == what)["value"]
+        again = restarted.filter(pl.col("part") == part, pl.col("what") == what)["value"]
         figures = [
             _mean(values.head(tenth)),
             _mean(values.tail(tenth)),
@@ -219,7 +219,7 @@ def show(samples: pl.DataFrame, restarted: pl.DataFrame, rate: float, sent: floa
         ]
         rise, error = slope_an_hour(rows["at_s"], rows["value"])
         cells = ["" if figure is None else f"{figure:,.2f}" for figure in figures]
-        table.add_row(str(of), str(what), *cells, f"{rise:+,.2f} ± {error:,.2f}")
+        table.add_row(str(part), str(what), *cells, f"{rise:+,.2f} ± {error:,.2f}")
     console.print(table)
 
 
@@ -266,8 +266,8 @@ def main(
                 shutil.rmtree(folder, ignore_errors=True)
         show(_frame(rows), _frame(restarted), rate, sent)
         if as_json:
-            told_all = {"sustained_per_s": rate, "sent_per_s": sent, "samples": rows, "restarted": restarted}
-            sys.stdout.write(json.dumps(told_all) + "\n")
+            result = {"sustained_per_s": rate, "sent_per_s": sent, "samples": rows, "restarted": restarted}
+            sys.stdout.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def kill_and_restart(contestant: Contestant, run: Run) -> tuple[int, int]:
 
     Raises:
         RetryLater: it ended before the kill, or failed after it.
-        ContractBroken: the books do not have each record once.
+        ContractBroken: the accounting does not have each record once.
     """
     with started(contestant, run) as one:
         while one.done < run.records / 2:
@@ -219,9 +219,9 @@ def kill_and_restart(contestant: Contestant, run: Run) -> tuple[int, int]:
         if one.process.wait(LONGEST_S):
             msg = f"{contestant.name} ended with {one.process.returncode} after it was killed:"
             raise one.problem(msg)
-    books = pl.read_parquet(run.out / "home" / "lake" / "accounting" / "date=*" / "*.parquet")
-    if (received := books.get_column("received").sum()) != run.records:
-        msg = f"{contestant.name}: the books have {received:,} of {run.records:,} records after a kill"
+    accounting = pl.read_parquet(run.out / "home" / "lake" / "accounting" / "date=*" / "*.parquet")
+    if (received := accounting.get_column("received").sum()) != run.records:
+        msg = f"{contestant.name}: the accounting has {received:,} of {run.records:,} records after a kill"
         raise ContractBroken(msg)
     return begun, committed
 

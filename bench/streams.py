@@ -94,13 +94,13 @@ def main(
                             this = replace(run, work=work)
                             if kill:
                                 begun, committed = kill_and_restart(contestant, this)
-                                told = f"killed in batch {begun} after {committed} was committed, restarted: exact"
+                                outcome = f"killed in batch {begun} after {committed} was committed, restarted: exact"
                             else:
                                 done.append(measure(contestant, this, warm_up))
-                                told = f"{done[-1].per_cpu_s / 1e3:.0f} k per CPU-s, {done[-1].wall_s:.0f} s"
+                                outcome = f"{done[-1].per_cpu_s / 1e3:.0f} k per CPU-s, {done[-1].wall_s:.0f} s"
                             check(contestant, this)
                             forget_peers(bootstrap)
-                            progress.print(f"{number + 1}/{rounds} {work} {shape.name}: {contestant.name}: {told}")
+                            progress.print(f"{number + 1}/{rounds} {work} {shape.name}: {contestant.name}: {outcome}")
                             if not keep:
                                 shutil.rmtree(this.out)
                             else:

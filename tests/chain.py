@@ -46,12 +46,12 @@ STORED = {
     "readings": "meter_id, observed_at, seq, import_t1_wh, voltage_l1_mv",
     "quarantined_readings": "meter_id, observed_at, stage, reason",
 }
-"""What may not change by a kill: distinct rows of these columns, less what the books call duplicates."""
+"""What may not change by a kill: distinct rows of these columns, less what the accounting calls duplicates."""
 
 
 @dataclass
 class Result:
-    books: dict[str, AccountingLine]
+    accounting: dict[str, AccountingLine]
     rows: dict[str, list[tuple[Any, ...]]]
     problems: list[str]
     energy_wh: tuple[int, int]
@@ -159,9 +159,9 @@ class WholeChain:
 
     def test_everything_that_was_sent_is_accounted_for(self, clean: Result) -> None:
         assert clean.problems == []
-        assert clean.books["readings_lake"].received == SENT
+        assert clean.accounting["readings_lake"].received == SENT
         assert clean.energy_wh[0] == clean.energy_wh[1] > 0
-        assert all(line.duplicate == line.late == 0 for line in clean.books.values())
+        assert all(line.duplicate == line.late == 0 for line in clean.accounting.values())
 
     def test_each_kind_of_bad_record_ends_with_its_reason(self, clean: Result) -> None:
         reasons = sorted(reason for _, reason, *_ in clean.rows["dead_letters"])
@@ -172,8 +172,8 @@ class WholeChain:
             ("derived_alarms", "impossible_clock"),
             ("voltage_deviation", "impossible_clock"),
         ]
-        assert clean.books["readings_lake"].invalid == 3
-        assert clean.books["consumption_deltas"].quarantined == 1
+        assert clean.accounting["readings_lake"].invalid == 3
+        assert clean.accounting["consumption_deltas"].quarantined == 1
 
     @pytest.mark.long
     def test_a_kill_in_the_middle_changes_nothing_that_is_stored(
@@ -184,8 +184,8 @@ class WholeChain:
         assert after.energy_wh == clean.energy_wh
         for table, rows in clean.rows.items():
             assert after.rows[table] == rows, table
-        for stage, line in clean.books.items():
-            books = after.books[stage]
-            assert (books.stored, books.invalid, books.quarantined) == (line.stored, line.invalid, line.quarantined)
-            assert books.late == line.late
-            assert books.received == line.received + books.duplicate
+        for stage, line in clean.accounting.items():
+            again = after.accounting[stage]
+            assert (again.stored, again.invalid, again.quarantined) == (line.stored, line.invalid, line.quarantined)
+            assert again.late == line.late
+            assert again.received == line.received + again.duplicate

@@ -54,7 +54,7 @@ class Settling:
             source = self.job.source(topic)
             is_here = (pc.field("topic") == topic) & (pc.field("partition") == partition)
             done = settled(records.filter(is_here), self.job, source, self.registry, state, context)
-            self.states[topic, partition] = {kind: done.state[kind].cast(of) for kind, of in source.kept.items()}
+            self.states[topic, partition] = {kind: done.state[kind].cast(kept) for kind, kept in source.kept.items()}
             for name, frame in done.tables.items():
                 tables[name].append(frame)
             tables[ACCOUNTING].append(done.accounting)

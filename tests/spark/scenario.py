@@ -146,7 +146,7 @@ def stream(job: StreamingJob, folder: Path) -> dict[str, list[dict[str, Any]]]:
             rows += of_topic
         for name, frame in settling.batch(kafka_table(rows), close_all=batch == "flush").items():
             found[name] = [*([] if name in job.current else found[name]), *frame.to_dicts()]
-    found["accounting"] = books(found["accounting"])
+    found["accounting"] = summed(found["accounting"])
     return found
 
 
@@ -168,8 +168,8 @@ def at_once(session: SparkSession, folder: Path) -> dict[str, list[dict[str, Any
     registry = session.createDataFrame(table("registry", folder / "when" / "registry.csv"))
     far_out_pct = critical_events.CriticalSettings.model_fields["far_out_pct"].default
     records = critical_events.transform(session.createDataFrame(rows, spark_schema(KAFKA)), registry, far_out_pct)
-    told = critical_events.framed(records).collect()
-    return {critical_events.NAME: [decode(bytes(row.value), CRITICAL_EVENTS.entity) for row in told]}
+    framed = critical_events.framed(records).collect()
+    return {critical_events.NAME: [decode(bytes(row.value), CRITICAL_EVENTS.entity) for row in framed]}
 
 
 def night(session: SparkSession, job: BatchJob, folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -187,7 +187,7 @@ def night(session: SparkSession, job: BatchJob, folder: Path) -> dict[str, list[
     return {job.name: rows_of(job, lake, registry, day, ClockSettings()).toArrow().to_pylist()}
 
 
-def books(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     totals: dict[tuple[str | None, str], int] = {}
     for line in lines:
         key = (line["run_id"], line["bucket"])

@@ -38,7 +38,7 @@ Undisturbed = Callable[[StreamingJob], dict[str, Any]]
 def undisturbed(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     found: dict[str, dict[str, Any]] = {}
 
-    def of(job: StreamingJob) -> dict[str, Any]:
+    def tables(job: StreamingJob) -> dict[str, Any]:
         if job.name not in found:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("METERSTREAM_HOME", str(tmp_path_factory.mktemp(job.name)))
@@ -47,7 +47,7 @@ def undisturbed(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -
                 found[job.name] = lake(run(spark, feed, job))
         return found[job.name]
 
-    return of
+    return tables
 
 
 class Mortal:
@@ -79,11 +79,11 @@ class Mortal:
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
-def test_every_record_is_in_the_books_once(undisturbed: Undisturbed, job: StreamingJob) -> None:
-    books = undisturbed(job)["accounting"]
-    assert sum(line[3] for line in books) == sum(len(batch) for batch in batches())
-    assert all(line[3] == sum(line[4:]) for line in books)
-    assert sum(line[-1] for line in books) == 1  # the poison
+def test_every_record_is_in_the_accounting_once(undisturbed: Undisturbed, job: StreamingJob) -> None:
+    accounting = undisturbed(job)["accounting"]
+    assert sum(line[3] for line in accounting) == sum(len(batch) for batch in batches())
+    assert all(line[3] == sum(line[4:]) for line in accounting)
+    assert sum(line[-1] for line in accounting) == 1  # the poison
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
@@ -125,11 +125,11 @@ def test_a_lost_state_stops_the_query_and_names_the_repair(spark: SparkSession, 
     feed.add(batches()[1])
     with pytest.raises(StreamingQueryException) as caught:
         run(spark, feed, job)
-    told = ended(job.name, str(caught.value))
-    assert isinstance(told, StateLost)
+    error = ended(job.name, str(caught.value))
+    assert isinstance(error, StateLost)
     assert re.fullmatch(
-        rf"{job.name}: (its|the) state .*0.* Repair: (stop the jobs, remove|from the beginning).*", str(told)
-    ), told
+        rf"{job.name}: (its|the) state .*0.* Repair: (stop the jobs, remove|from the beginning).*", str(error)
+    ), error
     assert rows("readings") == before
 
 

@@ -35,15 +35,15 @@ def test_the_quick_bench_prints_a_table_and_ends_with_a_line_of_json(tmp_path: P
     assert done.returncode == 0, done.stderr
     *shown, last = done.stdout.splitlines()
     assert any("records per CPU-second" in line for line in shown)
-    told = json.loads(last)
-    assert set(told) == {"machine", "load_at_end", "encode"}
-    assert {"cores", "cpu", "memory_gb", "kernel", "java", "python", "tape", "versions"} <= set(told["machine"])
-    assert len(told["encode"]["rows"]) == 3
-    for row in told["encode"]["rows"]:
+    result = json.loads(last)
+    assert set(result) == {"machine", "load_at_end", "encode"}
+    assert {"cores", "cpu", "memory_gb", "kernel", "java", "python", "tape", "versions"} <= set(result["machine"])
+    assert len(result["encode"]["rows"]) == 3
+    for row in result["encode"]["rows"]:
         assert row["records"] > 0
         assert len(row["wall_s"]) == len(row["cpu_s"]) == 2
         assert row["records_per_cpu_s"]["min"] <= row["records_per_cpu_s"]["median"] <= row["records_per_cpu_s"]["max"]
-    assert all(ratio["value"] > 0 for ratio in told["encode"]["ratios"])
+    assert all(ratio["value"] > 0 for ratio in result["encode"]["ratios"])
 
 
 def test_an_unknown_part_is_wrong_use() -> None:
@@ -90,15 +90,15 @@ def test_the_oracle_judges_each_record_as_it_comes_or_sorts_within_a_batch(tmp_p
     )
     file = tmp_path / "rows.parquet"
     rows.write_parquet(file)
-    told = ["meter_id", "delta_wh", *REASONS]
-    assert expected("deltas", file).select(told).rows() == [("m1", 30, 1, 2, 1, 1)]
+    columns = ["meter_id", "delta_wh", *REASONS]
+    assert expected("deltas", file).select(columns).rows() == [("m1", 30, 1, 2, 1, 1)]
     healed = pl.DataFrame({"partition": [0], "batch": [0], "end_offset": [5]})
-    assert expected("deltas", file, healed).select(told).rows() == [("m1", 30, 1, 3, 1, 0)]
+    assert expected("deltas", file, healed).select(columns).rows() == [("m1", 30, 1, 3, 1, 0)]
     cut = pl.DataFrame({"partition": [0, 0], "batch": [0, 1], "end_offset": [2, 5]})
-    assert expected("deltas", file, cut).select(told).rows() == [("m1", 30, 1, 2, 1, 1)]
+    assert expected("deltas", file, cut).select(columns).rows() == [("m1", 30, 1, 2, 1, 1)]
     windows = expected("windows", file).filter(phase="L2").sort("window_us")
-    told = ["sample_count", "min_mv", "max_mv", "mean_mv"]
-    assert windows.select(told).rows() == [(3, 230_000, 232_000, 231_000.0), (1, 230_002, 230_002, 230_002.0)]
+    columns = ["sample_count", "min_mv", "max_mv", "mean_mv"]
+    assert windows.select(columns).rows() == [(3, 230_000, 232_000, 231_000.0), (1, 230_002, 230_002, 230_002.0)]
 
 
 def test_what_differs_from_the_oracle_is_found(tmp_path: Path) -> None:
@@ -124,9 +124,9 @@ def test_what_differs_from_the_oracle_is_found(tmp_path: Path) -> None:
     "job", [*core.JOBS.values(), consumption_deltas.JOB, voltage_deviation.JOB], ids=lambda job: job.name
 )
 def test_our_contestants_read_the_topic_that_the_others_read(job: StreamingJob) -> None:
-    moved = own.of_topic(job, SHAPES[0].topic)
-    assert [topic.name for topic in moved.topics] == [SHAPES[0].topic]
-    assert moved.source(SHAPES[0].topic).transform is job.source(READINGS.name).transform
+    job_of_topic = own.of_topic(job, SHAPES[0].topic)
+    assert [topic.name for topic in job_of_topic.topics] == [SHAPES[0].topic]
+    assert job_of_topic.source(SHAPES[0].topic).transform is job.source(READINGS.name).transform
 
 
 ENDS = range(30, 870, 30)  # of the batches, offsets of each partition

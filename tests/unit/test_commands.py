@@ -85,19 +85,19 @@ def test_a_second_driver_of_a_job_is_told_so_before_it_touches_anything(
         assert is_alone
         command = [sys.executable, "-m", "streaming_jobs.voltage_deviation", "--kafka-bootstrap", "localhost:1"]
         found = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
-    told = f"error: voltage_deviation runs in another process with METERSTREAM_HOME={tmp_path}; stop that one first\n"
-    assert (found.returncode, found.stderr) == (1, told)
+    why = f"voltage_deviation runs in another process with METERSTREAM_HOME={tmp_path}; stop that one first"
+    assert (found.returncode, found.stderr) == (1, f"error: {why}\n")
 
 
 @pytest.mark.parametrize(
-    ("offsets", "metadata", "told"),
+    ("offsets", "metadata", "message"),
     [
         ("", '{"id":"x"}', "voltage_deviation: batch 0 was committed, and what it read cannot be read in "),
         ('v1\n{"batchTimestampMs":1}\n{}', "", "voltage_deviation: {}/metadata cannot be read. Repair: "),
     ],
 )
 def test_a_damaged_checkpoint_ends_a_driver_with_one_sentence_that_says_what_to_do(
-    tmp_path: Path, offsets: str, metadata: str, told: str
+    tmp_path: Path, offsets: str, metadata: str, message: str
 ) -> None:
     checkpoint = tmp_path / "state" / "checkpoints" / f"voltage_deviation-v{voltage_deviation.JOB.version}"
     for file, text in {"offsets/0": offsets, "commits/0": "v1\n{}", "metadata": metadata}.items():
@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_ends_a_driver_with_one_sentence_that_says_what_to_
     env = {**os.environ, "METERSTREAM_HOME": str(tmp_path)}
     found = subprocess.run(command, check=False, env=env, capture_output=True, text=True, timeout=300)
     assert found.returncode == 1
-    assert found.stderr.startswith("error: " + told.replace("{}", str(checkpoint)))
+    assert found.stderr.startswith("error: " + message.replace("{}", str(checkpoint)))
     assert len(found.stderr.splitlines()) == 1
 
 

@@ -91,10 +91,10 @@ def test_the_check_of_invalid_examples_passes_no_valid_one() -> None:
 
 def test_every_schema_has_examples_of_both_kinds_and_every_field_stands_in_one() -> None:
     for entity in {name for name, _ in SCHEMA_IDS.values()}:
-        of = [path for path in examples("valid") if path.parts[-3] == entity]
-        assert of, entity
+        valid = [path for path in examples("valid") if path.parts[-3] == entity]
+        assert valid, entity
         assert [path for path in examples("invalid") if path.parts[-3] == entity], entity
-        named = {name for path in of for name in json.loads(path.read_text())}
+        named = {name for path in valid for name in json.loads(path.read_text())}
         assert named == set(arrow_schema(entity).names)
 
 

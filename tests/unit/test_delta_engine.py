@@ -62,7 +62,7 @@ def reasons(found: list[dict[str, Any]]) -> list[tuple[str, int | None]]:
 
 def series(draw: st.DrawFn, meter_id: str, limits: Limits, ordered: bool) -> list[dict[str, Any]]:
     """Records of one meter as they come, with every fault."""
-    kinds = ["ok", "ok", "ok", "wild", "back", "fall", "exchange", "swap", "no_box", "empty", "again", "conflict"]
+    kinds = ["ok", "ok", "ok", "wild", "back", "fall", "exchange", "swap", "no_equipment", "empty", "again", "conflict"]
     moves = draw(
         st.lists(
             st.tuples(
@@ -73,11 +73,11 @@ def series(draw: st.DrawFn, meter_id: str, limits: Limits, ordered: bool) -> lis
             max_size=25,
         )
     )
-    wh, clock, boxes = draw(st.sampled_from([0, 500, 999_900, 99_999_990])), 0, ["a", "b", "c"]
-    box: str | None = "a"
+    wh, clock, equipments = draw(st.sampled_from([0, 500, 999_900, 99_999_990])), 0, ["a", "b", "c"]
+    equipment: str | None = "a"
     out: list[dict[str, Any]] = []
     for kind, amount, span in moves:
-        value, seconds, shown = wh + amount, clock + span, box
+        value, seconds, shown = wh + amount, clock + span, equipment
         if kind == "wild":
             value = wh + 10**7 + amount
         elif kind == "back":
@@ -85,11 +85,11 @@ def series(draw: st.DrawFn, meter_id: str, limits: Limits, ordered: bool) -> lis
         elif kind == "fall":  # a rollover where the register is nearly full, else a reset
             wh = value = amount % 7
         elif kind == "exchange":
-            box = shown = boxes[amount % 3]
+            equipment = shown = equipments[amount % 3]
             wh = value = amount * 1_000
         elif kind == "swap":
-            box = shown = draw(st.sampled_from(["a", "b", None]))
-        elif kind == "no_box":
+            equipment = shown = draw(st.sampled_from(["a", "b", None]))
+        elif kind == "no_equipment":
             shown = None
         elif kind == "early":
             seconds = clock - span
@@ -324,12 +324,12 @@ def test_a_step_has_the_reason_and_energy_of_the_domain_reference(
 @pytest.mark.parametrize("cuts", [[0, 3], [0, 1, 3], [0, 2, 3], [0, 1, 2, 3]], ids=str)
 def test_an_empty_equipment_id_is_none_at_all(cuts: list[int]) -> None:
     wide = {f"{register}_wh": None for register in REGISTERS}
-    boxes = ["a", "", "b"]
+    equipments = ["a", "", "b"]
     frame = pl.DataFrame(
         [
-            {**wide, "meter_id": "m1", "observed_at": at(n), "import_t1_wh": n, "equipment_id": box, "topic": "t",
+            {**wide, "meter_id": "m1", "observed_at": at(n), "import_t1_wh": n, "equipment_id": equipment, "topic": "t",
              "partition": 0, "offset": n, "quantum_wh": 1}
-            for n, box in enumerate(boxes)
+            for n, equipment in enumerate(equipments)
         ],
         schema=READINGS,
     )  # fmt: skip

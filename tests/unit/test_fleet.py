@@ -33,9 +33,9 @@ def sent(crew: Fleet, step: timedelta = STEP, kind: str = "readings") -> pl.Data
         0, (crew.last_at - crew.first_at) // timedelta(microseconds=1) + 1, step // timedelta(microseconds=1)
     ):
         after = crew.sent_before(kind, meters, end + step // timedelta(microseconds=1))
-        of = crew.pairs(kind, 0, len(crew), before, after)
-        rows = crew.readings(*of) if kind == "readings" else crew.events(*of)
-        pieces.append(rows.with_columns(due=pl.Series(crew.due(kind, *of))))
+        pairs = crew.pairs(kind, 0, len(crew), before, after)
+        rows = crew.readings(*pairs) if kind == "readings" else crew.events(*pairs)
+        pieces.append(rows.with_columns(due=pl.Series(crew.due(kind, *pairs))))
         before = after
     return pl.concat(pieces).sort("due", "meter", "seq")
 
@@ -186,7 +186,7 @@ def test_a_duration_is_of_the_log_for_every_meter_and_a_start_moves_the_clock(ta
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"loop": True}, "--duration"),
         ({"duration": timedelta(0)}, "more than 0"),
@@ -194,8 +194,8 @@ def test_a_duration_is_of_the_log_for_every_meter_and_a_start_moves_the_clock(ta
         ({"own_clock": True, "start": small_tape.BEGIN}, "no --start"),
     ],
 )
-def test_what_cannot_be_played_is_said(tape: Tape, wrong: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_what_cannot_be_played_is_said(tape: Tape, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         fleet(tape, **wrong)
 
 
@@ -245,9 +245,9 @@ def test_a_log_of_three_years_is_played_at_its_own_times_and_one_stamp_of_1970_m
     readings = sent(crew, timedelta(days=100))
     assert crew.first_at == small_tape.BEGIN
     assert len(readings) == 1_200
-    moved = readings.filter(pl.col("seq") != 700)
-    since = (moved.get_column("observed_at") - small_tape.BEGIN).dt.total_microseconds()
-    assert moved.get_column("due").equals(since, check_names=False)
+    others = readings.filter(pl.col("seq") != 700)
+    since = (others.get_column("observed_at") - small_tape.BEGIN).dt.total_microseconds()
+    assert others.get_column("due").equals(since, check_names=False)
 
 
 def test_a_meters_only_event_of_1970_does_not_begin_the_run(tape: Tape) -> None:
@@ -333,12 +333,12 @@ def test_a_copy_is_known_before_its_first_report_and_a_dead_phase_stays_dead(tap
 
 
 @pytest.mark.parametrize(
-    ("bent", "told"),
+    ("bent", "message"),
     [
         (lambda tape: replace(tape, registry=tape.registry.slice(0, 18)), "lacks 2 of its meters: home-18, home-19"),
         (lambda tape: tape, "more than the tape's"),
     ],
 )
-def test_nothing_of_a_tape_is_left_out_in_silence(tape: Tape, bent: Callable[[Tape], Tape], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_nothing_of_a_tape_is_left_out_in_silence(tape: Tape, bent: Callable[[Tape], Tape], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         fleet(bent(tape), duration=timedelta(days=2))

@@ -41,7 +41,7 @@ OPENED = {"Producer", "Consumer", "AdminClient"}
 NIGHT_WITHOUT = {f"engine.{name}" for name in ("stream", "partition_tasks", "batch", "job", "watermark", "checkpoint")}
 """Of the stream: the night needs none of it."""
 BANNED = {"utils", "util", "helpers", "helper", "common", "manager", "handler", "service", "processor", "base", "misc"}
-TOLD = ("Reads", "Writes", "Key", "Lateness", "Duplicates", "Restart")
+HEADINGS = ("Reads", "Writes", "Key", "Lateness", "Duplicates", "Restart")
 
 
 def modules(*packages: str) -> list[Path]:
@@ -124,9 +124,9 @@ def wrong_job(path: Path, source: str, scenarios: Path) -> list[str]:
     """What a job's module lacks."""
     tree = ast.parse(source)
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    told = ast.get_docstring(tree) or ""
+    docstring = ast.get_docstring(tree) or ""
     found = [f"has no {name}()" for name in ("transform", "main") if name not in functions]
-    found += [f"does not say {word}:" for word in TOLD if f"{word}:" not in told]
+    found += [f"does not say {word}:" for word in HEADINGS if f"{word}:" not in docstring]
     if not any((scenarios / path.stem).glob("given_*/when/*.csv")) or not any(
         (scenarios / path.stem).glob("given_*/then/*.csv")
     ):

@@ -14,13 +14,13 @@ def progress(start: dict[str, int] | None, end: dict[str, int], milliseconds: in
         "description": "Kafka", "numInputRows": 0, "inputRowsPerSecond": 0.0, "processedRowsPerSecond": 0.0,
         "startOffset": start and {"t": start}, "endOffset": {"t": end}, "latestOffset": {"t": end}, "metrics": {},
     }  # fmt: skip
-    told = {
+    fields = {
         "id": "00000000-0000-0000-0000-000000000001", "runId": "00000000-0000-0000-0000-000000000002", "name": "job",
         "timestamp": "2024-03-31T00:00:00.000Z", "batchId": 1, "batchDuration": milliseconds, "numInputRows": 0,
         "durationMs": {"triggerExecution": milliseconds}, "eventTime": {}, "stateOperators": [], "sources": [source],
         "sink": {"description": "foreach", "numOutputRows": -1, "metrics": {}}, "observedMetrics": {},
     }  # fmt: skip
-    return QueryProgressEvent(StreamingQueryProgress.fromJson(json.loads(json.dumps(told))))
+    return QueryProgressEvent(StreamingQueryProgress.fromJson(json.loads(json.dumps(fields))))
 
 
 def rate() -> float | None:

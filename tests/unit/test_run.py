@@ -98,11 +98,11 @@ def test_a_paced_run_takes_its_time_and_tells_its_lateness(tape: Path) -> None:
 def test_where_the_other_side_is_gone_the_ledger_says_what_it_has(tape: Path) -> None:
     with pytest.raises(RetryLater, match="gone"):
         play(Order(tape, "r1", "null", 500), Full)
-    told = Ledger(**json.loads((run_folder("r1") / "run.json").read_text()))
-    assert not told.is_whole
+    ledger = Ledger(**json.loads((run_folder("r1") / "run.json").read_text()))
+    assert not ledger.is_whole
     per_meter = pl.read_parquet(run_folder("r1") / "ledger.parquet")
     handed_over = int(per_meter.select(pl.sum_horizontal(pl.sum("readings", "events"))).item())
-    assert 1_000 < told.records < handed_over <= told.records + 20_000, "the block that failed may have gone out"
+    assert 1_000 < ledger.records < handed_over <= ledger.records + 20_000, "the block that failed may have gone out"
 
 
 def test_of_several_processes_the_one_that_fails_says_why(tape: Path) -> None:
@@ -252,11 +252,11 @@ def test_ctrl_c_ends_a_run_with_a_ledger_that_is_right(tape: Path, home: Path, p
         os.killpg(replay.pid, signal.SIGINT)
         out, _ = replay.communicate(timeout=300)
     assert replay.returncode == 130
-    told = Ledger(**json.loads(out))
-    assert not told.is_whole
+    ledger = Ledger(**json.loads(out))
+    assert not ledger.is_whole
     per_meter = pl.read_parquet(run_folder("r1") / "ledger.parquet")
-    assert told.records == int(per_meter.select(pl.sum_horizontal(pl.sum("readings", "events"))).item())
-    assert told.records < 20 * small_tape.READINGS
+    assert ledger.records == int(per_meter.select(pl.sum_horizontal(pl.sum("readings", "events"))).item())
+    assert ledger.records < 20 * small_tape.READINGS
 
 
 def test_a_runs_name_is_used_once(tape: Path) -> None:

@@ -202,9 +202,9 @@ def test_a_tap_change_moves_the_voltage_from_its_minute_on(small: Simulation) ->
         small.readings.filter(pc.equal(small.readings["meter_id"], "simbench-0001")).to_pandas(),
     )
     rows = before.merge(after, on="observed_at")
-    moved = rows.voltage_l1_mv_x / rows.voltage_l1_mv_y - 1
-    assert moved[rows.observed_at < at].abs().max() == 0
-    assert moved[rows.observed_at >= at].mean() == pytest.approx(-0.025, abs=0.002)
+    change = rows.voltage_l1_mv_x / rows.voltage_l1_mv_y - 1
+    assert change[rows.observed_at < at].abs().max() == 0
+    assert change[rows.observed_at >= at].mean() == pytest.approx(-0.025, abs=0.002)
     assert fleet.truth["tap_changes"].to_pylist()[1]["at"] == at
 
 
@@ -315,9 +315,9 @@ def test_a_voltage_below_the_limit_gives_a_caution_and_its_end() -> None:
     )
     changes = [TapChange(BEGIN + timedelta(hours=1), -4), TapChange(BEGIN + timedelta(hours=2), 0)]
     events = meters_of(low, changes=changes).events.to_pandas()
-    told = events[events.dialect == "itron"].sort_values("observed_at").groupby("meter_id").code.agg(list)
-    assert len(told) == 10
-    assert all(codes == ["ME16", "ME17"] for codes in told)
+    cautions = events[events.dialect == "itron"].sort_values("observed_at").groupby("meter_id").code.agg(list)
+    assert len(cautions) == 10
+    assert all(codes == ["ME16", "ME17"] for codes in cautions)
 
 
 def test_a_simulated_day_lies_in_every_range_of_real_homes(rural: Grid, tmp_path: Path) -> None:
@@ -372,8 +372,8 @@ def test_a_tap_time_is_of_every_day_or_of_one_day_which_goes_first() -> None:
     changes = tap_changes(wishes, date(2016, 6, 15), 3)
     assert [change.steps for change in changes] == [-1, 0, -1]
     assert changes[0].at == datetime(2016, 6, 15, 8, tzinfo=UTC)
-    for wrong, told in (("noon", "HH:MM"), ("2016-07-01T10:00", "outside")):
-        with pytest.raises(ConfigError, match=told):
+    for wrong, message in (("noon", "HH:MM"), ("2016-07-01T10:00", "outside")):
+        with pytest.raises(ConfigError, match=message):
             tap_changes({wrong: 1}, date(2016, 6, 15), 3)
 
 

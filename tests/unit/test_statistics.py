@@ -209,5 +209,5 @@ def test_independent_noise_is_out_of_every_range(tmp_path: Path) -> None:
     generator = np.random.default_rng(1)
     volts, import_w = 230_000 + generator.normal(0, 500, 1440).astype(int), generator.integers(0, 3000, 1440)
     found = statistics(tape_of(readings(np.arange(1440) * 60, voltage_l1_mv=volts, import_w=import_w), tmp_path / "x"))
-    told = {name: figure for name, figure in found.realism.items() if figure}
-    assert len(told) == 4 and not any(is_in_range(name, figure) for name, figure in told.items())
+    figures = {name: figure for name, figure in found.realism.items() if figure}
+    assert len(figures) == 4 and not any(is_in_range(name, figure) for name, figure in figures.items())

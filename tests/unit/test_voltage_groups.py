@@ -37,12 +37,12 @@ def neighbours(count: int, seed: int = 1, meters: int = 6) -> dict[str, Percents
     return {f"m{number}": common + drawn.normal(0, 0.1, count) - number / 2 for number in range(meters)}
 
 
-def told(rolled: Rollups) -> list[tuple[str, bool]]:
+def suspicions(rolled: Rollups) -> list[tuple[str, bool]]:
     return [(row["meter_id"], row["is_suspicious"]) for row in rolled.suspicious.to_dicts()]
 
 
 def test_neighbours_are_in_step() -> None:
-    assert told(roll_up(windows(neighbours(200)), NOTHING)) == []
+    assert suspicions(roll_up(windows(neighbours(200)), NOTHING)) == []
 
 
 @pytest.mark.parametrize("kind", ["of another transformer", "frozen", "upside down"])
@@ -52,8 +52,8 @@ def test_a_meter_that_does_not_move_with_the_others_is_told_once(kind: str) -> N
         "of another transformer": neighbours(100, seed=2)["m0"], "frozen": np.zeros(100), "upside down": -others["m0"],
     }[kind]  # fmt: skip
     rolled = roll_up(windows(others), NOTHING)
-    assert told(rolled)[0] == ("m0", True)
-    assert {meter for meter, _ in told(rolled)} == {"m0"}
+    assert suspicions(rolled)[0] == ("m0", True)
+    assert {meter for meter, _ in suspicions(rolled)} == {"m0"}
     row = rolled.suspicious.row(0, named=True)
     assert (row["transformer_id"], row["window_count"]) == ("T1", FEWEST_WINDOWS)
     assert row["correlation"] < 0.5
@@ -64,8 +64,8 @@ def test_it_is_told_when_it_comes_back_into_step() -> None:
     out["m0"] = -out["m0"]
     first = roll_up(windows(out), NOTHING)
     second = roll_up(windows(back, first=60), first.movement)
-    assert told(first) == [("m0", True)]
-    assert told(second) == [("m0", False)]
+    assert suspicions(first) == [("m0", True)]
+    assert suspicions(second) == [("m0", False)]
 
 
 def test_the_numbers_are_those_of_numpy_while_nothing_has_faded() -> None:

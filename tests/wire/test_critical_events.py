@@ -106,8 +106,8 @@ def test_what_is_sent_while_it_runs_or_lies_dead_is_told_with_one_id_each(
     failures(bootstrap, range(101, 201))
     process = running()
     failures(bootstrap, range(201, 301))
-    told = {(record["meter_id"], record["event_id"]) for record in eventually(lambda: whole(reader), 120)}
-    assert len({event_id for _, event_id in told}) == len(told), "an id is one meter's"
+    ids = {(record["meter_id"], record["event_id"]) for record in eventually(lambda: whole(reader), 120)}
+    assert len({event_id for _, event_id in ids}) == len(ids), "an id is one meter's"
     variables = {"METERSTREAM_KAFKA_PORT": str(kafka.settings.kafka_port)}
     shown = CliRunner().invoke(app, ["critical", "--from-start", "--count", "300"], env=variables)
     assert (shown.exit_code, len(shown.stdout.splitlines())) == (0, 300)
@@ -128,7 +128,7 @@ def test_a_nominal_voltage_that_becomes_known_counts_from_then_on(
 
     reader = Reader(kafka.settings.kafka_bootstrap)
 
-    def told() -> set[tuple[str, int]]:
+    def far_out() -> set[tuple[str, int]]:
         reader.ids()
         return {(one["meter_id"], one["voltage_mv"]) for one in reader.records if one["kind"] == "voltage_far_out"}
 
@@ -136,7 +136,7 @@ def test_a_nominal_voltage_that_becomes_known_counts_from_then_on(
 
     def is_far_out() -> bool:
         read("american", 120_000)
-        return ("american", 120_000) in told()
+        return ("american", 120_000) in far_out()
 
     eventually(is_far_out, 120)
     folder = kafka.home / "lake" / "registry" / "date=2024-01-01"
@@ -148,8 +148,8 @@ def test_a_nominal_voltage_that_becomes_known_counts_from_then_on(
     eventually(lambda: "unusual_nominal_voltages=1" in log.read_text(errors="replace"), 120)
     read("american", 121_000)
     read("european", 121_000)
-    eventually(lambda: ("european", 121_000) in told(), 120)
-    assert ("american", 121_000) not in told()
+    eventually(lambda: ("european", 121_000) in far_out(), 120)
+    assert ("american", 121_000) not in far_out()
     process.terminate()
     assert process.wait(300) == 0
     assert "ERROR" not in log.read_text(errors="replace"), "neither a new beginning nor a clean end is one"

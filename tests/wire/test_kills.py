@@ -46,9 +46,9 @@ READINGS_EACH = 60
 OF_A_BATCH = 45  # records, of all partitions
 VERSIONS = {job.name: job.version for job in discovered()}
 WATCHED = ("voltage_deviation", "consumption_deltas", "readings_lake")
-PHASES = ("planned", "state", "staged", "table", "books", "committed")
+PHASES = ("planned", "state", "staged", "table", "accounting", "committed")
 """What a batch has left behind, one after the other: its offsets, state, staged rows, a table's rows, its lines of the
-books, Spark's commit."""
+accounting, Spark's commit."""
 MERGED = re.compile(r".*-\d{8}_\d{8}-0\.parquet")
 FLUSH_PHASES = ("flush begun", "flush written", "between two flushes")
 
@@ -119,7 +119,7 @@ class Driver:
 
     def __init__(self, home: Path, bootstrap: str) -> None:
         self.home = home
-        self.told: list[list[JobMetrics]] = []
+        self.metrics: list[list[JobMetrics]] = []
         folder = home / "lake" / "registry" / "date=2024-01-01"
         folder.mkdir(parents=True)
         (home / "tmp").mkdir()
@@ -179,7 +179,7 @@ class Driver:
             return None
         key = f"{job}-{self.query_id(job)}-{batch:08d}"
         if glob(f"{self.home}/lake/accounting/date=*/{key}-*.parquet"):
-            return "books"
+            return "accounting"
         if glob(f"{self.home}/lake/*/date=*/{key}-*.parquet"):
             return "table"
         if glob(f"{self.home}/staging/{key}/*/date=*/*.parquet"):
@@ -207,8 +207,8 @@ class Driver:
         lake = self.home / "lake"
         for table in sorted({part.relative_to(lake).parts[0] for part in lake.rglob("[!.]*.parquet")}):
             pattern = lake / table / ("*.parquet" if table == "latest_readings" else "date=*/*.parquet")
-            books = "EXCLUDE (date) REPLACE (regexp_replace(batch, '-[0-9a-f-]{36}-', '-') AS batch)"
-            columns = f"* {books}" if table == "accounting" else "*"
+            without_ids = "EXCLUDE (date) REPLACE (regexp_replace(batch, '-[0-9a-f-]{36}-', '-') AS batch)"
+            columns = f"* {without_ids}" if table == "accounting" else "*"
             found[table] = duckdb.execute(f"SELECT {columns} FROM '{pattern}' ORDER BY ALL").fetchall()
         return found
 
@@ -255,7 +255,7 @@ def watch(process: subprocess.Popen[bytes], is_there: Callable[[], object], time
 
 @pytest.fixture(scope="module")
 def clean(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Driver:
-    """A run that nobody disturbs; what it told of itself meanwhile is in `told`."""
+    """A run that nobody disturbs; what it said of itself meanwhile is in `metrics`."""
     home = tmp_path_factory.mktemp("clean")
     driver, port = Driver(home, kafka), own_settings(home).metrics_port
     driver.environment["METERSTREAM_METRICS_PORT"] = str(port)
@@ -263,7 +263,7 @@ def clean(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Driver:
         driver.ask_to_end(process)
         until = time.monotonic() + 1_200
         while process.poll() is None and time.monotonic() < until:
-            driver.told += [jobs(text)] if (text := metrics_text(port)) else []
+            driver.metrics += [jobs(text)] if (text := metrics_text(port)) else []
             time.sleep(0.2)
         assert process.wait(60) == 0
     return driver
@@ -274,7 +274,7 @@ def test_a_driver_tells_how_far_each_job_is_what_it_keeps_and_what_came_too_late
     for topic, _, _ in records():
         sent[topic] += 1
     totals = {job.name: sum(sent.get(topic, 0) for topic in job.topics) for job in discovered()}
-    heard = {name: [job for one in clean.told for job in one if job.job == name] for name in totals}
+    heard = {name: [job for one in clean.metrics for job in one if job.job == name] for name in totals}
     for name, each in heard.items():
         lags = [(job.lag_records, job.records) for job in each if job.lag_records is not None]
         assert lags, f"{name} told no lag"
@@ -291,7 +291,7 @@ def test_a_driver_tells_how_far_each_job_is_what_it_keeps_and_what_came_too_late
     assert START.timestamp() - 600 <= ends[-1] <= START.timestamp() + READINGS_EACH * 60
 
 
-def test_the_run_has_every_kind_of_row_and_its_books_add_up(clean: Driver) -> None:
+def test_the_run_has_every_kind_of_row_and_its_accounting_adds_up(clean: Driver) -> None:
     rows = clean.rows()
     for table in (
         "readings", "events", "dead_letters", "consumption_deltas", "interval_readings", "conflicts", "voltage_windows",
@@ -302,10 +302,10 @@ def test_the_run_has_every_kind_of_row_and_its_books_add_up(clean: Driver) -> No
     names = [part.name for part in (clean.home / "lake").glob("*/date=*/*.parquet")]
     assert all(any(MERGED.match(name) and name.startswith(job) for name in names) for job in WATCHED), names
     late = "SELECT stage, count(*) FROM '{}' GROUP BY ALL ORDER BY ALL"
-    told = duckdb.execute(late.format(clean.home / "lake" / "late_readings" / "date=*" / "*.parquet")).fetchall()
-    books = "SELECT stage, sum(late)::BIGINT FROM '{}' GROUP BY ALL HAVING sum(late) > 0 ORDER BY ALL"
+    stored = duckdb.execute(late.format(clean.home / "lake" / "late_readings" / "date=*" / "*.parquet")).fetchall()
+    counted = "SELECT stage, sum(late)::BIGINT FROM '{}' GROUP BY ALL HAVING sum(late) > 0 ORDER BY ALL"
     pattern = clean.home / "lake" / "accounting" / "date=*" / "*.parquet"
-    assert duckdb.execute(books.format(pattern)).fetchall() == told
+    assert duckdb.execute(counted.format(pattern)).fetchall() == stored
     sums = "SELECT sum(received - stored - duplicate - late - quarantined - invalid), min(received) FROM '{}'"
     assert duckdb.execute(sums.format(pattern)).fetchall()[0][0] == 0
     assert len(list((clean.home / "state").glob("voltage_deviation/*/*.flushed"))) == 1
@@ -329,7 +329,7 @@ def test_ten_kills_one_at_each_phase_of_a_batch_and_of_a_flush_change_no_row(
 ) -> None:
     driver = Driver(tmp_path, kafka)
     hit: list[str] = []
-    for phase in [*PHASES, "table", "books"]:
+    for phase in [*PHASES, "table", "accounting"]:
         job = min(WATCHED, key=driver.committed)  # whose topic is not at its end yet
         with driver.running() as process:
             batch = driver.committed(job) + 1
@@ -395,9 +395,9 @@ def test_what_kafka_no_longer_has_stops_the_driver_with_the_repair_and_is_passed
         deleted.result(30)
     with driver.running() as process:
         assert process.wait(600) == 1
-    told = (driver.home / "log").read_text(errors="replace")
-    assert "Kafka no longer has records that this job has not read" in told
-    assert "METERSTREAM_ACCEPT_LOSS=true" in told
+    log = (driver.home / "log").read_text(errors="replace")
+    assert "Kafka no longer has records that this job has not read" in log
+    assert "METERSTREAM_ACCEPT_LOSS=true" in log
     driver.environment["METERSTREAM_ACCEPT_LOSS"] = "true"
     assert driver.to_the_end() == 0
     assert 0 < len(driver.rows()["readings"]) < len(clean.rows()["readings"])
@@ -441,8 +441,8 @@ def test_a_flush_ends_though_meters_go_on_and_what_comes_meanwhile_is_for_the_ne
     assert of_it("readings") == (sent, sent)
     windows, starts = of_it("voltage_windows")
     assert windows == starts > 0
-    books = f"'{driver.home}/lake/accounting/date=*/*.parquet'"
+    accounting = f"'{driver.home}/lake/accounting/date=*/*.parquet'"
     found = duckdb.execute(
-        f"SELECT sum(received - stored - duplicate - late - quarantined - invalid) FROM {books}"
+        f"SELECT sum(received - stored - duplicate - late - quarantined - invalid) FROM {accounting}"
     ).fetchall()
     assert found == [(0,)]

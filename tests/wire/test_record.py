@@ -81,9 +81,9 @@ def sent_streams(sink: Kept) -> dict[str, pl.DataFrame]:
     frames = {}
     for kind in ("readings", "events"):
         rows = []
-        for of, meter_id, _, payload in sink.sent:
+        for sent_kind, meter_id, _, payload in sink.sent:
             try:
-                row = decode(payload, kind.removesuffix("s")) if of == kind else {}
+                row = decode(payload, kind.removesuffix("s")) if sent_kind == kind else {}
             except InvalidMessage:
                 continue
             if row.get("meter_id") == meter_id:
@@ -154,10 +154,10 @@ def test_a_recording_that_lacks_records_of_its_run_says_how_many(broker: Broker)
     sent = broker.ledger.readings + broker.ledger.events
     whole = CliRunner().invoke(app, command)
     assert (whole.exit_code, f"{sent:,} records of the {sent:,} that run a sent" in whole.stdout) == (0, True)
-    book = run_folder("a") / "run.json"
-    kept = book.read_text()
-    book.write_text(json.dumps({**json.loads(kept), "records": broker.ledger.records + 1}))
+    run_file = run_folder("a") / "run.json"
+    kept = run_file.read_text()
+    run_file.write_text(json.dumps({**json.loads(kept), "records": broker.ledger.records + 1}))
     part = CliRunner().invoke(app, command)
-    book.write_text(kept)
+    run_file.write_text(kept)
     assert (part.exit_code, f"{sent:,} records of the {sent + 1:,} that run a sent" in part.stdout) == (1, True)
     assert "1 records of run a are not in Kafka yet" in part.stderr

@@ -242,11 +242,11 @@ def test_another_shell_that_knows_the_home_alone_finds_the_stack_and_its_ports(o
 def test_settings_that_contradict_what_runs_are_said_and_refused_where_they_would_act(own_stack: NativeStack) -> None:
     up = command(own_stack, "up", "nats")
     assert up.wait(150) == 0, up.communicate()
-    told = f"METERSTREAM_MQTT_PORT is 1, and the stack in {own_stack.home} was started with "
+    message = f"METERSTREAM_MQTT_PORT is 1, and the stack in {own_stack.home} was started with "
     code, _, err = elsewhere(own_stack, "up", "nats", METERSTREAM_MQTT_PORT="1")
-    assert code == 2 and told in err and "make down first" in err
+    assert code == 2 and message in err and "make down first" in err
     code, out, err = elsewhere(own_stack, "status", "--json", METERSTREAM_MQTT_PORT="1")
-    assert told in err
+    assert message in err
     assert json.loads(out)["processes"][0]["port"] == own_stack.settings.mqtt_port
     code, _, err = elsewhere(own_stack, "up", "nats", MODE="docker")
     assert code == 2 and "MODE is docker, and the stack in" in err

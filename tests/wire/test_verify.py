@@ -115,9 +115,9 @@ def play(folder: Path, ways: dict[str, list[str]]) -> list[dict[str, Any]]:
             command = [sys.executable, "-m", "replay", "run", "--tape", str(folder / f"tape-{way}"), "--to", way]
             command += ["--run-id", way, "--speed", "max", "--dirt", str(folder / f"dirt-{way}.yml"), "--json", *more]
             replays.append(subprocess.Popen(command, stdout=subprocess.PIPE, cwd=folder / "tmp"))
-        told = [json.loads(replay.communicate(timeout=120)[0]) for replay in replays]
+        ledgers = [json.loads(replay.communicate(timeout=120)[0]) for replay in replays]
         assert [replay.returncode for replay in replays] == [0] * len(ways)
-        return told
+        return ledgers
     finally:
         for replay in replays:
             replay.kill()
@@ -139,16 +139,16 @@ def verify(folder: Path, run_id: str, *more: str) -> tuple[int, str]:
 @pytest.mark.parametrize("way", ["mqtt", "kafka"])
 def test_every_fault_of_every_kind_is_explained(home: Path, way: str) -> None:
     code, text = verify(home, way, "--json")
-    told = json.loads(text)
-    assert told["findings"] == []
-    assert told["unexplained"] == []
-    assert (code, told["is_balanced"], told["notes"]) == (0, True, told["notes"])
-    assert set(told["faults"]) == {kind.value for kind in FaultKind}
-    assert all((row["precision"], row["recall"]) == (1, 1) for row in told["scores"] if row["expected"])
-    scored = {row["reason"] for row in told["scores"] if row["expected"]}
+    verdict = json.loads(text)
+    assert verdict["findings"] == []
+    assert verdict["unexplained"] == []
+    assert (code, verdict["is_balanced"], verdict["notes"]) == (0, True, verdict["notes"])
+    assert set(verdict["faults"]) == {kind.value for kind in FaultKind}
+    assert all((row["precision"], row["recall"]) == (1, 1) for row in verdict["scores"] if row["expected"])
+    scored = {row["reason"] for row in verdict["scores"] if row["expected"]}
     assert {reason.value for reason in DeltaReason} - {"first", "ok", "out_of_order"} <= scored  # late: by the batches
-    assert told["faults"]["poison"]["outcomes"] == {"dead_letter": 5 if way == "mqtt" else 3}
-    totals = told["totals"]
+    assert verdict["faults"]["poison"]["outcomes"] == {"dead_letter": 5 if way == "mqtt" else 3}
+    totals = verdict["totals"]
     assert totals["sent"] + totals["redelivered"] == sum(
         totals[name] for name in ("stored", "duplicate", "late", "quarantined", "invalid")
     )

@@ -1,0 +1,173 @@
+"""NEM12 and NEM13, the Australian files: channels, days, what is refused with what hangs on it, market time."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from schemas.errors import BadLog
+from tests.logs_by_hand import column, log, minutes_after, nem12, read
+
+
+def day(date: int | str, *values: int | str, quality: str = "A") -> str:
+    return f"300,{date},{','.join(map(str, values))},{quality},,,,"
+
+
+def channel(suffix: str = "E1", minutes: int = 720, nmi: str = "NMI1") -> str:
+    return f"200,{nmi},E1B1,1,{suffix},N1,SER1,kWh,{minutes},"
+
+
+def test_nem12_channels_of_one_meter_meet_at_the_ends_of_their_intervals(tmp_path: Path) -> None:
+    half, hour = ",".join(["0.5"] * 48), ",".join(["1000"] * 24)
+    path = log(
+        tmp_path / "log.csv",
+        nem12(
+            "200,NMI1,E1B1Q1,1,E1,N1,SER1,kwh,30,", f"300,20040201,{half},A,,,,", f"300,20040202,{half},V,,,,",
+            "400,1,40,A,,", "400,41,47,S14,,", "400,48,48,E52,,",
+            "200,NMI1,E1B1Q1,2,B1,N1,SER1,Wh,60,", f"300,20040201,{hour},F14,,,,",
+            "200,NMI1,E1B1Q1,3,Q1,N1,SER1,kVArh,30,", f"300,20040201,{half},A,,,,",
+        ),
+    )  # fmt: skip
+    imported = read(path, "nem12")
+    assert (imported.rows_in, len(imported.readings)) == (96 + 24 + 48, 97)
+    begin = datetime(2004, 1, 31, 14, tzinfo=UTC)
+    assert minutes_after(imported, begin) == [30 * n for n in range(97)]
+    assert column(imported, "import_t1_wh") == [500 * n for n in range(97)]
+    assert column(imported, "export_t1_wh")[:6] == [0, None, 1000, None, 2000, None]
+    assert imported.defects == {"other_quantity": 48, "substituted": 24 + 7, "estimated": 1}
+    assert set(column(imported, "equipment_id")) == {"SER1"}
+
+
+def test_a_channel_may_change_its_interval_length_and_its_days_may_come_in_any_order(tmp_path: Path) -> None:
+    path = log(
+        tmp_path / "log.csv",
+        nem12(channel(minutes=480), day(20240203, 4, 5, 6), channel(), day(20240202, 3, 3), day(20240201, 1, 2)),
+    )
+    imported = read(path, "nem12")
+    assert column(imported, "import_t1_wh") == [0, 1000, 3000, 6000, 9000, 13000, 18000, 24000]
+    assert minutes_after(imported, datetime(2024, 1, 31, 14, tzinfo=UTC)) == [
+        0, 720, 1440, 2160, 2880, 3360, 3840, 4320,
+    ]  # fmt: skip
+
+
+def test_intervals_without_a_value_or_of_quality_n_add_nothing_and_have_no_reading(tmp_path: Path) -> None:
+    path = log(
+        tmp_path / "log.csv",
+        nem12(
+            channel(minutes=360), day(20240201, 1, "", 2, 3, quality="V"), "400,1,2,A,,", "400,3,3,N,,", "400,4,4,A,,"
+        ),
+    )
+    imported = read(path, "nem12")
+    assert column(imported, "import_t1_wh") == [0, 1000, 4000]
+    assert imported.defects["empty_fields"] == 2
+
+
+def test_a_day_that_comes_again_is_kept_as_duplicate_or_conflict_and_summed_once(tmp_path: Path) -> None:
+    path = log(tmp_path / "log.csv", nem12(channel(), day(20240201, 1, 2), day(20240201, 1, 5), day(20240202, 1, 1)))
+    imported = read(path, "nem12")
+    assert column(imported, "import_t1_wh") == [0, 1000, 1000, 3000, 6000, 4000, 5000]
+    assert (imported.defects["duplicate"], imported.defects["conflict"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("records", "line", "reason"),
+    [
+        ([day(20240201, 1, 2)], 2, "a day without a channel"),
+        ([channel(minutes=7), day(20240201, 1, 2)], 2, "no interval length"),
+        ([channel(minutes=0), day(20240201, 1, 2)], 2, "no interval length"),
+        ([channel(nmi="N 1"), day(20240201, 1, 2)], 2, "no NMI"),
+        ([channel(), day(20240201, 1, 2, quality="V"), "400,1,3,A,,"], 4, "no stretch of 2 intervals"),
+        ([channel(), day(20240201, -1, 2)], 3, "not 2 values and a quality"),
+    ],
+)
+def test_a_nem12_record_that_does_not_follow_is_refused_with_what_hangs_on_it(
+    tmp_path: Path, records: list[str], line: int, reason: str
+) -> None:
+    sound = [channel("B1", nmi="NMI2"), day(20240201, 1, 1)]
+    path = log(tmp_path / "log.csv", nem12(*records, *sound))
+    with pytest.raises(BadLog, match=rf"log.csv:{line}: .*{reason}"):
+        read(path, "nem12")
+    going = read(path, "nem12", keep_going=True)
+    assert going.refused[0].startswith(f"{path}:{line}: ")
+    assert [wh for wh in column(going, "export_t1_wh") if wh is not None] == [0, 1000, 2000]
+
+
+def test_a_nem12_day_that_is_refused_counts_all_its_intervals(tmp_path: Path) -> None:
+    path = log(
+        tmp_path / "x.csv", nem12(channel(), day(20240201, 1, 1), day(20240202, 1, 2, quality=""), day(20240203, 1, 1))
+    )
+    going = read(path, "nem12", keep_going=True)
+    assert (going.rows_in, going.defects["refused"]) == (6, 2)
+    assert len(going.readings) == 5, "the begin, and four intervals"
+
+
+@pytest.mark.parametrize(
+    ("records", "refused"),
+    [
+        ([channel(nmi="N 1"), day(20240202, 1, "", 1, 1)], 1 + 4),  # its channel is unknown, its values are four
+        ([channel(nmi="N 1"), day(20240202, 1, 1, quality="")], 1 + 2),
+        ([channel(minutes=7), "300,20240202"], 1 + 1),
+        ([channel(minutes=7), day(20240202, 1, 1), "400,1,1,A,,"], 1 + 2),
+        (["400,1,3,A,,"], 1),
+        (["250,1"], 1),
+        (["777,1"], 1),
+        ([day(20240202, "1e16", 1)], 2),
+        ([day(20240202, "1e999999999", 1)], 2),
+        ([day(99991231, 1, 1)], 2),
+    ],
+)
+def test_what_a_nem12_file_is_refused_is_part_of_its_rows_in(tmp_path: Path, records: list[str], refused: int) -> None:
+    path = log(tmp_path / "x.csv", nem12(channel(), day(20240201, 1, 1), *records))
+    going = read(path, "nem12", keep_going=True)
+    assert (going.rows_in, going.defects["refused"]) == (2 + refused, refused)
+    assert column(going, "import_t1_wh") == [0, 1000, 2000]
+
+
+def test_a_nem12_file_that_is_no_csv_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = log(tmp_path / "x.csv", nem12(channel(), day(20240201, 1, 1), '300,20240202,"' + "1," * 70_000))
+    with pytest.raises(BadLog, match=r"x\.csv:4: field larger"):
+        read(path, "nem12")
+    going = read(path, "nem12", keep_going=True)
+    assert (going.rows_in, going.defects["refused"]) == (3, 1)
+
+
+def test_days_below_a_garbled_channel_are_nobodys(tmp_path: Path) -> None:
+    """Else reactive energy would count as the channel's above it."""
+    garbled = channel(suffix="Q1").replace("200,", "Z200,").replace("kWh", "kVArh")
+    text = nem12(channel(), day(20240201, 1, 1), garbled, day(20240201, 7, 7))
+    imported = read(log(tmp_path / "x.csv", text), "nem12", keep_going=True)
+    assert (imported.rows_in, imported.defects["refused"], imported.defects["conflict"]) == (5, 3, 0)
+    assert column(imported, "import_t1_wh") == [0, 1000, 2000]
+
+
+def test_western_power_keeps_its_own_markets_time(tmp_path: Path) -> None:
+    text = nem12(channel(), day(20240201, 1, 2)).replace("MDA1", "WPNTKS")
+    imported = read(log(tmp_path / "log.csv", text), "nem12")
+    assert (imported.time_zone, column(imported, "observed_at")[0]) == (
+        "Australia/Perth",
+        datetime(2024, 1, 31, 16, tzinfo=UTC),
+    )
+    assert read(tmp_path / "log.csv", "nem12", timezone="Australia/Sydney").time_zone == "Australia/Sydney"
+
+
+def test_nem13_reads_are_registers_as_they_stand(tmp_path: Path) -> None:
+    path = log(
+        tmp_path / "log.csv",
+        "100,NEM13,200401101030,MDA1,Ret1\n"
+        "250,NMI2,11,1,11,11,SER2,E,006342.8,20031005093055,A,,,007654.9,20040107100333,E64,,,1312.1,kWh,,,\n900\n",
+    )
+    imported = read(path, "nem12")
+    assert column(imported, "import_t1_wh") == [6_342_800, 7_654_900]
+    assert column(imported, "observed_at")[0] == datetime(2003, 10, 4, 23, 30, 55, tzinfo=UTC)
+    assert (imported.rows_in, imported.defects) == (1, {"estimated": 1})
+
+
+@pytest.mark.parametrize(
+    ("date", "defect"), [("20240407", "ambiguous_local_time"), ("20241006", "nonexistent_local_time")]
+)
+def test_a_nem12_file_in_a_zone_that_changes_its_clock_names_the_intervals_it_cannot_tell(
+    tmp_path: Path, date: str, defect: str
+) -> None:
+    path = log(tmp_path / "log.csv", nem12(channel(minutes=60), day(date, *[1] * 24)))
+    assert read(path, "nem12", timezone="Australia/Sydney").defects[defect] == 1
+    assert not read(path, "nem12").defects, "market time has no summer time"

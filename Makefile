@@ -4,7 +4,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
 
 export SQL
-.PHONY: help setup up down status logs demo nightly replay sql new-job bench bench-latency bench-streams bench-soak \
+.PHONY: help setup up down status logs demo nightly replay sql new-job bench bench-latency bench-streams bench-capacity bench-soak \
   test test-long test-integration lint clean
 .DEFAULT_GOAL := help
 
@@ -61,6 +61,9 @@ bench-latency: setup  ## How soon a critical event is told, beside micro-batches
 
 bench-streams: setup  ## Streaming jobs beside Kafka Streams, Flink and others, results checked: ARGS=--help
 	@$(PYTHON) -m bench.streams $(ARGS)
+
+bench-capacity: setup  ## Cores at a steady rate, the greatest rate, CPU per reading by process: ARGS=--help
+	@$(PYTHON) -m bench.capacity $(ARGS)
 
 bench-soak: setup  ## Two hours of readings at half of what the jobs can take: does anything grow? ARGS=--help
 	@$(PYTHON) -m bench.soak $(ARGS)

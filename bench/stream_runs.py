@@ -72,7 +72,7 @@ class TreeClock:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.peak_bytes = 0
-        self._used_s: dict[int, float] = {}
+        self.used_s: dict[int, float] = {}
 
     def look(self) -> float:
         """Seconds so far; pyspark's workers are in no other account, their parent waits for nobody."""
@@ -80,9 +80,9 @@ class TreeClock:
         for pid in alive:
             with contextlib.suppress(OSError):
                 fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                self._used_s[pid] = (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+                self.used_s[pid] = (int(fields[11]) + int(fields[12])) / TICKS_PER_S
         self.peak_bytes = max(self.peak_bytes, sum(resident(pid) for pid in alive))
-        return sum(self._used_s.values())
+        return sum(self.used_s.values())
 
 
 @dataclass

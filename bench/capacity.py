@@ -49,7 +49,7 @@ PARTS["way"] = PARTS["price"]
 SETTLED_S = 900.0
 WARM_METERS = 1_000
 BROKERS = ("nats", "kafka")
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 progress = Console(stderr=True, highlight=False)
 
 

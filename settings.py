@@ -25,19 +25,33 @@ def started_file(folder: Path) -> Path:
 
 
 def started_with(folder: Path) -> dict[str, Any]:
-    """What the stack of a home was started with; empty where there was none."""
+    """What the stack of a home was started with; empty where there was none, or where nobody can read it."""
+    started = _read(started_file(folder))
+    return {name: value for name, value in (started or {}).items() if _can_be(name, value)}
+
+
+def damage(folder: Path) -> str | None:
+    """What to say where a home does not know any more what its stack was started with."""
+    file = started_file(folder)
+    started = _read(file)
+    if not file.exists() or (started is not None and all(_can_be(*item) for item in started.items())):
+        return None
+    return f"{file} is damaged: nobody knows the ports that the stack of {folder} was started with"
+
+
+def _read(file: Path) -> dict[str, Any] | None:
     try:
-        started = json.loads(started_file(folder).read_text())
+        found = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):
-        return {}
-    return {name: value for name, value in started.items() if _can_be(name, value)} if isinstance(started, dict) else {}
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _can_be(name: str, value: object) -> bool:
     """Whether a damaged file has left a value as it was written."""
     if name.endswith("_port"):
         return type(value) is int and 1 <= value <= 65_535
-    return isinstance(value, str | bool)
+    return isinstance(value, bool if name in ("cluster", "critical") else str)
 
 
 class _Started(PydanticBaseSettingsSource):
@@ -45,13 +59,13 @@ class _Started(PydanticBaseSettingsSource):
 
     def __init__(self, kind: type["Settings"], folder: Path) -> None:
         super().__init__(kind)
-        self._told = {name: value for name, value in started_with(folder).items() if name in kind.of_stack}
+        self._found = {name: value for name, value in started_with(folder).items() if name in kind.of_stack}
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        return self._told.get(field_name), field_name, False
+        return self._found.get(field_name), field_name, False
 
     def __call__(self) -> dict[str, Any]:
-        return self._told
+        return self._found
 
 
 class Settings(BaseSettings):

@@ -102,20 +102,52 @@ def settled(
         handed = handed.select(*dict.fromkeys([*source.columns, *PLACE]), marks)
     output = source.transform(handed, registry, {kind: state[kind] for kind in source.state}, context)
     check(output, job, source.state)
+    if lacking := sorted(set(job.current) - set(output.tables)):
+        msg = f"{job.name} does not give all rows of {', '.join(lacking)}, which its newest version replaces"
+        raise ContractBroken(msg)
     judged = _judged(valid, [*verdicts, output.verdicts])
     tables = {table: contract(frame, table) for table, frame in output.tables.items()}
     for table, frame in _apart(rows, judged, source, job.name).items():
         tables[table] = pl.concat([tables[table], frame]) if table in tables else frame
     return Settled(
         tables,
-        {**state, **output.state, **kept},
+        {**state, **kept_of(output, source.state), **kept},
         pl.concat([accounting.count(judged), accounting.invalid(rows)]),
     )
 
 
 def contract(frame: pl.DataFrame, table: str) -> pl.DataFrame:
-    """A lake table's columns, as they are written."""
-    return frame.select(TABLES[table].names).cast(polars_schema(TABLES[table]))
+    """A lake table's columns, as they are written.
+
+    Raises:
+        ContractBroken: a column is missing, or is of a kind that cannot become the declared one without a loss.
+    """
+    return typed(frame, polars_schema(TABLES[table]), f"table {table}")
+
+
+def typed(frame: pl.DataFrame, schema: pl.Schema, where: str) -> pl.DataFrame:
+    """The declared columns of a frame, in their order and kinds.
+
+    Args:
+        frame: has them, and others that are left out.
+        schema: declared.
+        where: for the error.
+
+    Raises:
+        ContractBroken: a column is missing, or is of a kind that cannot become the declared one without a loss.
+    """
+    if frame.schema == schema:
+        return frame
+    if missing := sorted(set(schema) - set(frame.columns)):
+        msg = f"{where} lacks {', '.join(missing)}: the rule gave {', '.join(frame.columns) or 'no column'}"
+        raise ContractBroken(msg)
+    chosen = frame.select(schema.names())
+    for name, kind in schema.items():
+        given = chosen.schema[name]
+        if (given.is_float() and kind.is_integer()) or (given.is_integer() and kind == pl.String()):
+            msg = f"{where}: {name} is declared as {kind}, and the rule gave {given}"
+            raise ContractBroken(msg)
+    return chosen.cast(schema)
 
 
 def check(output: Output, job: StreamingJob, kinds: Mapping[str, pl.Schema]) -> None:
@@ -137,6 +169,11 @@ def check(output: Output, job: StreamingJob, kinds: Mapping[str, pl.Schema]) -> 
             raise ContractBroken(msg)
 
 
+def kept_of(output: Output, kinds: Mapping[str, pl.Schema]) -> dict[str, pl.DataFrame]:
+    """The state that a rule gives, in its declared columns; a frame that is as it was stays the same one."""
+    return {kind: typed(frame, kinds[kind], f"state {kind}") for kind, frame in output.state.items()}
+
+
 def _deduplicated(
     rows: pl.DataFrame, source: Source, memory: pl.DataFrame, horizon: int
 ) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
@@ -156,7 +193,7 @@ def _deduplicated(
 def _judged(valid: pl.DataFrame, verdicts: list[pl.DataFrame]) -> pl.DataFrame:
     """Each decoded record with run_id, reason and bucket: the first verdict counts, without one it was stored."""
     run_id = pl.col("run_id") if "run_id" in valid.columns else pl.lit(None, pl.String).alias("run_id")
-    first = pl.concat(verdicts).unique("offset", keep="first", maintain_order=True)
+    first = pl.concat(verdicts).drop_nulls().unique("offset", keep="first", maintain_order=True)
     return (
         valid.select("offset", run_id)
         .join(first, on="offset", how="left", maintain_order="left")

@@ -50,5 +50,9 @@ def decoded(records: pa.Table, topic: Topic) -> pl.DataFrame:
     frame = pl.from_arrow(table, rechunk=True)
     assert isinstance(frame, pl.DataFrame)
     stamps = [name for name in ("received_at", "kafka_at") if name in schema.names]
-    sent = [pl.when(pl.col("run_id").is_not_null()).then(pl.col("sent_at"))] if "run_id" in schema.names else []
+    sent = (
+        [pl.when(pl.col("run_id").is_not_null()).then(pl.col("sent_at"))]
+        if {"run_id", "sent_at"} <= set(schema.names)
+        else []
+    )
     return frame.with_columns(arrival_at=pl.coalesce(*sent, *stamps))

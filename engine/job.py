@@ -16,10 +16,12 @@ from engine.watermark import CLOCK
 from metering.accounting import VERDICTS
 from metering.deduplication import PLACE
 from schemas.codec import arrow_schema
-from schemas.tables import KAFKA_PLACE, TABLES, polars_schema
+from schemas.errors import ContractBroken
+from schemas.tables import DATED_BY, KAFKA_PLACE, TABLES, polars_schema
 from schemas.topics import Topic
 
 Frames = Mapping[str, pl.DataFrame]
+STAMP = pl.Datetime("us", "UTC")
 MEMORY, CLOCKS = "recent", "clock"
 """Kinds of state that the engine keeps: originals by which it deduplicates, the newest arrivals of each run."""
 SAID = "print"
@@ -92,12 +94,42 @@ class Source:
     closes_windows: bool = False
     keeps_undecoded: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuses what cannot be done for the topic, or contradicts itself.
+
+        Raises:
+            ContractBroken: it says what.
+        """
+        known = {*self._columns, "topic", "arrival_at", "kafka_at", SAID}
+        wrong = []
+        for word in ("columns", "deduplicate_on", "compares"):
+            names = getattr(self, word)
+            unknown = [names] if isinstance(names, str) else sorted(set(names) - known)
+            if unknown:
+                wrong.append(f"{word} is a tuple of columns that it has, not {', '.join(unknown)}")
+        if taken := sorted({MEMORY, CLOCKS} & set(self.state)):
+            wrong.append(f"state named {', '.join(taken)} is the engine's")
+        if (self.compares or self.hands_duplicates) and not self.deduplicate_on:
+            wrong.append("compares and hands_duplicates need deduplicate_on")
+        if self.refuses_impossible_clocks and "observed_at" not in self._columns:
+            wrong.append("refuses_impossible_clocks needs observed_at, which it does not have")
+        if self.closes_windows and "run_id" not in self._columns:
+            wrong.append("closes_windows needs run_id, which it does not have")
+        if wrong:
+            msg = f"source {self.topic.name}: {'; '.join(wrong)}"
+            raise ContractBroken(msg)
+
+    @property
+    def _columns(self) -> pl.Schema:
+        """What a record of the topic has, and its place in Kafka."""
+        return polars_schema(pa.schema([*arrow_schema(self.topic.entity), *KAFKA_PLACE]))
+
     @property
     def kept(self) -> dict[str, pl.Schema]:
         """All kinds of state: the rule's, and the engine's own."""
         own: dict[str, pl.Schema] = {}
         if self.deduplicate_on:
-            known = {**polars_schema(pa.schema([*arrow_schema(self.topic.entity), *KAFKA_PLACE])), SAID: pl.UInt64()}
+            known = {**self._columns, SAID: pl.UInt64(), "arrival_at": STAMP, "kafka_at": STAMP}
             columns = dict.fromkeys([*self.deduplicate_on, *PLACE, *self.compares])
             own[MEMORY] = pl.Schema({name: known[name] for name in columns})
         if self.closes_windows:
@@ -138,6 +170,25 @@ class StreamingJob:
     hands: tuple[str, ...] = ()
     cross_partition: CrossPartition | None = None
     cross_partition_state: Mapping[str, pl.Schema] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses what nobody could keep.
+
+        Raises:
+            ContractBroken: it says what.
+        """
+        wrong = []
+        if len(set(self.topics)) < len(self.sources):
+            wrong.append("two sources have one topic")
+        if unknown := sorted({*self.tables, *self.current} - set(TABLES)):
+            wrong.append(f"schemas/tables.py has no table {', '.join(unknown)}")
+        if undated := sorted((set(self.tables) & set(TABLES)) - set(DATED_BY)):
+            wrong.append(f"no column dates the rows of {', '.join(undated)}: DATED_BY in schemas/tables.py")
+        if foreign := sorted({*self.hands, *self.sends} - set(self.writes)):
+            wrong.append(f"hands or sends what it does not write: {', '.join(foreign)}")
+        if wrong:
+            msg = f"job {self.name}: {'; '.join(wrong)}"
+            raise ContractBroken(msg)
 
     @property
     def topics(self) -> tuple[Topic, ...]:

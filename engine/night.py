@@ -22,6 +22,9 @@ from zoneinfo import available_timezones
 import polars as pl
 import pyarrow as pa
 import typer
+from py4j.protocol import Py4JError
+from pyarrow import ArrowException
+from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from rich.console import Console
@@ -34,13 +37,14 @@ from lake.paths import report_path, table_path
 from lake.publishing import publish_report
 from lake.reading import read_registry, read_table, spark_schema, uri
 from metering.clocks import utc_days
-from schemas.errors import ConfigError, ContractBroken, exits
+from schemas.errors import ConfigError, ContractBroken, RetryLater, exits
 from schemas.tables import REPORTS, TABLES
 from settings import load
 
 SHARDS = 32
 """Groups of meters a night is cut into: one must fit into a task's memory, and each costs some milliseconds."""
 DEFAULT_ZONE = "UTC"
+YEARS = range(1970, 2200)
 AT_ONCE = 2
 """Jobs of a night at the same time: while one waits for its plan or its Python workers another computes."""
 
@@ -267,8 +271,11 @@ def silent(date: datetime.date) -> str | None:
 def run(jobs: Iterable[BatchJob], date: datetime.date, limits: ClockSettings, as_json: bool = False) -> None:
     """Runs the jobs, some at once, each after those whose reports it reads, and says rows and seconds of each.
 
+    A report that cannot be read or written stops those that read it, and no other.
+
     Raises:
         ConfigError: see `publish`.
+        RetryLater: reports are missing; it names them, and why.
     """
     ordered = in_order(jobs)
     left = graph(ordered)
@@ -288,14 +295,21 @@ def run(jobs: Iterable[BatchJob], date: datetime.date, limits: ClockSettings, as
         try:
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 running: dict[Future[tuple[int, float]], BatchJob] = {}
+                failed: dict[str, str] = {}
                 try:
-                    while left.is_active():
+                    while True:
                         for job in sorted(left.get_ready(), key=lambda job: job.name):
                             running[pool.submit(_timed, session, job, date, limits)] = job
+                        if not running:
+                            break
                         bar.update(task, doing=", ".join(job.name for job in list(running.values())[:AT_ONCE]))
                         for done in wait(running, return_when=FIRST_COMPLETED).done:
                             job = running.pop(done)
-                            rows, took_s = done.result()
+                            try:
+                                rows, took_s = done.result()
+                            except (OSError, PySparkException, Py4JError, ArrowException) as error:
+                                failed[job.report] = reason(error)
+                                continue
                             left.done(job)
                             bar.advance(task)
                             if as_json:
@@ -307,9 +321,21 @@ def run(jobs: Iterable[BatchJob], date: datetime.date, limits: ClockSettings, as
                     pool.shutdown(wait=False, cancel_futures=True)
                     session.sparkContext.cancelAllJobs()
                     raise
+            if failed:
+                skipped = sorted({job.report for job in ordered if set(job.reads) & set(failed)} - set(failed))
+                then = f"; not run, since they read it: {', '.join(skipped)}" if skipped else ""
+                msg = f"reports of {day} are missing: "
+                raise RetryLater(msg + "; ".join(f"{name}: {why}" for name, why in failed.items()) + then)
             console.print(f"In {report_path('<report>') / f'date={day}'}/*.parquet", markup=False, soft_wrap=True)
         finally:
             session.stop()
+
+
+def reason(error: Exception) -> str:
+    """The line of an error that says most: that which names a file, else the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if "file:/" in line]
+    return (named or lines or [type(error).__name__])[0].lstrip(": ")
 
 
 def _timed(session: SparkSession, job: BatchJob, date: datetime.date, limits: ClockSettings) -> tuple[int, float]:
@@ -331,7 +357,12 @@ def command(jobs: list[BatchJob]) -> None:
             except ValueError as error:
                 msg = f"--date is a day like 2016-06-15, not {date}"
                 raise ConfigError(msg) from error
+            if day.year not in YEARS:
+                msg = f"--date is a day of the years {YEARS.start} to {YEARS.stop - 1}, not {date}"
+                raise ConfigError(msg)
             run(jobs, day, load(ClockSettings), as_json)
 
     main.__doc__ = f"Writes the reports of one local day: {', '.join(job.name for job in jobs)}."
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

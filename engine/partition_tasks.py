@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pyspark import TaskContext
 from pyspark.sql import DataFrame
 
-from engine.batch import BatchPlan, check, contract, settled
+from engine.batch import BatchPlan, check, contract, kept_of, settled, typed
 from engine.job import MEMORY, CrossPartition, Frames
 from engine.settings import StreamSettings
 from kafka_io.ranges import KAFKA, RANGES, Range, fetched
@@ -129,7 +129,7 @@ def across(step: CrossPartition, plan: BatchPlan) -> None:
     handed = {table: staged(plan, table) for table in plan.job.hands}
     output = step(handed, newest_registry(plan.registry), known, plan.context)
     check(output, plan.job, kinds)
-    _keep_state({**known, **output.state}, known, CROSS_PARTITION, kinds, plan)
+    _keep_state({**known, **kept_of(output, kinds)}, known, CROSS_PARTITION, kinds, plan)
     for table, frame in output.tables.items():
         _keep_rows(contract(frame, table), table, CROSS_PARTITION, plan)
 
@@ -172,7 +172,7 @@ def _keep_state(state: Frames, known: Frames, partition: str, kinds: Mapping[str
         path = plan.after / partition / f"{kind}.arrow"
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        state[kind].select(schema.names()).cast(schema).rechunk().write_ipc(part)
+        typed(state[kind], schema, f"state {kind}").rechunk().write_ipc(part)
         part.rename(path)
 
 

@@ -47,11 +47,11 @@ def open_lake() -> duckdb.DuckDBPyConnection:
     connection.execute(f"SET temp_directory = '{home() / 'staging' / 'duckdb'}'")
     for table in TABLES:
         connection.register(f"no_{table}", polars_schema(TABLES[table]).to_frame().to_arrow())
-        rows = f"FROM no_{table}"
+        rows = f'FROM "no_{table}"'
         for files in (glob_of(table_path(table)), str(table_path(table) / "*.parquet")):  # those of a current table
             if glob(files):
                 rows += f" UNION ALL BY NAME {rows_of(files)}"
-        connection.execute(f"CREATE VIEW {table} AS {rows}")
+        connection.execute(f'CREATE VIEW "{table}" AS {rows}')
     connection.register("newest_registry", newest_registry(registry_files()).to_arrow())
     return connection
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from kafka_io.topics import create_topics
 from lake.paths import glob_of, report_path
 from schemas.errors import ConfigError, RetryLater, exits
-from settings import contradictions, load, started_with
+from settings import Settings, contradictions, damage, load, started_with
 from stack import following
 from stack.backlog import waiting_in_broker
 from stack.containers import ContainerStack, engine
@@ -79,18 +79,22 @@ def _stack(
         msg = f"MODE is auto, docker or native, not {mode}"
         raise ConfigError(msg)
     settings = load(StackSettings)
-    folder = settings.folder
-    started = started_with(folder)
+    started = started_with(folder := settings.folder)
 
     def show(line: str) -> None:
         console.print(f"  {line}", markup=False)
 
     native = NativeStack(settings, show)
+    if lost := damage(folder):
+        if is_asked:
+            msg = f"{lost}. make down ends what runs; then remove that file and start again"
+            raise ConfigError(msg)
+        problems.print(f"[yellow]![/] {lost}; looked at are the usual ones", soft_wrap=True)
     runs = "native" if any(native.is_running(name) for name in (*PARTS, SUPERVISOR)) else None
     if runs is None and started.get("mode") == "docker" and (mode == "docker" or engine()):
         runs = "docker" if any(state.pid for state in ContainerStack(settings, show).states()) else None
     if runs:
-        wrong = contradictions(StackSettings, folder)
+        wrong = list(dict.fromkeys([*contradictions(StackSettings, folder), *contradictions(Settings, folder)]))
         if mode not in ("auto", runs):
             wrong.append(f"MODE is {mode}, and the stack in {folder} was started with MODE={runs}")
         if wrong and is_asked:

@@ -120,14 +120,15 @@ class NativeStack:
         asked = flush and self.is_running(STREAMING.name)
         if asked and not self._is_ready(STREAMING):
             raise RetryLater(NOT_READY)
-        stopped = [SUPERVISOR] if self._processes.end(SUPERVISOR, SUPERVISOR_GRACE_S) else []
-        with self._locked():
-            if asked:
-                if self.is_running(NATS.name) and self.is_running(INGEST.name):
-                    with contextlib.suppress(KeyboardInterrupt):
-                        let_through(self.settings, self._on_progress)
-                self._flush()
-            with uninterrupted():
+        with uninterrupted() as interruptible:  # from the supervisor's end on: nobody would look after what is left
+            stopped = [SUPERVISOR] if self._processes.end(SUPERVISOR, SUPERVISOR_GRACE_S) else []
+            with self._locked():
+                if asked:
+                    if self.is_running(NATS.name) and self.is_running(INGEST.name):
+                        with interruptible():
+                            let_through(self.settings, self._on_progress)
+                    with interruptible():
+                        self._flush()
                 for name in reversed(PARTS):
                     if self._processes.end(name, PARTS[name].stop_grace_s):
                         stopped.append(name)
@@ -146,8 +147,7 @@ class NativeStack:
         with contextlib.suppress(psutil.NoSuchProcess):
             driver.send_signal(signal.SIGUSR1)
             driver.send_signal(signal.SIGTERM)
-        with contextlib.suppress(KeyboardInterrupt):
-            wait_until(lambda: not self.is_running(STREAMING.name), FLUSH_GRACE_S)
+        wait_until(lambda: not self.is_running(STREAMING.name), FLUSH_GRACE_S)
 
     def stop_part(self, name: str, grace_s: float | None = None) -> None:
         """Stops one process; by default with its usual grace.

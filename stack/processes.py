@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import psutil
@@ -106,7 +107,7 @@ class Processes:
         """The process that the pid file names, where it is alive and ours."""
         try:
             process = psutil.Process(json.loads(self.pid_file(name).read_text())["pid"])
-        except (OSError, ValueError, KeyError, psutil.Error):
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
             return None
         return process if self._is_living_part(process, name) else None
 
@@ -161,15 +162,30 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Holds back what ends a command while processes are being stopped: half a stop would leave some behind."""
+def uninterrupted() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Holds back what ends a command while processes are being stopped: half a stop would leave some behind.
+
+    Gives a context in which Ctrl-C works again, for what may be cut short.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield contextlib.nullcontext
         return
     ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in ends}
+
+    @contextlib.contextmanager
+    def interruptible() -> Iterator[None]:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                yield
+        finally:
+            for number in ends:
+                signal.signal(number, signal.SIG_IGN)
+
     try:
-        yield
+        yield interruptible
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

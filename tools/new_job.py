@@ -8,6 +8,7 @@ import argparse
 import keyword
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 STREAMING = '''"""Readings with more import power than a limit.
@@ -134,6 +135,7 @@ m1,2024-06-10T12:00:00Z,2024-06-10T12:00:01Z,3
         "then/{name}.csv": "meter_id,day_start,readings\nm1,2024-06-09T22:00:00Z,2\n",
     },
 }
+RESERVED = ("checkpoints", "locks", "common", "base", "utils", "helpers", "manager", "handler", "service", "misc")
 ROOMS = {"streaming": "streaming_jobs", "batch": "batch_jobs"}
 JOBS = {"streaming": STREAMING, "batch": BATCH}
 TABLES, GUIDE = "schemas/tables.py", "docs/guide.md"
@@ -177,10 +179,14 @@ def files_of(kind: str, name: str, root: Path) -> dict[Path, str]:
     Raises:
         ValueError: the name cannot be one or is taken, or a file lacks the line below which something is added.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*[a-z0-9]", name) or keyword.iskeyword(name):
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,60}[a-z0-9]", name) or keyword.iskeyword(name):
         msg = f"NAME={name}: a job's name is small letters, digits and _, such as solar_surplus"
         raise ValueError(msg)
-    taken = [path for room in ROOMS.values() if (path := root / room / f"{name}.py").exists()]
+    if name in {*sys.stdlib_module_names, *RESERVED} or find_spec(name) or (root / name).exists():
+        msg = f"NAME={name}: a job of that name would hide a module or a folder of that name"
+        raise ValueError(msg)
+    places = [*(f"{room}/{name}{end}" for room in ROOMS.values() for end in (".py", "")), f"tests/scenarios/{name}"]
+    taken = [path for place in places if (path := root / place).exists()]
     if taken or re.search(rf'^    "{name}(_v\d+)?":', (root / TABLES).read_text(), re.MULTILINE):
         where = taken[0].relative_to(root) if taken else TABLES
         msg = f"NAME={name} is taken: {where} has it"

@@ -63,6 +63,10 @@ def test_a_new_job_of_each_kind_keeps_the_rules_of_the_house_and_its_scenario_ho
         ("SolarSurplus", "a job's name is small letters, digits and _, such as solar_surplus"),
         ("../x", "a job's name is small letters"),
         ("class", "a job's name is small letters"),
+        ("json", "a job of that name would hide a module"),
+        ("polars", "a job of that name would hide a module"),
+        ("engine", "a job of that name would hide a module"),
+        ("checkpoints", "a job of that name would hide a module"),
     ],
 )
 def test_a_name_that_cannot_be_writes_nothing(checkout: Path, name: str, complaint: str) -> None:

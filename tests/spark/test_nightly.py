@@ -178,7 +178,20 @@ def test_a_date_that_is_none_is_an_error_of_use(arguments: list[str]) -> None:
     assert "--date" in ended.stderr
 
 
-def test_a_day_without_readings_is_told_with_the_days_that_have_some(
+def test_a_report_that_cannot_be_made_is_named_and_the_others_are_there(lake: Path) -> None:
+    (table_path("alarms") / f"date={DAY.isoformat()}" / "part-1.parquet").write_bytes(b"PAR1half")
+    environment = {**os.environ, "PYTHONPATH": ".", "METERSTREAM_HOME": str(lake)}
+    order = [sys.executable, "-m", "batch_jobs", "--date", DAY.isoformat()]
+    ended = subprocess.run(order, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("error: reports of 2024-06-10 are missing: alarm_report_v1: ")
+    assert "part-1.parquet" in last
+    written = {path.parent.name for path in report_path("").glob("*/date=2024-06-10")}
+    assert written == {job.report for job in discovered()} - {"alarm_report_v1"}
+
+
+def test_a_day_without_readings_is_said_with_the_days_that_have_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))

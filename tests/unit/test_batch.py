@@ -13,7 +13,7 @@ from metering.accounting import VERDICTS
 from schemas.codec import encode
 from schemas.errors import ContractBroken
 from schemas.tables import REGISTRY, polars_schema
-from schemas.topics import DEAD_LETTERS, READINGS
+from schemas.topics import ALARMS, DEAD_LETTERS, READINGS, Topic
 from tests.settling import Settling, kafka_table
 
 BEGIN = datetime(2024, 6, 10, tzinfo=UTC)
@@ -118,6 +118,84 @@ def test_the_engines_verdict_comes_before_the_rules() -> None:
 def test_what_a_job_does_not_declare_is_refused(gives: Output, complaint: str) -> None:
     with pytest.raises(ContractBroken, match=complaint):
         settling(gives).batch(kafka_table([reading(0, 0)]))
+
+
+@pytest.mark.parametrize(
+    ("declared", "complaint"),
+    [
+        ({"columns": ("nothing",)}, "columns is a tuple of columns that it has, not nothing"),
+        ({"deduplicate_on": "meter_id"}, "deduplicate_on is a tuple of columns that it has, not meter_id"),
+        ({"compares": ("import_w",)}, "compares and hands_duplicates need deduplicate_on"),
+        ({"hands_duplicates": True}, "compares and hands_duplicates need deduplicate_on"),
+    ],
+)
+def test_a_source_that_cannot_be_is_refused(declared: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ContractBroken, match=f"source meter-readings-v1: {complaint}"):
+        settling(**declared)
+
+
+@pytest.mark.parametrize(
+    ("topic", "declared", "complaint"),
+    [
+        (DEAD_LETTERS, {"refuses_impossible_clocks": True}, "needs observed_at"),
+        (DEAD_LETTERS, {"closes_windows": True}, "needs run_id"),
+        (READINGS, {"state": {"recent": HANDED}}, "state named recent is the engine's"),
+    ],
+)
+def test_what_a_topic_does_not_have_is_not_asked_of_it(topic: Topic, declared: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ContractBroken, match=complaint):
+        Source(topic, partial(rule, None), **declared)
+
+
+@pytest.mark.parametrize(
+    ("declared", "complaint"),
+    [
+        ({"writes": ("nothing",)}, "schemas/tables.py has no table nothing"),
+        ({"writes": ("latest_readings",)}, "no column dates the rows of latest_readings"),
+        ({"writes": ("readings",), "hands": ("alarms",)}, "hands or sends what it does not write: alarms"),
+        ({"writes": (), "sources": (Source(READINGS, partial(rule, None)),) * 2}, "two sources have one topic"),
+    ],
+)
+def test_a_job_that_cannot_be_is_refused(declared: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ContractBroken, match=f"job one: {complaint}"):
+        StreamingJob("one", 1, **{"sources": (Source(READINGS, partial(rule, None)),), **declared})
+
+
+def frame(**columns: list[Any]) -> pl.DataFrame:
+    return pl.DataFrame(columns)
+
+
+@pytest.mark.parametrize(
+    ("gives", "complaint"),
+    [
+        (Output({"readings": frame(meter_id=["m1"])}), "table readings lacks .*observed_at.*: the rule gave meter_id"),
+        (
+            Output({}, {"count": frame(handed=[1.5])}),
+            "state count: handed is declared as Int64, and the rule gave Float64",
+        ),
+        (Output({}, {"count": frame(other=[1])}), "state count lacks handed: the rule gave other"),
+    ],
+)
+def test_columns_that_are_not_the_declared_ones_are_refused(gives: Output, complaint: str) -> None:
+    with pytest.raises(ContractBroken, match=complaint):
+        settling(gives).batch(kafka_table([reading(0, 0)]))
+
+
+def test_a_verdict_without_a_reason_is_none() -> None:
+    verdicts = pl.DataFrame({"offset": [0, 0, 1], "reason": [None, "out_of_order", None]}, schema=VERDICTS)
+    found = settling(Output({}, verdicts=verdicts)).batch(kafka_table([reading(0, 0), reading(1, 1)]))
+    assert accounting(found) == {"stored": 1, "late": 1}
+
+
+def test_alarms_of_another_job_can_be_read() -> None:
+    alarm = {
+        "alarm_id": "a", "meter_id": "m1", "alarm_type": "tamper", "severity": "error", "state": "active",
+        "raised_at": BEGIN, "updated_at": BEGIN, "repeat_count": 0, "source": "derived", "run_id": "r",
+    }  # fmt: skip
+    source = Source(ALARMS, lambda rows, *_: Output({"alarms": rows}))
+    job = Settling(StreamingJob("one", 1, (source,), ("alarms",)), polars_schema(REGISTRY).to_frame())
+    found = job.batch(kafka_table([(b"m1", encode("alarm", alarm), ALARMS.name, 0, 0, BEGIN)]))
+    assert (accounting(found), found["alarms"]["alarm_id"].to_list()) == ({"stored": 1}, ["a"])
 
 
 def test_a_dead_letter_is_an_invalid_record_and_what_cannot_be_decoded_becomes_one() -> None:

@@ -49,6 +49,12 @@ def test_a_column_that_no_file_has_yet_is_null() -> None:
         assert lake.sql("SELECT alarm_id, severity FROM alarms").fetchall() == [("old", None)]
 
 
+def test_a_table_may_have_the_name_of_a_word_of_sql(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TABLES, "select", TABLES["alarms"])
+    with open_lake() as lake:
+        assert lake.sql('SELECT alarm_id FROM "select"').fetchall() == []
+
+
 def test_a_current_table_has_its_rows() -> None:
     keep("latest_readings", "current-meter-readings-v1-0.parquet", [{"meter_id": "m1", "import_t1_wh": 7}])
     with open_lake() as lake:

@@ -1,7 +1,10 @@
 """The stack's settings and what it refuses, without starting anything."""
 
+import os
+import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -9,10 +12,11 @@ from typing import NoReturn
 import pytest
 
 from schemas.errors import ConfigError
-from settings import load
+from settings import damage, load, started_file
 from stack.native import NativeStack
 from stack.parts import ALWAYS, KAFKA
-from stack.settings import ROOT, StackSettings
+from stack.processes import uninterrupted
+from stack.settings import ROOT, StackSettings, remember
 from tools import setup
 
 
@@ -117,3 +121,36 @@ def test_no_registrys_host_is_named_in_setup_or_configuration() -> None:
     hosts = ("maven.org", "pypi.org", "pythonhosted", "apache.org/", "github.com")
     files = [ROOT / "Makefile", ROOT / "tools" / "setup.py", *filter(Path.is_file, (ROOT / "config").rglob("*"))]
     assert [(file.name, host) for file in files for host in hosts if host in file.read_text()] == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"mqtt_port": "x"}', '{"project": true}', "\x00"])
+def test_a_home_that_does_not_know_its_ports_any_more_says_so(tmp_path: Path, text: str) -> None:
+    assert damage(tmp_path) is None, "nothing was started"
+    started_file(tmp_path).parent.mkdir()
+    started_file(tmp_path).write_text(text)
+    assert "started.json is damaged" in (damage(tmp_path) or "")
+    remember(load(StackSettings, home=tmp_path), "native", cluster=False, critical=True)
+    assert damage(tmp_path) is None
+
+
+def test_a_pid_file_that_is_none_is_no_process(tmp_path: Path) -> None:
+    stack = NativeStack(load(StackSettings, home=tmp_path))
+    (tmp_path / "run").mkdir(parents=True, exist_ok=True)
+    for text in ("[]", '{"pid": "x"}', "", "7"):
+        (tmp_path / "run" / "nats.pid").write_text(text)
+        assert not stack.is_running("nats")
+
+
+def test_ctrl_c_while_processes_are_ended_waits_and_works_where_it_may() -> None:
+    ended = []
+    with uninterrupted() as interruptible:
+        os.kill(os.getpid(), signal.SIGINT)
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+            ended.append("not cut short")
+        ended.append("went on")
+    assert ended == ["went on"]
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)

@@ -48,8 +48,8 @@ replay: setup  ## Replay: ARGS="run --tape … --meters 1000", ARGS=--help
 sql: setup  ## Ask the lake: SQL="SELECT … FROM alarms", tables and reports by name
 	@$(PYTHON) -m stack sql $(if $(SQL),"$$SQL",--help)
 
-new-job: setup  ## A new job with its columns and a scenario: KIND=streaming|batch NAME=solar_surplus
-	@$(if $(and $(KIND),$(NAME)),,echo "Which? make new-job KIND=streaming NAME=solar_surplus, or KIND=batch" >&2; exit 2)
+new-job: setup  ## A new job with its columns and a scenario: KIND=streaming|batch NAME=high_load
+	@$(if $(and $(KIND),$(NAME)),,echo "Which? make new-job KIND=streaming NAME=high_load, or KIND=batch" >&2; exit 2)
 	@$(PYTHON) tools/new_job.py "$(KIND)" "$(NAME)"
 
 bench: setup  ## What the replay's sending costs, beside Kafka's own bench and others: ARGS=--help

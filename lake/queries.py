@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 
-from lake.paths import glob_of, table_path
+from lake.paths import glob_of, report_path, table_path
 from lake.reading import newest_registry, registry_files
 from schemas.closed_lists import ACCEPTED_DELTAS, DeltaReason
-from schemas.tables import TABLES, polars_schema
+from schemas.tables import REPORTS, TABLES
 from settings import home
 
 ACCEPTED = f"({', '.join(repr(reason.value) for reason in ACCEPTED_DELTAS)})"
@@ -41,19 +42,32 @@ def rows_of(files: str) -> str:
 
 
 def open_lake() -> duckdb.DuckDBPyConnection:
-    """A connection with a view per table, over its plain glob, and `newest_registry`: the newest row of each meter."""
+    """A connection with a view per table and report, over its plain glob, and `newest_registry`, a row a meter.
+
+    A report has its name with and without its version: the newest one. What nobody has written yet has no rows.
+    """
     connection = duckdb.connect()
     connection.execute("SET TimeZone = 'UTC'")
     connection.execute(f"SET temp_directory = '{home() / 'staging' / 'duckdb'}'")
-    for table in TABLES:
-        connection.register(f"no_{table}", polars_schema(TABLES[table]).to_frame().to_arrow())
-        rows = f'FROM "no_{table}"'
-        for files in (glob_of(table_path(table)), str(table_path(table) / "*.parquet")):  # those of a current table
-            if glob(files):
-                rows += f" UNION ALL BY NAME {rows_of(files)}"
-        connection.execute(f'CREATE VIEW "{table}" AS {rows}')
+    for table, schema in TABLES.items():  # a current one has no dates
+        _add_view(connection, table, schema, [glob_of(table_path(table)), str(table_path(table) / "*.parquet")])
+    written = {path.name for path in report_path("").glob("*_v*")}
+    for report in sorted({*REPORTS, *written}):
+        if _add_view(connection, report, REPORTS.get(report, pa.schema([])), [glob_of(report_path(report))]):
+            connection.execute(f'CREATE OR REPLACE VIEW "{report.rpartition("_v")[0]}" AS FROM "{report}"')
     connection.register("newest_registry", newest_registry(registry_files()).to_arrow())
     return connection
+
+
+def _add_view(lake: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema, places: list[str]) -> bool:
+    """A view of what lies in these places; its declared columns are there without any file, too."""
+    parts = [rows_of(files) for files in places if glob(files)]
+    if schema.names:
+        lake.register(f"declared {name}", schema.empty_table())
+        parts.insert(0, f'FROM "declared {name}"')
+    if parts:
+        lake.execute(f'CREATE VIEW "{name}" AS {" UNION ALL BY NAME ".join(parts)}')
+    return bool(parts)
 
 
 def accounting_lines(lake: duckdb.DuckDBPyConnection, run_id: str | None = None) -> list[AccountingLine]:

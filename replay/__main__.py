@@ -38,6 +38,7 @@ from settings import PREFIX as VARIABLE
 from settings import Settings, contradictions, home, load
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode="markdown")
+SAY_EVERY_S = 30  # where no terminal shows a bar
 UNWRAPPED = 10_000  # columns: where no terminal sets a width, tables and lines have the width that they need
 console, problems = (
     Console(stderr=is_stderr, width=None if stream.isatty() else UNWRAPPED, soft_wrap=not stream.isatty())
@@ -441,6 +442,7 @@ def played(order: Order, connections: int = 1) -> Ledger:
     with Progress(TextColumn("replay"), *columns, *left, console=problems) as bar:
         task = bar.add_task("replay", total=1.0, standing="")
         began = time.monotonic()
+        said = [began]
 
         def show(standing: Standing) -> None:
             rate = standing.records / max(time.monotonic() - began, 1e-3)
@@ -448,6 +450,9 @@ def played(order: Order, connections: int = 1) -> Ledger:
             slip = f", has waited {standing.slip_s:.0f} s" if standing.slip_s > 1 else ""
             line = f"{standing.records:,} records, {rate:,.0f}/s{late}{slip}"
             bar.update(task, completed=standing.share, standing=line)
+            if not problems.is_terminal and time.monotonic() - said[-1] > SAY_EVERY_S:
+                said.append(time.monotonic())
+                problems.print(f"  {standing.share:.0%}: {line}", soft_wrap=True)
 
         return play(order, _sink(order.to, way, connections), show)
 

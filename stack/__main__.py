@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 
 from kafka_io.topics import create_topics
-from lake.paths import glob_of, report_path
 from schemas.errors import ConfigError, RetryLater, exits
 from settings import Settings, contradictions, damage, load, started_with
 from stack import following
@@ -428,6 +427,7 @@ def critical(
 
     def work() -> None:
         bootstrap = _bootstrap()
+        problems.print(f"Follows critical events on {bootstrap}; make up CRITICAL=1 publishes them", soft_wrap=True)
         for number, event in enumerate(following.critical_events(bootstrap, from_start), 1):
             if as_json:
                 typer.echo(json.dumps(event, default=str))
@@ -456,7 +456,7 @@ def sql(
     """
     import duckdb
 
-    from lake.queries import open_lake, rows_of
+    from lake.queries import open_lake
 
     def work() -> None:
         stack = _stack()
@@ -467,10 +467,6 @@ def sql(
             raise ConfigError(msg)
         os.environ["METERSTREAM_HOME"] = str(stack.home)
         with open_lake() as lake:
-            for report in sorted(path.name for path in report_path("").glob("*_v*")):
-                if any(report_path(report).glob("date=*/*.parquet")):
-                    for name in (report, report.rpartition("_v")[0]):  # the newest version, without its number
-                        lake.execute(f'CREATE OR REPLACE VIEW "{name}" AS {rows_of(glob_of(report_path(report)))}')
             try:
                 rows = lake.sql(query)
                 if rows is None:
@@ -480,8 +476,11 @@ def sql(
                         typer.echo(json.dumps(dict(zip(rows.columns, row, strict=True)), default=str))
                 else:
                     rows.show(max_width=console.width)
+                    if not rows.limit(1).fetchall():
+                        problems.print(f"No rows in {stack.home}: METERSTREAM_HOME names another home", soft_wrap=True)
             except duckdb.Error as error:
-                raise ConfigError(str(error)) from error
+                msg = f"{error}\nThe lake is that of {stack.home}"
+                raise ConfigError(msg) from error
 
     _guarded(work)
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.progress import Progress
 
+pytest.register_assert_rewrite("tests.chain", "tests.brokers", "tests.run_lake", "tests.spark.scenario")
 os.environ.setdefault("POLARS_MAX_THREADS", "1")  # as a Spark task has: on a busy machine threads wait for each other
 
 if TYPE_CHECKING:

@@ -180,7 +180,7 @@ def files_of(kind: str, name: str, root: Path) -> dict[Path, str]:
         ValueError: the name cannot be one or is taken, or a file lacks the line below which something is added.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,60}[a-z0-9]", name) or keyword.iskeyword(name):
-        msg = f"NAME={name}: a job's name is small letters, digits and _, such as solar_surplus"
+        msg = f"NAME={name}: a job's name is small letters, digits and _, such as high_load"
         raise ValueError(msg)
     if name in {*sys.stdlib_module_names, *RESERVED} or find_spec(name) or (root / name).exists():
         msg = f"NAME={name}: a job of that name would hide a module or a folder of that name"
@@ -207,10 +207,10 @@ def files_of(kind: str, name: str, root: Path) -> dict[Path, str]:
 
 def main() -> None:
     """Command line."""
-    example = "example: make new-job KIND=streaming NAME=solar_surplus"
+    example = "example: make new-job KIND=streaming NAME=high_load"
     parser = argparse.ArgumentParser(prog="tools/new_job.py", description=__doc__, epilog=example)
     parser.add_argument("kind", choices=ROOMS, help="streaming: on each micro-batch; batch: at night, for a local day.")
-    parser.add_argument("name", help="Name of the job, its module and its table or report: solar_surplus.")
+    parser.add_argument("name", help="Name of the job, its module and its table or report: high_load.")
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="The checkout; this one.")
     given = parser.parse_args()
     try:

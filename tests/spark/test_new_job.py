@@ -60,7 +60,7 @@ def test_a_new_job_of_each_kind_keeps_the_rules_of_the_house_and_its_scenario_ho
         ("alarms", "NAME=alarms is taken: streaming_jobs/alarms.py has it"),
         ("daily_consumption", "NAME=daily_consumption is taken: batch_jobs/daily_consumption.py has it"),
         ("voltage_rollups", "NAME=voltage_rollups is taken: schemas/tables.py has it"),
-        ("SolarSurplus", "a job's name is small letters, digits and _, such as solar_surplus"),
+        ("HighLoad", "a job's name is small letters, digits and _, such as high_load"),
         ("../x", "a job's name is small letters"),
         ("class", "a job's name is small letters"),
         ("json", "a job of that name would hide a module"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from lake.paths import table_path
+from lake.paths import report_path, table_path
 from lake.queries import open_lake
 from lake.reading import newest_registry, registered, registry_files
 from schemas.tables import TABLES, polars_schema
@@ -73,3 +73,17 @@ def test_a_registry_of_before_a_column_was_added_is_read() -> None:
     assert known["file"][0].endswith("date=2024-06-10/a.parquet")
     with open_lake() as lake:
         assert lake.sql("SELECT jurisdiction FROM newest_registry ORDER BY meter_id").fetchall() == [(None,), ("EN",)]
+
+
+def test_a_report_has_its_columns_before_the_first_night_and_its_rows_after_it() -> None:
+    with open_lake() as lake:
+        assert lake.sql("SELECT meter_id, import_kwh FROM daily_consumption").fetchall() == []
+    folder = report_path("daily_consumption_v1") / "date=2024-06-10"
+    folder.mkdir(parents=True)
+    pl.DataFrame({"meter_id": ["m1"], "import_wh": [7]}).write_parquet(folder / "part-0.parquet")
+    newer = report_path("daily_consumption_v9") / "date=2024-06-10"
+    newer.mkdir(parents=True)
+    pl.DataFrame({"meter_id": ["m9"]}).write_parquet(newer / "part-0.parquet")
+    with open_lake() as lake:
+        assert lake.sql("SELECT meter_id, import_wh, quality FROM daily_consumption_v1").fetchall() == [("m1", 7, None)]
+        assert lake.sql("SELECT meter_id FROM daily_consumption").fetchall() == [("m9",)], "the newest version"

@@ -25,7 +25,7 @@ from settings import load
 from stack.__main__ import app
 from stack.native import NativeStack
 from stack.processes import MARK, StartFailed
-from stack.settings import StackSettings
+from stack.settings import StackSettings, remember
 from tests.brokers import Brokers, kill
 from tests.eventually import eventually
 from tests.wire import small_tape
@@ -266,6 +266,7 @@ def test_a_replay_goes_to_the_stack_of_the_home(own_stack: NativeStack, tmp_path
 
 def test_the_lake_of_the_home_answers_sql(tmp_path: Path) -> None:
     stack = fresh_stack(tmp_path)
+    remember(stack.settings, "native", cluster=False, critical=False)  # where an engine answers, a new home is Docker's
     code, out, _ = elsewhere(stack, "sql", "--json", "SELECT count(*) AS n FROM readings")
     assert (code, out) == (0, '{"n": 0}\n')
     code, _, err = elsewhere(stack, "sql", "SELECT * FROM nothing")

@@ -78,7 +78,7 @@ def settled(
         context: what is the same for all partitions.
 
     Raises:
-        ContractBroken: the rule gives a table or a state that its job does not declare.
+        ContractBroken: the rule gives what its job does not declare, or leaves out what it must give.
     """
     settings = context.settings
     rows = decoded(records, source.topic)
@@ -100,18 +100,18 @@ def settled(
     if source.columns:
         marks = selectors.by_name("seen", require_all=False) | selectors.starts_with(FIRST)
         handed = handed.select(*dict.fromkeys([*source.columns, *PLACE]), marks)
-    output = source.transform(handed, registry, {kind: state[kind] for kind in source.state}, context)
-    check(output, job, source.state)
+    given = source.transform(handed, registry, {kind: state[kind] for kind in source.state}, context)
+    output = declared(given, job, source.state)
     if lacking := sorted(set(job.current) - set(output.tables)):
         msg = f"{job.name} does not give all rows of {', '.join(lacking)}, which its newest version replaces"
         raise ContractBroken(msg)
     judged = _judged(valid, [*verdicts, output.verdicts])
-    tables = {table: contract(frame, table) for table, frame in output.tables.items()}
+    tables = dict(output.tables)
     for table, frame in _apart(rows, judged, source, job.name).items():
         tables[table] = pl.concat([tables[table], frame]) if table in tables else frame
     return Settled(
         tables,
-        {**state, **kept_of(output, source.state), **kept},
+        {**state, **output.state, **kept},
         pl.concat([accounting.count(judged), accounting.invalid(rows)]),
     )
 
@@ -150,8 +150,8 @@ def typed(frame: pl.DataFrame, schema: pl.Schema, where: str) -> pl.DataFrame:
     return chosen.cast(schema)
 
 
-def check(output: Output, job: StreamingJob, kinds: Mapping[str, pl.Schema]) -> None:
-    """Refuses what nobody would keep.
+def declared(output: Output, job: StreamingJob, kinds: Mapping[str, pl.Schema]) -> Output:
+    """What a rule gives, in its declared columns; a frame that has them is the same one.
 
     Args:
         output: of a rule.
@@ -159,19 +159,19 @@ def check(output: Output, job: StreamingJob, kinds: Mapping[str, pl.Schema]) -> 
         kinds: of state that are declared for the rule.
 
     Raises:
-        ContractBroken: the rule gives a table or a kind of state that is not declared.
+        ContractBroken: the rule gives a table or a kind of state that is not declared, or other columns.
     """
-    declared = {"table": {*job.writes, *job.current}, "state": set(kinds)}
+    known = {"table": {*job.writes, *job.current}, "state": set(kinds)}
     for word, given in (("table", output.tables), ("state", output.state)):
-        if unknown := sorted(set(given) - declared[word]):
-            known = ", ".join(sorted(declared[word])) or "none"
-            msg = f"{job.name} gives a {word} that it does not declare: {', '.join(unknown)}; it declares {known}"
+        if unknown := sorted(set(given) - known[word]):
+            names = ", ".join(sorted(known[word])) or "none"
+            msg = f"{job.name} gives a {word} that it does not declare: {', '.join(unknown)}; it declares {names}"
             raise ContractBroken(msg)
-
-
-def kept_of(output: Output, kinds: Mapping[str, pl.Schema]) -> dict[str, pl.DataFrame]:
-    """The state that a rule gives, in its declared columns; a frame that is as it was stays the same one."""
-    return {kind: typed(frame, kinds[kind], f"state {kind}") for kind, frame in output.state.items()}
+    return Output(
+        {table: contract(frame, table) for table, frame in output.tables.items()},
+        {kind: typed(frame, kinds[kind], f"state {kind}") for kind, frame in output.state.items()},
+        output.verdicts,
+    )
 
 
 def _deduplicated(

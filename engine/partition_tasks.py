@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pyspark import TaskContext
 from pyspark.sql import DataFrame
 
-from engine.batch import BatchPlan, check, contract, kept_of, settled, typed
+from engine.batch import BatchPlan, declared, settled
 from engine.job import MEMORY, CrossPartition, Frames
 from engine.settings import StreamSettings
 from kafka_io.ranges import KAFKA, RANGES, Range, fetched
@@ -113,12 +113,11 @@ def _partition(partition: str, records: pa.Table, plan: BatchPlan) -> pl.DataFra
     registry = newest_registry(plan.registry)
     done = settled(records, plan.job, source, registry, before, plan.context)
     _keep_state(done.state, known, partition, source.kept, plan)
-    for table in plan.job.tables:
-        if table in done.tables:
-            _keep_rows(done.tables[table], table, partition, plan)
-    for table in plan.job.current:
-        if len(records):
-            _written(done.tables[table], plan.staging / table / f"current-{partition}.parquet")
+    for table, rows in done.tables.items():
+        if table not in plan.job.current:
+            _keep_rows(rows, table, partition, plan)
+        elif len(records):
+            _written(rows, plan.staging / table / f"current-{partition}.parquet")
     return done.accounting
 
 
@@ -127,11 +126,10 @@ def across(step: CrossPartition, plan: BatchPlan) -> None:
     kinds = plan.job.cross_partition_state
     known = known_frames(plan.before, CROSS_PARTITION, kinds)
     handed = {table: staged(plan, table) for table in plan.job.hands}
-    output = step(handed, newest_registry(plan.registry), known, plan.context)
-    check(output, plan.job, kinds)
-    _keep_state({**known, **kept_of(output, kinds)}, known, CROSS_PARTITION, kinds, plan)
+    output = declared(step(handed, newest_registry(plan.registry), known, plan.context), plan.job, kinds)
+    _keep_state({**known, **output.state}, known, CROSS_PARTITION, kinds, plan)
     for table, frame in output.tables.items():
-        _keep_rows(contract(frame, table), table, CROSS_PARTITION, plan)
+        _keep_rows(frame, table, CROSS_PARTITION, plan)
 
 
 def _of_this_topic(recent: pl.DataFrame, first_offset: int) -> pl.DataFrame:
@@ -163,16 +161,16 @@ def staged(plan: BatchPlan, table: str) -> pl.DataFrame:
     return pl.concat([schema.to_frame(), *[pl.read_parquet(part, hive_partitioning=False) for part in parts]])
 
 
-def _keep_state(state: Frames, known: Frames, partition: str, kinds: Mapping[str, pl.Schema], plan: BatchPlan) -> None:
+def _keep_state(state: Frames, known: Frames, partition: str, kinds: Iterable[str], plan: BatchPlan) -> None:
     """Writes a partition's state; what did not change is linked."""
-    for kind, schema in kinds.items():
+    for kind in kinds:
         if state[kind] is known[kind] and plan.before and (plan.before / partition / f"{kind}.arrow").exists():
             _link(plan, partition, [kind])
             continue
         path = plan.after / partition / f"{kind}.arrow"
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        typed(state[kind], schema, f"state {kind}").rechunk().write_ipc(part)
+        state[kind].rechunk().write_ipc(part)
         part.rename(path)
 
 

@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from engine.batch import check, contract, kept_of, settled, typed
+from engine.batch import declared, settled
 from engine.job import CLOCKS, BatchContext, StreamingJob
 from engine.settings import StreamSettings
 from engine.watermark import watermarks
@@ -54,9 +54,9 @@ class Settling:
             source = self.job.source(topic)
             is_here = (pc.field("topic") == topic) & (pc.field("partition") == partition)
             done = settled(records.filter(is_here), self.job, source, self.registry, state, context)
-            self.states[topic, partition] = {
-                kind: typed(done.state[kind], kept, kind) for kind, kept in source.kept.items()
-            }
+            self.states[topic, partition] = dict(done.state)
+            for kind, schema in source.kept.items():
+                assert done.state[kind].schema == schema, f"{self.job.name}: state {kind}"
             for name, frame in done.tables.items():
                 tables[name].append(frame)
             tables[ACCOUNTING].append(done.accounting)
@@ -65,10 +65,10 @@ class Settling:
         whole |= {name: pl.concat([_none(name), *tables[name]]) for name in self.job.current}
         if self.job.cross_partition:
             handed = {name: whole[name] for name in self.job.hands}
-            output = self.job.cross_partition(handed, self.registry, self.kept, context)
-            check(output, self.job, self.job.cross_partition_state)
-            self.kept |= kept_of(output, self.job.cross_partition_state)
-            whole |= {name: pl.concat([whole[name], contract(frame, name)]) for name, frame in output.tables.items()}
+            given = self.job.cross_partition(handed, self.registry, self.kept, context)
+            output = declared(given, self.job, self.job.cross_partition_state)
+            self.kept |= output.state
+            whole |= {name: pl.concat([whole[name], frame]) for name, frame in output.tables.items()}
         return whole
 
 

@@ -12,6 +12,7 @@ Three parts, each on a stack of its own, as `make up` starts it:
 checkout, and ends with `replay verify`: a figure of rows that are not right counts for nothing.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -31,22 +32,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench.loads import ENDING_S, ROOT, STEP_S, lag, metrics, played, playing, taken, tape, wait_for_no_lag
 from bench.stream_runs import TreeClock
-from replay.__main__ import simulated
 from replay.run.ledger import read_ledger
 from replay.verify import verify
 from schemas.errors import ConfigError, RetryLater, exits
-from stack.backlog import left_on_the_way
-from stack.demo import DAY, GRID_TAPE, SEED
 from stack.isolated import environment, own_settings
-from stack.jobs import JobMetrics, jobs, metrics_text
+from stack.jobs import JobMetrics
 from stack.native import NativeStack
 
-ROOT = Path(__file__).resolve().parent.parent
-STEP_S = 300  # of the tape: a meter's reading
 PARTS = {"price": ["nats", "kafka", "ingest", "streaming"], "drain": ["kafka", "streaming"]}
 PARTS["way"] = PARTS["price"]
-SETTLED_S = 900.0
+RUN = "run"
 WARM_METERS = 1_000
 BROKERS = ("nats", "kafka")
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -126,35 +123,6 @@ def _kind(pid: int, driver: int) -> str:
         return "workers"
 
 
-def _metrics(stack: NativeStack) -> list[JobMetrics]:
-    return jobs(metrics_text(stack.settings.metrics_port) or "")
-
-
-def _lag(found: list[JobMetrics]) -> int | None:
-    """The longest lag; None while a job has not said."""
-    lags = [job.lag_records for job in found]
-    return None if not lags or None in lags else max(lag for lag in lags if lag is not None)
-
-
-def _wait_for_no_lag(stack: NativeStack, records: int) -> None:
-    """Waits until the jobs of readings have taken so many records and none lags.
-
-    Raises:
-        RetryLater: they do not come to the end.
-    """
-    until = time.monotonic() + SETTLED_S
-    while _lag(_metrics(stack)) != 0 or _taken(_metrics(stack)) < records:
-        time.sleep(0.2)
-        if time.monotonic() > until:
-            msg = f"the jobs still lag after {SETTLED_S:.0f} s: see {stack.home / 'logs'}"
-            raise RetryLater(msg)
-
-
-def _taken(found: list[JobMetrics]) -> int:
-    """Readings that every job of readings has taken."""
-    return min((job.records for job in found if job.job != "alarms"), default=0)
-
-
 def _batches(found: list[JobMetrics]) -> int:
     return sum(job.batch + 1 for job in found if job.batch is not None)
 
@@ -175,70 +143,65 @@ def _stack(part: str) -> Iterator[NativeStack]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _replay(part: str, meters: int, run_id: str, *how: str) -> subprocess.Popen[bytes]:
-    """Starts a replay of the grid's tape."""
-    to = "kafka" if part == "drain" else "mqtt"
-    command = [sys.executable, "-m", "replay", "run", "--tape", str(GRID_TAPE), "--to", to, "--seed", f"{SEED}"]
-    command += ["--meters", f"{meters}", "--run-id", run_id, *how]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+@contextmanager
+def _looked_at(cell: Cell, stack: NativeStack) -> Iterator[int]:
+    """Fills the cell by what happens meanwhile; gives the readings that every job had taken before."""
+    clocks, found = Clocks(stack, PARTS[cell.part]), metrics(stack)
+    first, batches = taken(found), _batches(found)
+    before, began = clocks.look(), time.monotonic()
+    yield first
+    cell.seconds, after, found = time.monotonic() - began, clocks.look(), metrics(stack)
+    cell.cores = {name: (used - before.get(name, 0.0)) / cell.seconds for name, used in sorted(after.items())}
+    cell.readings, cell.batches = taken(found) - first, _batches(found) - batches
+    cell.batch_s = max((job.batch_seconds or 0.0 for job in found), default=0.0)
+    cell.lag = lag(found)
 
 
-def _ended(replay: subprocess.Popen[bytes]) -> None:
-    if replay.wait():
-        msg = "the replay failed: see above"
-        raise RetryLater(msg)
-
-
-def measured(part: str, meters: int, asked_per_s: float, seconds: float, settle_s: float, records: int) -> Cell:
-    """One cell.
+def at_rate(cell: Cell, seconds: float, settle_s: float) -> None:
+    """Fills a cell of the price.
 
     Args:
-        part: of `PARTS`.
-        meters: how many.
-        asked_per_s: for the price: readings a second.
-        seconds: for the price: how long it is measured.
-        settle_s: for the price: how long it runs before.
-        records: for drain and way: how many.
+        cell: says how many meters, and readings a second; 0 are none.
+        seconds: how long it is measured.
+        settle_s: how long it runs before.
+    """
+    with _stack(cell.part) as stack, contextlib.ExitStack() as load:
+        replay: subprocess.Popen[bytes] | None = None
+        if cell.asked_per_s:
+            speed = cell.asked_per_s * STEP_S / cell.meters
+            how = ("--speed", f"{speed:.4f}", "--duration", f"{(settle_s + seconds + 30) * speed:.0f}s")
+            replay = load.enter_context(playing(cell.meters, "mqtt", "--run-id", RUN, *how, "--loop", "--pace", "open"))
+        time.sleep(settle_s)
+        with _looked_at(cell, stack):
+            time.sleep(seconds)
+        if replay is not None:
+            replay.send_signal(signal.SIGINT)  # an early end with a ledger that is right
+            replay.wait(ENDING_S)
+        stack.stop(flush=True)  # what the MQTT broker holds comes first
+        cell.is_right = replay is None or verify(RUN).is_balanced
+
+
+def flat_out(cell: Cell, records: int) -> None:
+    """Fills a cell of drain or way.
+
+    Args:
+        cell: says how many meters.
+        records: readings to send, or as many as make each meter send as often.
 
     Raises:
         RetryLater: something did not come to its end.
     """
-    cell = Cell(part, meters, asked_per_s, load=os.getloadavg()[0])
-    with _stack(part) as stack:
-        clocks = Clocks(stack, PARTS[part])
-        if part != "price":  # the jobs are awake then
-            how = ("--duration", "30m", "--speed", "max", "--meter-prefix", "w")
-            _ended(_replay(part, WARM_METERS, "warm", *how))
-            _wait_for_no_lag(stack, read_ledger("warm").readings)
-        replay: subprocess.Popen[bytes] | None = None
-        if part == "price" and asked_per_s:
-            speed = asked_per_s * STEP_S / meters
-            length = f"{(settle_s + seconds + 30) * speed:.0f}s"
-            at_rate = ("--speed", f"{speed:.4f}", "--duration", length, "--loop", "--pace", "open")
-            replay = _replay(part, meters, "run", *at_rate)
-        if part == "price":
-            time.sleep(settle_s)
-        before, began, found = clocks.look(), time.monotonic(), _metrics(stack)
-        first, batches = _taken(found), _batches(found)
-        if part == "price":
-            time.sleep(seconds)
-        else:
-            steps = max(1, round(records / meters))
-            _ended(_replay(part, meters, "run", "--duration", f"{steps * STEP_S}s", "--speed", "max"))
-            _wait_for_no_lag(stack, first + read_ledger("run").readings)
-        cell.seconds, after, found = time.monotonic() - began, clocks.look(), _metrics(stack)
-        cell.cores = {name: (used - before.get(name, 0.0)) / cell.seconds for name, used in sorted(after.items())}
-        cell.readings, cell.batches = _taken(found) - first, _batches(found) - batches
-        cell.batch_s = max((job.batch_seconds or 0.0 for job in found), default=0.0)
-        cell.lag = _lag(found)
-        if replay is not None:
-            replay.send_signal(signal.SIGINT)  # an early end with a ledger that is right
-            replay.wait(60)
-            while left_on_the_way(stack.settings, read_ledger("run").records) != (0, 0):
-                time.sleep(0.2)
+    to = "kafka" if cell.part == "drain" else "mqtt"
+    with _stack(cell.part) as stack:
+        warm = ("--run-id", "warm", "--meter-prefix", "w", "--duration", "30m", "--speed", "max")
+        played(WARM_METERS, to, *warm)  # the jobs are awake then
+        wait_for_no_lag(stack, read_ledger("warm").readings)
+        with _looked_at(cell, stack) as first:
+            length = f"{max(1, round(records / cell.meters)) * STEP_S}s"
+            played(cell.meters, to, "--run-id", RUN, "--duration", length, "--speed", "max")
+            wait_for_no_lag(stack, first + read_ledger(RUN).readings)
         stack.stop(flush=True)
-        cell.is_right = (part == "price" and not asked_per_s) or verify("run").is_balanced
-    return cell
+        cell.is_right = verify(RUN).is_balanced
 
 
 def in_checkout(checkout: Path, cell: Cell, options: list[str]) -> Cell:
@@ -250,30 +213,25 @@ def in_checkout(checkout: Path, cell: Cell, options: list[str]) -> Cell:
     command = [str(ROOT / ".venv/bin/python"), "-m", "bench.capacity", "--cell", cell.part]
     command += ["--meters", f"{cell.meters}", "--rates", f"{cell.asked_per_s:g}", *options]
     variables = {**os.environ, "PYTHONPATH": str(checkout)}
-    ran = subprocess.run(command, cwd=checkout, env=variables, stdout=subprocess.PIPE, text=True, check=False)
-    if ran.returncode:
+    process = subprocess.Popen(command, cwd=checkout, env=variables, stdout=subprocess.PIPE, text=True)
+    try:
+        said, _ = process.communicate()
+    except BaseException:
+        process.terminate()  # it stops its own stack; a kill would leave that behind
+        process.wait()
+        raise
+    if process.returncode:
         msg = f"{cell.part} with {cell.meters:,} meters failed in {checkout}: see above"
         raise RetryLater(msg)
-    return Cell(**json.loads(ran.stdout.splitlines()[-1]))
+    return Cell(**json.loads(said.splitlines()[-1]))
 
 
 def show(found: list[tuple[str, Cell]]) -> None:
     """One line per cell."""
     names = sorted({name for _, cell in found for name in cell.cores})
     table = Table(box=box.SIMPLE, title="cores by process; ours are all but the brokers")
-    columns = [
-        "part",
-        "of",
-        "meters",
-        "readings/s",
-        *names,
-        "ours",
-        "µs a reading",
-        "batches",
-        "batch s",
-        "lag",
-        "right",
-    ]
+    columns = ["part", "of", "meters", "readings/s", *names, "ours", "µs a reading", "batches", "batch s", "lag"]
+    columns.append("right")
     for column in columns:
         table.add_column(column, justify="left" if column in ("part", "of") else "right", no_wrap=True)
     for checkout, cell in found:
@@ -320,10 +278,13 @@ def main(
             msg = f"--parts has {', '.join(unknown)}: there are {', '.join(PARTS)}"
             raise ConfigError(msg)
         fleets, speeds = [int(number) for number in numbers(meters, "--meters")], numbers(rates, "--rates")
-        if not GRID_TAPE.exists():
-            simulated(GRID_TAPE, DAY, STEP_S, SEED)
+        tape()
         if cell:
-            one = measured(cell, fleets[0], speeds[0], seconds, settle_s, records)
+            one = Cell(cell, fleets[0], speeds[0], load=os.getloadavg()[0])
+            if cell == "price":
+                at_rate(one, seconds, settle_s)
+            else:
+                flat_out(one, records)
             sys.stdout.write(json.dumps(asdict(one)) + "\n")
             return
         wanted = [

@@ -32,73 +32,35 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from replay.__main__ import simulated
+from bench.loads import FAILED, ROOT, SETTLED_S, STEP_S, lag, metrics, played, playing, tape, wait_for_no_lag
 from schemas.errors import RetryLater, exits
-from stack.demo import DAY, GRID_TAPE, SEED
+from stack.demo import SEED
 from stack.isolated import environment, own_settings
-from stack.jobs import JobMetrics, jobs, metrics_text
+from stack.jobs import JobMetrics
 from stack.native import NativeStack
 
-ROOT = Path(__file__).resolve().parent.parent
-STEP_S = 300  # of the tape
+OPEN = ("--pace", "open")
 FLAT_OUT_STEPS = 72  # readings of each meter by which the rate is found
-SETTLED_S = 900.0
 RESTARTED = 1 / 12  # of the time, after a restart at its end; the first third of it is not looked at
 KEPT = re.compile(r"Pause .*->(\d+)M\(")  # the JVM's words on a garbage collection
-FAILED = "the replay failed: see above"
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 progress = Console(stderr=True, highlight=False)
 
 
-def _replay(variables: dict[str, str], meters: int, prefix: str, *how: str) -> subprocess.Popen[bytes]:
-    """Starts a replay into Kafka."""
-    command = [sys.executable, "-m", "replay", "run", "--tape", str(GRID_TAPE), "--to", "kafka", "--seed", f"{SEED}"]
-    command += ["--meters", f"{meters}", "--meter-prefix", prefix, "--pace", "open", *how]
-    return subprocess.Popen(command, env=variables, cwd=ROOT, stdout=subprocess.DEVNULL)
-
-
-def _replayed(variables: dict[str, str], meters: int, prefix: str, *how: str) -> None:
-    """A replay to its end.
-
-    Raises:
-        RetryLater: it failed.
-    """
-    if _replay(variables, meters, prefix, *how).wait():
-        raise RetryLater(FAILED)
-
-
-def _metrics(stack: NativeStack) -> list[JobMetrics]:
-    return jobs(metrics_text(stack.settings.metrics_port) or "")
-
-
-def _lag(found: list[JobMetrics]) -> int | None:
-    """The longest lag; None while a job has not told."""
-    lags = [job.lag_records for job in found]
-    return None if not lags or None in lags else max(lag for lag in lags if lag is not None)
-
-
-def sustained(stack: NativeStack, variables: dict[str, str], meters: int) -> float:
+def sustained(stack: NativeStack, meters: int) -> float:
     """Readings a second that all jobs together take, by a load that is sent at once.
 
     Raises:
         RetryLater: the replay failed, or the jobs do not come to the end.
     """
-    _replayed(variables, meters, "w", "--duration", "10m", "--speed", "max")  # the jobs are awake then
-    _wait_for_no_lag(stack)
-    _replayed(variables, meters, "f", "--duration", f"{FLAT_OUT_STEPS * STEP_S}s", "--speed", "max")
-    before, began = {job.job: job.records for job in _metrics(stack)}, time.monotonic()
-    _wait_for_no_lag(stack)
-    took = [job.records - before.get(job.job, 0) for job in _metrics(stack) if job.job != "alarms"]
+    played(meters, "kafka", "--meter-prefix", "w", *OPEN, "--duration", "10m", "--speed", "max")  # to wake the jobs
+    wait_for_no_lag(stack)
+    length = f"{FLAT_OUT_STEPS * STEP_S}s"
+    played(meters, "kafka", "--meter-prefix", "f", *OPEN, "--duration", length, "--speed", "max")
+    before, began = {job.job: job.records for job in metrics(stack)}, time.monotonic()
+    wait_for_no_lag(stack)
+    took = [job.records - before.get(job.job, 0) for job in metrics(stack) if job.job != "alarms"]
     return min(took) / (time.monotonic() - began)
-
-
-def _wait_for_no_lag(stack: NativeStack) -> None:
-    until = time.monotonic() + SETTLED_S
-    while _lag(_metrics(stack)) != 0:
-        time.sleep(0.5)
-        if time.monotonic() > until:
-            msg = f"the jobs still lag after {SETTLED_S:.0f} s: see {stack.home / 'logs'}"
-            raise RetryLater(msg)
 
 
 def _tree(pid: int | None) -> list[psutil.Process]:
@@ -145,10 +107,10 @@ def slope_an_hour(at_s: pl.Series, values: pl.Series) -> tuple[float, float]:
     return float(rise), float(covariance[0, 0] ** 0.5)
 
 
-def sample(stack: NativeStack, metrics: list[JobMetrics], at_s: float) -> list[dict[str, float | str | None]]:
+def sample(stack: NativeStack, found: list[JobMetrics], at_s: float) -> list[dict[str, float | str | None]]:
     """What there is to see now, with what the jobs have told: rows of (at_s, part, what, value)."""
     seen: dict[tuple[str, str], float | None] = {}
-    for job in metrics:
+    for job in found:
         seen[job.job, "lag, records"] = job.lag_records
         seen[job.job, "batch, s"] = job.batch_seconds
         seen[job.job, "state, rows"] = job.state_rows
@@ -175,16 +137,16 @@ def looks(stack: NativeStack, replay: subprocess.Popen[bytes], seconds: float, e
     busy = {part: busy_s(pid) for part, pid in trees.items()}
     while (left := began + seconds - time.monotonic()) > 0:
         time.sleep(min(moments.uniform(0.5, 1.5) * every_s, left))
-        now, metrics = time.monotonic(), _metrics(stack)
-        rows += sample(stack, metrics, now - began)
+        now, found = time.monotonic(), metrics(stack)
+        rows += sample(stack, found, now - began)
         used = {part: busy_s(pid) for part, pid in trees.items()}
         rows += [
             {"at_s": now - began, "part": part, "what": "cores", "value": (used[part] - busy[part]) / (now - before)}
             for part in trees
         ]
         before, busy = now, used
-        lag = _lag(metrics)
-        progress.print(f"{(now - began) / 60:5.1f} min, lag {'?' if lag is None else f'{lag:,}'}")
+        behind = lag(found)
+        progress.print(f"{(now - began) / 60:5.1f} min, lag {'?' if behind is None else f'{behind:,}'}")
         if replay.poll():
             raise RetryLater(FAILED)
     return rows
@@ -234,30 +196,25 @@ def main(
     """Soak test of the streaming jobs: make bench-soak; make bench-soak ARGS="--hours 0.2 --meters 1000"."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what it started ends with it
     with exits():
-        if not GRID_TAPE.exists():
-            simulated(GRID_TAPE, DAY, STEP_S, SEED)
+        tape()
         (ROOT / "data" / "tmp").mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="soak-", dir=ROOT / "data" / "tmp"))
         stack = NativeStack(own_settings(folder), on_progress=lambda line: progress.print(f"  {line}"))
         os.environ |= {**environment(stack.settings), "SPARK_SUBMIT_OPTS": f"-Xlog:gc:file={stack.log_file('gc')}"}
-        variables = {**os.environ}
         rows: list[dict[str, Any]] = []
-        replay: subprocess.Popen[bytes] | None = None
         try:
             stack.start(["kafka", "streaming"])
-            rate = sustained(stack, variables, meters)
+            rate = sustained(stack, meters)
             sent = rate * share
             speed, seconds = sent * STEP_S / meters, hours * 3600
             progress.print(f"sustained {rate:,.0f} readings/s; {hours:g} h at {sent:,.0f}/s, speed {speed:,.1f}")
             length = f"{(seconds * (1 + RESTARTED) + SETTLED_S) * speed:.0f}s"
-            replay = _replay(variables, meters, "s", "--speed", f"{speed:.3f}", "--duration", length, "--loop")
-            rows = looks(stack, replay, seconds, every_s)
-            stack.restart("streaming")
-            restarted = looks(stack, replay, seconds * RESTARTED, every_s)
+            how = ("--meter-prefix", "s", *OPEN, "--speed", f"{speed:.3f}", "--duration", length, "--loop")
+            with playing(meters, "kafka", *how) as replay:
+                rows = looks(stack, replay, seconds, every_s)
+                stack.restart("streaming")
+                restarted = looks(stack, replay, seconds * RESTARTED, every_s)
         finally:
-            if replay is not None and replay.poll() is None:
-                replay.terminate()
-                replay.wait(60)
             stack.stop()
             if keep and rows:
                 _frame(rows).write_csv(folder / "samples.csv")

@@ -6,16 +6,16 @@ verdict, so the accounting closes whatever a rule does.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import polars as pl
-import pyarrow as pa
 from polars import selectors
 
-from engine.decoding import decoded
 from engine.job import CLOCKS, MEMORY, SAID, BatchContext, Frames, Output, Source, StreamingJob
+from engine.settings import ClockSettings
+from engine.state import Manifest
 from engine.watermark import clock
-from lake.reading import RegistryFiles
 from metering import accounting
 from metering.clocks import is_impossible
 from metering.deduplication import FIRST, PLACE, is_recent, originals, with_seen
@@ -30,23 +30,49 @@ ADDED = ("received_at", "arrival_at", "kafka_at", "refused_because", "refused_de
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the partitions of one batch are done.
+    """How one job's part of a micro-batch is done.
 
     Attributes:
         job: its rules and what the engine does for it.
-        registry: files of the registry.
-        context: what is the same for all.
-        before: state of the batch before, None before the first.
-        after: state of this one.
+        context: what is the same for all partitions.
+        number: of the batch.
+        before: what the batch before left.
+        states: folder of the state's files.
         staging: where rows wait.
     """
 
     job: StreamingJob
-    registry: RegistryFiles
     context: BatchContext
-    before: Path | None
-    after: Path
+    number: int
+    before: Manifest
+    states: Path
     staging: Path
+
+
+class Arrived:
+    """What came in a Kafka partition, decoded: what several jobs want to know of it is worked out once.
+
+    Attributes:
+        rows: of `engine.decoding.decoded`.
+    """
+
+    def __init__(self, rows: pl.DataFrame) -> None:
+        self.rows = rows
+        self._possible: dict[tuple[int, int], tuple[pl.DataFrame, pl.DataFrame]] = {}
+
+    @cached_property
+    def valid(self) -> pl.DataFrame:
+        """Rows that were decoded."""
+        return accounting.only_valid(self.rows)
+
+    def possible(self, settings: ClockSettings) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """Valid rows whose clock can be right, and the verdicts of the others."""
+        limits = settings.max_ahead_s, settings.max_behind_s
+        if limits not in self._possible:
+            wrong = self.valid.select(is_impossible(*limits).fill_null(False)).to_series()
+            refused = accounting.verdicts(self.valid.filter(wrong), pl.lit(QuarantineReason.IMPOSSIBLE_CLOCK.value))
+            self._possible[limits] = (self.valid.filter(~wrong) if len(refused) else self.valid), refused
+        return self._possible[limits]
 
 
 @dataclass(frozen=True)
@@ -65,12 +91,12 @@ class Settled:
 
 
 def settled(
-    records: pa.Table, job: StreamingJob, source: Source, registry: pl.DataFrame, state: Frames, context: BatchContext
+    arrived: Arrived, job: StreamingJob, source: Source, registry: pl.DataFrame, state: Frames, context: BatchContext
 ) -> Settled:
     """Does one partition.
 
     Args:
-        records: columns `KAFKA`, of the source's topic.
+        arrived: its records, of the source's topic.
         job: whose.
         source: the rule, and what is to be done for it.
         registry: the newest row of each meter.
@@ -81,15 +107,13 @@ def settled(
         ContractBroken: the rule gives what its job does not declare, or leaves out what it must give.
     """
     settings = context.settings
-    rows = decoded(records, source.topic)
-    valid = accounting.only_valid(rows)
+    valid = arrived.valid
     verdicts: list[pl.DataFrame] = []
     kept: dict[str, pl.DataFrame] = {}
     handed = valid
     if source.refuses_impossible_clocks:
-        wrong = is_impossible(settings.max_ahead_s, settings.max_behind_s).fill_null(False)
-        verdicts.append(accounting.verdicts(valid.filter(wrong), pl.lit(QuarantineReason.IMPOSSIBLE_CLOCK.value)))
-        handed = valid.filter(~wrong)
+        handed, refused = arrived.possible(settings)
+        verdicts.append(refused)
     if source.deduplicate_on:
         handed, kept[MEMORY], seen = _deduplicated(handed, source, state[MEMORY], settings.recent_records)
         verdicts.append(seen)
@@ -107,12 +131,12 @@ def settled(
         raise ContractBroken(msg)
     judged = _judged(valid, [*verdicts, output.verdicts])
     tables = dict(output.tables)
-    for table, frame in _apart(rows, judged, source, job.name).items():
+    for table, frame in _apart(arrived.rows, judged, source, job.name).items():
         tables[table] = pl.concat([tables[table], frame]) if table in tables else frame
     return Settled(
         tables,
         {**state, **output.state, **kept},
-        pl.concat([accounting.count(judged), accounting.invalid(rows)]),
+        pl.concat([accounting.count(judged), accounting.invalid(arrived.rows)]),
     )
 
 

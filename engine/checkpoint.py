@@ -1,14 +1,21 @@
-"""Can a query go on from its checkpoint? What is wrong, and a repair that loses nothing where there is one.
+"""A job's checkpoint: what each batch takes, written before it begins, and that it is done, with what it left.
 
-Spark's own messages for a damaged checkpoint tell of JSON that ends early, or of a concurrent update of the log. A
-batch without a commit is done again with the same rows in the same files, so a damaged file of the newest can go.
+It has the form of Spark's own: `metadata`, `offsets/N`, `commits/N`. Spark keeps one for a query; here several jobs
+share a query and each has its own place, so that it can join, leave and run alone. What is wrong with one is said
+before anything is read, with a repair that loses nothing where there is one: a batch without a commit is done again
+with the same rows in the same files, so a damaged file of the newest can go.
 """
 
 import json
 import re
+import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from engine.state import Manifest
+from kafka_io.offsets import Offsets
 from kafka_io.ranges import Range
 from schemas.errors import StateLost
 from settings import home
@@ -21,6 +28,8 @@ STATE_LOST = re.compile(r"schemas\.errors\.StateLost: (?!KAFKA_DATA_LOSS)(.+)")
 """What a query's error says where its own state is gone."""
 KAFKA_IS_AWAY = re.compile(r"RetryLater|org\.apache\.kafka\.common\.errors\.(Timeout|Disconnect|Network)Exception")
 """What they say where Kafka does not answer, to us and to Spark."""
+KEPT_BATCHES = 100
+"""Plans and commits of so many batches are kept, as Spark does: for who wants to know what a file was made of."""
 
 
 def require_whole(name: str, version: int, checkpoint: Path) -> None:
@@ -49,7 +58,7 @@ def require_whole(name: str, version: int, checkpoint: Path) -> None:
         msg = f"{name}: {metadata} cannot be read. "
         if len(ids) != 1:
             raise StateLost(msg + from_the_beginning(name, checkpoint))
-        msg += f'Repair: stop the jobs, remove .metadata.crc beside it, write {{"id":"{ids[0]}"}} into it, start again.'
+        msg += f'Repair: stop the jobs, write {{"id":"{ids[0]}"}} into it, start again.'
         raise StateLost(msg)
     batch, done = (int(log.name) if log else -1 for log in (offsets, commits))
     is_planned, is_committed = _has_json(offsets, 1, 2), _has_json(commits, 1, 1)
@@ -59,8 +68,8 @@ def require_whole(name: str, version: int, checkpoint: Path) -> None:
     damaged = commits if commits and not is_committed else offsets if not is_planned else None
     if damaged:
         msg = (
-            f"{name}: {damaged} cannot be read. Repair: stop the jobs, remove that file and .{damaged.name}.crc beside "
-            "it, and start again: its batch is done again, nothing is lost and nothing is there twice."
+            f"{name}: {damaged} cannot be read. Repair: stop the jobs, remove that file, and start again: its batch is "
+            "done again, nothing is lost and nothing is there twice."
         )
         raise StateLost(msg)
 
@@ -79,9 +88,9 @@ def from_the_beginning(name: str, checkpoint: Path) -> str:
 def lost_in_kafka(name: str, exception: str) -> str:
     """What to do where Kafka no longer has what a query has not read."""
     return (
-        f"{name}: Kafka no longer has records that this job has not read: they grew older than the topic's retention, "
+        f"{name}: Kafka no longer has records that were not read: they grew older than the topic's retention, "
         "or the topic was made anew. What is in the lake stays. Repair: start with "
-        "METERSTREAM_ACCEPT_LOSS=true until the lag is 0, then without: the job goes on with the oldest record "
+        "METERSTREAM_ACCEPT_LOSS=true until the lag is 0, then without: a job goes on with the oldest record "
         f"that there is, its accounting lacks what is gone. {exception}"
     )
 
@@ -102,59 +111,101 @@ def _has_json(file: Path | None, head_lines: int, least_lines: int) -> bool:
 
 
 def query_id(checkpoint: Path) -> str:
-    """The query's id, which its checkpoint keeps for life."""
-    return str(json.loads((checkpoint / "metadata").read_text())["id"])
+    """The id by which a job's files are named, from its first start on for the checkpoint's life."""
+    metadata = checkpoint / "metadata"
+    if not metadata.exists():
+        write(metadata, json.dumps({"id": str(uuid.uuid4())}))
+    return str(json.loads(metadata.read_text())["id"])
 
 
 def last_commit(checkpoint: Path) -> int | None:
-    """Number of the newest batch that Spark has committed; None before the first."""
+    """Number of the newest batch that is done; None before the first."""
     return max((int(commit.name) for commit in (checkpoint / "commits").glob("[0-9]*")), default=None)
 
 
+def last_plan(checkpoint: Path) -> int | None:
+    """Number of the newest batch that was begun; None before the first."""
+    return max((int(plan.name) for plan in (checkpoint / "offsets").glob("[0-9]*")), default=None)
+
+
+def plan(checkpoint: Path, batch_id: int, starts: Offsets, ends: Offsets, at: datetime) -> None:
+    """Says what a batch takes, before it begins: the same when it is tried again.
+
+    Args:
+        checkpoint: of the job.
+        batch_id: number of the batch.
+        starts: topic and partition → the first offset that it takes.
+        ends: the offset that comes next after it.
+        at: when it was planned.
+    """
+    facts = {"batchTimestampMs": round(at.timestamp() * 1000), "startOffsets": _nested(starts)}
+    text = f"v1\n{json.dumps(facts)}\n{json.dumps(_nested(ends))}"
+    write(checkpoint / "offsets" / str(batch_id), text)
+
+
+def commit(checkpoint: Path, batch_id: int, state: Manifest) -> None:
+    """Says that a batch is done, and what it left: from now on it is not tried again."""
+    write(checkpoint / "commits" / str(batch_id), f"v1\n{json.dumps({'state': state})}")
+    for kind in ("offsets", "commits"):
+        (checkpoint / kind / str(batch_id - KEPT_BATCHES)).unlink(missing_ok=True)
+
+
+def state_after(checkpoint: Path, batch_id: int) -> Manifest:
+    """What a batch left, by its commit."""
+    found: Manifest = json.loads((checkpoint / "commits" / str(batch_id)).read_text().splitlines()[1])["state"]
+    return found
+
+
 def planned_at(checkpoint: Path, batch_id: int) -> datetime:
-    """When Spark planned a batch: the same when it is tried again."""
-    planned_ms = json.loads((checkpoint / "offsets" / str(batch_id)).read_text().splitlines()[1])["batchTimestampMs"]
-    return datetime.fromtimestamp(planned_ms / 1000, UTC)
+    """When a batch was planned: the same when it is tried again."""
+    return datetime.fromtimestamp(_facts(checkpoint, batch_id)["batchTimestampMs"] / 1000, UTC)
 
 
 def planned(checkpoint: Path, batch_id: int) -> list[Range]:
-    """What Spark has planned for a batch, by the query's checkpoint; partitions without new records are left out.
-
-    Args:
-        checkpoint: of a query whose only source is Kafka, from the earliest offsets.
-        batch_id: a batch that has begun.
-    """
-    starts = offsets_after(checkpoint, batch_id - 1)
-    ranges = [Range(*place, starts.get(place, 0), end) for place, end in offsets_after(checkpoint, batch_id).items()]
-    # One that ends before it starts is of a topic that was made anew: Spark lets it pass only where loss is accepted.
-    whole = [each if each.start_offset <= each.end_offset else each._replace(start_offset=0) for each in ranges]
-    return [each for each in whole if each.start_offset < each.end_offset]
+    """What a batch takes, as it was planned; partitions without new records are left out."""
+    starts = _flat(_facts(checkpoint, batch_id)["startOffsets"])
+    return ranges(starts, offsets_after(checkpoint, batch_id))
 
 
-def offsets_after(checkpoint: Path, batch_id: int | None) -> dict[tuple[str, int], int]:
-    """Topic and partition → the offset that comes next after a batch; before the first (−1 or None) where it begins.
-
-    A file of the checkpoint has them as JSON on its last line. What has not begun yet begins nowhere.
-    """
-    if batch_id is not None and batch_id >= 0:
-        file = checkpoint / "offsets" / str(batch_id)
-    elif not (file := checkpoint / "sources" / "0" / "0").exists():
-        return {}
-    return next_offsets(file.read_text().splitlines()[-1])
+def ranges(starts: Offsets, ends: Offsets) -> list[Range]:
+    """What lies between: topic and partition → offset that comes next, at the begin and at the end."""
+    found = [Range(*place, starts.get(place, 0), end) for place, end in sorted(ends.items())]
+    return [each for each in found if each.start_offset < each.end_offset]
 
 
-def drop_unfinished(checkpoint: Path) -> None:
-    """Removes what a killed write has left: before its first batch Spark takes no folder that has such a file."""
-    for left in [*checkpoint.rglob(".*.tmp"), *checkpoint.rglob(".*.tmp.crc")]:
-        left.unlink()
+def offsets_after(checkpoint: Path, batch_id: int) -> Offsets:
+    """Topic and partition → the offset that comes next after a batch: JSON on the last line, as Spark writes it."""
+    return _flat(json.loads((checkpoint / "offsets" / str(batch_id)).read_text().splitlines()[-1]))
 
 
-def next_offsets(text: str | None) -> dict[tuple[str, int], int]:
-    """The same of the Kafka source's JSON: topic → partition → offset; before the first batch PySpark says "None"."""
-    if text in (None, "None", "null"):
-        return {}
+def as_json(offsets: Offsets) -> str:
+    """Offsets as Spark's Kafka source takes them."""
+    return json.dumps(_nested(offsets))
+
+
+def _facts(checkpoint: Path, batch_id: int) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((checkpoint / "offsets" / str(batch_id)).read_text().splitlines()[1])
+    return facts
+
+
+def _nested(offsets: Offsets) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for (topic, partition), offset in sorted(offsets.items()):
+        found.setdefault(topic, {})[str(partition)] = offset
+    return found
+
+
+def _flat(nested: Mapping[str, Mapping[str, int]]) -> Offsets:
     return {
         (topic, int(partition)): offset
-        for topic, partitions in json.loads(str(text)).items()
+        for topic, partitions in nested.items()
         for partition, offset in partitions.items()
     }
+
+
+def write(file: Path, text: str) -> None:
+    """Writes a file in one step: it is there as a whole, or not."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text)
+    part.rename(file)

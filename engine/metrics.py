@@ -1,29 +1,19 @@
 """What the streaming jobs tell of themselves, for Prometheus and `make status`.
 
-Lag and rates come of the offsets in the events of Spark's query listener; the rest is set by `engine/stream.py`, which
-keeps the accounting, the state and the clock that Spark does not know of.
+Each batch tells of itself (`engine/runner.py`); lag is asked of Kafka when somebody looks.
 """
 
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from math import nan
-from pathlib import Path
 from threading import Lock
 
-import pyarrow as pa
 from confluent_kafka import KafkaException
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
-from pyspark.sql.streaming.listener import (
-    QueryIdleEvent,
-    QueryProgressEvent,
-    QueryStartedEvent,
-    QueryTerminatedEvent,
-    StreamingQueryListener,
-)
 
-from engine.checkpoint import next_offsets
 from kafka_io.clients import admin
 from kafka_io.offsets import Offsets, ends_of
 from schemas.closed_lists import Bucket
@@ -31,6 +21,8 @@ from schemas.errors import ConfigError
 
 FRESH_S = 1.0  # one question to Kafka serves all jobs of a scrape
 ANSWER_S = 5.0
+REMEMBERED_S = 300.0
+QUANTILES = (0.5, 0.99)
 REGISTRY = CollectorRegistry()
 LAG = Gauge("meterstream_lag_records", "Records in Kafka that the job has not taken.", ["job"], registry=REGISTRY)
 RATE = Gauge("meterstream_records_per_second", "Records that the last batch took a second.", ["job"], registry=REGISTRY)
@@ -44,33 +36,45 @@ WATERMARK_GAUGES = [
           registry=REGISTRY)
     for name in ("watermark", "bound")  # the second is the name of before, for one release
 ]  # fmt: skip
+LATENCY = Gauge(
+    "meterstream_latency_seconds",
+    "From Kafka's time of a record to its rows in the tables, of the last five minutes.",
+    ["job", "quantile"],
+    registry=REGISTRY,
+)
 RECORDS = Counter(
     "meterstream_records", "Records by their bucket of the accounting.", ["job", "bucket"], registry=REGISTRY
 )
 
 
-def stands(job: str, number: int, state_rows: int) -> None:
-    """Tells of the last batch of an earlier process."""
-    BATCH.labels(job).set(number)
-    STATE.labels(job).set(state_rows)
+def stands(job: str, number: int, state_rows: int, place: Offsets) -> None:
+    """Tells where a job stands.
+
+    Args:
+        job: name of the job.
+        number: of its last batch; −1 before the first.
+        state_rows: what the next batch will read.
+        place: topic and partition → the offset that comes next.
+    """
+    if number >= 0:
+        BATCH.labels(job).set(number)
+        STATE.labels(job).set(state_rows)
+    if _lag and place:
+        LAG.labels(job).set_function(partial(_lag[0].behind, dict(place)))
 
 
-def batch(
-    job: str, number: int, seconds: float, buckets: Mapping[str, int], state_rows: int, watermark: datetime | None
-) -> None:
+def batch(job: str, seconds: float, buckets: Mapping[str, int], watermark: datetime | None) -> None:
     """Tells of a batch that is written.
 
     Args:
         job: name of the job.
-        number: of the batch.
         seconds: how long it took.
         buckets: records by bucket of the accounting.
-        state_rows: what the next batch will read.
         watermark: the newest of the runs' watermarks; None in a job that has none, or no arrival yet.
     """
-    stands(job, number, state_rows)
     BATCH_SECONDS.labels(job).set(seconds)
     ENDED.labels(job).set(time.time())
+    RATE.labels(job).set(sum(buckets.values()) / max(seconds, 0.001))
     if watermark:
         for gauge in WATERMARK_GAUGES:
             gauge.labels(job).set(watermark.timestamp())
@@ -78,17 +82,56 @@ def batch(
         RECORDS.labels(job, bucket.value).inc(buckets.get(bucket.value, 0))
 
 
-def rows_of(state: Path) -> int:
-    """Rows in the state files of a batch, by their footers."""
-    count = 0
-    for file in state.glob("*/*.arrow"):
-        with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as frame:
-            count += sum(frame.get_batch(number).num_rows for number in range(frame.num_record_batches))
-    return count
+class Latency:
+    """How long a job's records were on their way from Kafka to the tables, of the last minutes."""
+
+    def __init__(self, job: str) -> None:
+        self._lock = Lock()
+        self._batches: deque[tuple[float, Sequence[float], Sequence[int]]] = deque()
+        for quantile in QUANTILES:
+            LATENCY.labels(job, f"{quantile}").set_function(partial(self.quantile, quantile))
+
+    def add(self, seconds: Sequence[float], counts: Sequence[int]) -> None:
+        """A batch that is visible: latencies, and how many records had each."""
+        with self._lock:
+            self._batches.append((time.monotonic(), seconds, counts))
+
+    def quantile(self, share: float) -> float:
+        """The latency that this share of the records did not exceed, s; not a number where none came."""
+        with self._lock:
+            while self._batches and time.monotonic() - self._batches[0][0] > REMEMBERED_S:
+                self._batches.popleft()
+            found = sorted(
+                (second, count)
+                for _, seconds, counts in self._batches
+                for second, count in zip(seconds, counts, strict=True)
+                if count
+            )
+        left = share * sum(count for _, count in found)
+        for second, count in found:
+            left -= count
+            if left <= 0:
+                return second
+        return nan
 
 
-class Listener(StreamingQueryListener):
-    """Hears from Spark how far each query has come."""
+_latencies: dict[str, Latency] = {}
+
+
+def visible(job: str, seconds: Sequence[float], counts: Sequence[int]) -> None:
+    """Tells how long the records of a batch were on their way; see `Latency.add`."""
+    if job not in _latencies:
+        _latencies[job] = Latency(job)
+    _latencies[job].add(seconds, counts)
+
+
+def alive(job: str, when: Callable[[], float]) -> None:
+    """Tells how to find when the query of a job was last alive."""
+    SEEN.labels(job).set_function(when)
+
+
+class Lag:
+    """How far jobs are behind what Kafka has; one question to Kafka serves all jobs of a scrape."""
 
     def __init__(self, bootstrap: str) -> None:
         self._admin = admin(bootstrap)
@@ -96,36 +139,8 @@ class Listener(StreamingQueryListener):
         self._asked = 0.0
         self._lock = Lock()
 
-    def onQueryStarted(self, event: QueryStartedEvent) -> None:  # noqa: N802
-        """Nothing is known yet."""
-
-    def onQueryProgress(self, event: QueryProgressEvent) -> None:  # noqa: N802
-        """After each batch, and now and then without one."""
-        progress = event.progress
-        if not progress.name:
-            return
-        SEEN.labels(progress.name).set(time.time())
-        for source in progress.sources:
-            starts, ends = next_offsets(source.startOffset), next_offsets(source.endOffset)
-            self.taken(progress.name, ends)
-            if starts:  # Spark's own count is of rows that it has read itself
-                records = sum(end - starts.get(place, 0) for place, end in ends.items())
-                if records > 0:
-                    seconds = progress.durationMs["triggerExecution"] / 1_000
-                    RATE.labels(progress.name).set(records / max(seconds, 0.001))
-
-    def onQueryIdle(self, event: QueryIdleEvent) -> None:  # noqa: N802
-        """There was nothing to take."""
-
-    def onQueryTerminated(self, event: QueryTerminatedEvent) -> None:  # noqa: N802
-        """The driver says why."""
-
-    def taken(self, job: str, offsets: Mapping[tuple[str, int], int]) -> None:
-        """How far a query has come: topic and partition → the offset that comes next."""
-        LAG.labels(job).set_function(partial(self._behind, dict(offsets)))
-
-    def _behind(self, taken: Offsets) -> float:
-        """Records that Kafka has and a query has not taken; not a number where Kafka does not answer."""
+    def behind(self, taken: Offsets) -> float:
+        """Records that Kafka has and a job has not taken; not a number where Kafka does not answer."""
         with self._lock:
             if time.monotonic() - self._asked > FRESH_S or not set(taken) <= set(self._newest):
                 wanted = set(taken) | set(self._newest)
@@ -135,6 +150,14 @@ class Listener(StreamingQueryListener):
                     return nan
                 self._asked = time.monotonic()
         return float(sum(max(0, self._newest[place] - offset) for place, offset in taken.items()))
+
+
+_lag: list[Lag] = []
+
+
+def watch_lag(bootstrap: str) -> None:
+    """From now on a job that says where it stands has a lag."""
+    _lag[:] = [Lag(bootstrap)]
 
 
 def serve(port: int, listen: str) -> None:

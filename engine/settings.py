@@ -22,8 +22,8 @@ class StreamSettings(ClockSettings):
 
     Attributes:
         kafka_bootstrap: host:port of a Kafka broker.
-        trigger_s: seconds between batches.
-        max_offsets_per_trigger: most records of a batch, catch-up included; bounds memory.
+        trigger_s: most seconds that a micro-batch waits after the one before, when little comes; under a backlog none.
+        max_offsets_per_trigger: most records of a topic in a batch, catch-up included; bounds memory.
         allowed_lateness_s: how far behind the arrivals of its run a record may come, s on the arrival clock.
         merge_files: how many small files a query may leave of a table's day, before they become one.
         recent_records: offsets per Kafka partition within which a redelivered record is recognised; several times what

@@ -1,7 +1,8 @@
-"""Running streaming jobs: Kafka → transform → tables, with state by batch, accounting and restart.
+"""The driver of streaming jobs: Spark plans micro-batches, each read once for all jobs.
 
-Batch N reads the state that batch N−1 wrote, never the newest; N−1 stays until Spark has committed N. So a batch that
-is tried again gives the same rows in the same files, whenever the process died.
+One query reads the topics of all jobs. Spark says how far a micro-batch goes; each job that reads one of its topics
+makes its own batch of it (`engine/runner.py`), and all of them share its tasks (`engine/partition_tasks.py`). A job's
+place is its own: where one was alone before, is new, or was killed before its commit, it first catches up by itself.
 """
 
 import os
@@ -9,278 +10,276 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import polars as pl
-import pyarrow as pa
 import structlog
 import typer
-from confluent_kafka import KafkaError, Message
+from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
 from engine import metrics
-from engine.batch import BatchPlan
 from engine.checkpoint import (
     KAFKA_IS_AWAY,
     LOST_IN_KAFKA,
     STATE_LOST,
-    drop_unfinished,
-    from_the_beginning,
-    last_commit,
+    as_json,
     lost_in_kafka,
     offsets_after,
-    planned,
     planned_at,
-    query_id,
+    ranges,
     require_whole,
 )
-from engine.job import BatchContext, StreamingJob
-from engine.partition_tasks import across, staged
-from engine.partition_tasks import run as run_partitions
+from engine.job import StreamingJob
+from engine.partition_tasks import Done, Fetch, MicroBatch
+from engine.partition_tasks import run as run_tasks
+from engine.runner import Runner
 from engine.session import spark_session
 from engine.settings import StreamSettings
-from engine.watermark import watermarks
-from kafka_io import clients
-from kafka_io.offsets import newest_offsets
-from kafka_io.ranges import RANGES
-from lake.compaction import Merger
+from kafka_io.offsets import Offsets, newest_offsets, oldest_offsets
+from kafka_io.ranges import Range, fetched
 from lake.locks import job_run
-from lake.publishing import BatchKey, publish_small, remove_parts, rename_in, swap_in
-from lake.reading import registry_files, spark_schema, uri
-from schemas.closed_lists import Bucket
-from schemas.codec import encode_batch
+from lake.reading import registry_files, uri
 from schemas.errors import ContractBroken, MeterstreamError, RetryLater, StateLost, exits
-from schemas.tables import ACCOUNTING
-from schemas.topics import Topic
 from settings import home, load
 
 log = structlog.get_logger()
-NEXT_TIME = "this batch came when all that Kafka had at the flush was taken: it is the first of the next start"
-SEND_TIMEOUT_S = 60
 JAVA_OPTIONS = "-XX:TieredStopAtLevel=1"
 """No record goes through the JVM, so its best compiler takes longer than it saves (docs/bench.md)."""
+LOOK_S = 0.5
+"""How often Spark asks Kafka whether something came: both spend some milliseconds of CPU on it."""
+SHARE = 1 / 10
+"""Of the time, when little comes, that micro-batches take: the rest they wait, so that the next one carries more."""
+BACKLOG = 1 / 2
+"""Of the most records of a micro-batch; when so many came, the next one does not wait."""
 
 
-class Runner:
-    """Feeds one job with batches and writes what comes out."""
+class Stream:
+    """The jobs of one driver, and the query that they share."""
 
-    def __init__(self, job: StreamingJob, settings: StreamSettings) -> None:
-        self.job = job
-        self.settings = settings
-        self.checkpoint = home() / "state" / "checkpoints" / f"{job.name}-v{job.version}"
-        self._first = True
-        self._merger: Merger | None = None
-        self._last: dict[tuple[str, int], int] | None = None
-        self._begun = -1
-        self._gate = threading.Lock()
+    def __init__(
+        self,
+        session: SparkSession | None,
+        runners: Sequence[Runner],
+        fetch: Fetch | None = None,
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            session: whose tasks do the work; without one it is done in this process.
+            runners: the jobs.
+            fetch: gives the records of a range; by default Kafka does.
+            is_over: asked before each batch: whether nothing more shall be taken.
+        """
+        self.session = session
+        self.runners = list(runners)
+        self.settings = settings = runners[0].settings
+        self._fetch = fetch or partial(fetched, bootstrap=settings.kafka_bootstrap, accept_loss=settings.accept_loss)
+        self._plans = home() / "state" / "queries" / "-".join(sorted(runner.job.name for runner in runners))
+        self._is_over = is_over
+        self._end: Offsets | None = None
+        self._hurry = threading.Event()
+        self._seen = time.time()
+        self._is_busy = False
 
     @property
-    def query_id(self) -> str:
-        """The query's id, which its checkpoint keeps for life."""
-        return query_id(self.checkpoint)
+    def topics(self) -> set[str]:
+        """Names of all that is read."""
+        return {topic for runner in self.runners for topic in runner.topics}
 
-    @property
-    def _states(self) -> Path:
-        return home() / "state" / self.job.name / self.query_id
+    def resume(self) -> None:
+        """Every job stands where it was; a flush that an earlier process began and did not end is done."""
+        for runner in self.runners:
+            runner.resume()
+            if runner.is_flush_begun:
+                self.flush(runner)
 
-    def start(self, session: SparkSession) -> StreamingQuery:
-        """Starts the query; it goes on where its checkpoint stands."""
+    def catch_up(self, oldest: Offsets, newest: Offsets) -> None:
+        """Brings the jobs to one place, that of the one that has come furthest; one after the other, each by itself.
+
+        Args:
+            oldest: the first offsets that Kafka still has.
+            newest: the offsets that its next records get.
+
+        Raises:
+            StateLost: Kafka no longer has what a job has not read.
+        """
+        for runner in self.runners:
+            if left := runner.unfinished():
+                self._batch([runner], left, datetime.now(UTC))
+            runner.stand(self._begin(runner, oldest, newest))
+        furthest: Offsets = {}
+        for runner in self.runners:
+            furthest |= {at: max(offset, furthest.get(at, 0)) for at, offset in runner.place.items()}
+        for runner in self.runners:
+            goal = {at: offset for at, offset in furthest.items() if at[0] in runner.topics}
+            if behind := sum(each.end_offset - each.start_offset for each in ranges(runner.place, goal)):
+                log.info("catches up", job=runner.job.name, records=behind)
+            while (left := ranges(runner.place, goal)) and not self._is_over():
+                self._batch([runner], bounded(left, self.settings.max_offsets_per_trigger), datetime.now(UTC))
+
+    def _begin(self, runner: Runner, oldest: Offsets, newest: Offsets) -> Offsets:
+        """Where a job goes on: its place, and the oldest records of what it has never read.
+
+        Raises:
+            StateLost: Kafka no longer has what comes next.
+        """
+        begin = {at: offset for at, offset in oldest.items() if at[0] in runner.topics}
+        for at, offset in runner.place.items():
+            low, high = oldest.get(at, 0), newest.get(at, 0)
+            if low <= offset <= high:
+                begin[at] = offset
+            elif not self.settings.accept_loss:
+                msg = f"KAFKA_DATA_LOSS {at[0]}-{at[1]}: offset {offset} comes next, and Kafka has {low} to {high}"
+                raise StateLost(lost_in_kafka(runner.job.name, msg))
+            else:
+                log.warning("records are gone", job=runner.job.name, topic=at[0], partition=at[1], read_from=low)
+        return begin
+
+    def start(self) -> StreamingQuery:
+        """Starts the query where the jobs stand; they stand at one place.
+
+        Its own checkpoint is new each time: a job's place is in the job's.
+        """
+        assert self.session
         settings = self.settings
-        self.tidy()
-        drop_unfinished(self.checkpoint)
+        shutil.rmtree(self._plans, ignore_errors=True)
+        place = {at: offset for runner in self.runners for at, offset in runner.place.items()}
         records = (
-            session.readStream.format("kafka")
+            self.session.readStream.format("kafka")
             .option("kafka.bootstrap.servers", settings.kafka_bootstrap)
-            .option("subscribe", ",".join(topic.name for topic in self.job.topics))
-            .option("startingOffsets", "earliest")
+            .option("subscribe", ",".join(sorted(self.topics)))
+            .option("startingOffsets", as_json(place))
             .option("failOnDataLoss", str(not settings.accept_loss).lower())
-            .option("maxOffsetsPerTrigger", settings.max_offsets_per_trigger)
             .load()
         )
+        for runner in self.runners:
+            metrics.alive(runner.job.name, self._alive)
         return (
-            records.writeStream.queryName(self.job.name)
-            .option("checkpointLocation", uri(self.checkpoint))
-            .trigger(processingTime=f"{settings.trigger_s} seconds")
-            .foreachBatch(self._fetch)
+            records.writeStream.queryName("-".join(runner.job.name for runner in self.runners))
+            .option("checkpointLocation", uri(self._plans))
+            .trigger(processingTime=f"{min(LOOK_S, settings.trigger_s)} seconds")
+            .foreachBatch(self._take)
             .start()
         )
 
-    def _fetch(self, records: DataFrame, batch_id: int) -> None:
-        """Spark has planned the batch; its records are not asked of Spark, the tasks fetch them."""
-        with self._gate:
-            if self.is_at_its_end:
-                raise RetryLater(NEXT_TIME)
-            self._begun = batch_id
-        ranges = planned(self.checkpoint, batch_id)
-        places = records.sparkSession.createDataFrame(ranges, spark_schema(RANGES)) if ranges else None
-        self.process(places, batch_id)
+    def _alive(self) -> float:
+        """When it was last seen to go on, seconds since 1970."""
+        return self._seen if self._is_busy else time.time()
 
-    def process(self, records: DataFrame | None, batch_id: int) -> None:
-        """Writes one batch; the same rows in the same files when it is tried again."""
-        key = BatchKey(self.job.name, self.query_id, f"{batch_id:08d}")
-        began, after = time.monotonic(), self._states / str(batch_id)
-        buckets, watermark = self._write(records, self._state(batch_id - 1), key, after)
-        seconds = round(time.monotonic() - began, 2)
-        metrics.batch(self.job.name, batch_id, seconds, buckets, metrics.rows_of(after), watermark)
-        log.info("batch", job=self.job.name, batch=batch_id, received=sum(buckets.values()), seconds=seconds)
-        if self._merger:
-            self._merger.merge(before=batch_id - 1)  # whose commit may be damaged, and is then done again
-        for old in self._states.iterdir():
-            if int(old.name.partition(".")[0]) < batch_id - 1:
-                shutil.rmtree(old)
+    def _take(self, _: DataFrame, number: int) -> None:
+        """Spark has planned a micro-batch; its records are not asked of Spark, the tasks fetch them."""
+        self._is_busy, began = True, time.monotonic()
+        ends = offsets_after(self._plans, number)
+        if self._end is not None:
+            ends = {at: min(offset, self._end.get(at, 0)) for at, offset in ends.items()}
+        records = self.process(ends, planned_at(self._plans, number))
+        self._seen, self._is_busy = time.time(), False
+        if records < BACKLOG * self.settings.max_offsets_per_trigger:
+            took_s = time.monotonic() - began
+            self._hurry.wait(min(self.settings.trigger_s, took_s * (1 / SHARE - 1)))
 
-    def end_with(self, newest: Mapping[tuple[str, int], int]) -> None:
-        """Sets what it shall take, and no batch more: topic and partition → the offset that comes next."""
-        topics = {topic.name for topic in self.job.topics}
-        with self._gate:
-            self._last = {place: offset for place, offset in newest.items() if place[0] in topics}
+    def process(self, ends: Offsets, at: datetime) -> int:
+        """Does a micro-batch, in batches of at most so many records a topic. Returns how many records came.
+
+        Args:
+            ends: topic and partition → the offset that comes next after it.
+            at: when it was planned.
+
+        Raises:
+            ContractBroken: two jobs stand at different places of a topic.
+        """
+        goal = {each: offset for each, offset in ends.items() if each[0] in self.topics}
+        records = 0
+        while (left := ranges(self._place(), goal)) and not self._is_over():
+            came = bounded(left, self.settings.max_offsets_per_trigger)
+            topics = {each.topic for each in came}
+            self._batch([runner for runner in self.runners if runner.topics & topics], came, at)
+            records += sum(each.end_offset - each.start_offset for each in came)
+        return records
+
+    def _place(self) -> Offsets:
+        """Where all jobs stand.
+
+        Raises:
+            ContractBroken: two of them stand at different places of a topic.
+        """
+        place: Offsets = {}
+        for runner in self.runners:
+            if any(place.setdefault(each, offset) != offset for each, offset in runner.place.items()):
+                msg = f"{runner.job.name} stands at another place than the jobs beside it: {runner.place}, {place}"
+                raise ContractBroken(msg)
+        return place
+
+    def _batch(self, runners: list[Runner], came: list[Range], at: datetime) -> None:
+        """One batch of each of these jobs, of the same records."""
+        if not runners or not came:
+            return
+        began, registry = time.monotonic(), registry_files()
+        try:
+            plans = [runner.begin(came, at) for runner in runners]
+            planned = planned_at(runners[0].checkpoint, plans[0].number).timestamp()
+            done = self._tasks(MicroBatch(tuple(plans), tuple(came), self._fetch, registry, planned))
+            for runner, plan in zip(runners, plans, strict=True):
+                mine = [each for each in done if each.job == runner.job.name]
+                runner.finish(plan, mine, registry, began)
+        finally:
+            for runner in runners:
+                runner.tidy()
+
+    def flush(self, runner: Runner) -> None:
+        """Closes what is open after a job's last batch; the query must have stopped."""
+        plan = runner.flush_plan()
+        if plan is None:
+            return
+        registry = registry_files()
+        try:
+            done = self._tasks(MicroBatch((plan,), (), self._fetch, registry, time.time()))
+            runner.finish_flush(plan, done, registry)
+        finally:
+            runner.tidy()
+
+    def _tasks(self, micro_batch: MicroBatch) -> list[Done]:
+        try:
+            return run_tasks(self.session, micro_batch)
+        except Py4JJavaError as error:
+            raise ended(", ".join(plan.job.name for plan in micro_batch.plans), str(error)) from error
+
+    def end_with(self, newest: Offsets) -> None:
+        """Sets what shall be taken, and no record more: topic and partition → the offset that comes next."""
+        self._end = {at: offset for at, offset in newest.items() if at[0] in self.topics}
+        self._hurry.set()
+
+    def hurry(self) -> None:
+        """The next micro-batch waits no longer."""
+        self._hurry.set()
 
     @property
     def is_at_its_end(self) -> bool:
-        """Whether it has committed all that it shall take, and what it began; never, where nothing was set."""
-        last = last_commit(self.checkpoint)
-        if self._last is None or self._begun > (-1 if last is None else last):
-            return False
-        taken = offsets_after(self.checkpoint, None) | offsets_after(self.checkpoint, last)
-        return all(taken.get(place, 0) >= offset for place, offset in self._last.items())
-
-    def tell(self, listener: metrics.Listener) -> None:
-        """Tells where the query stands before its first batch."""
-        last = last_commit(self.checkpoint)
-        if last is None:
-            return
-        listener.taken(self.job.name, offsets_after(self.checkpoint, last))
-        state = self._state(last)
-        metrics.stands(self.job.name, last, metrics.rows_of(state) if state else 0)
-
-    @property
-    def is_flushed(self) -> bool:
-        """Whether nothing is open after the last batch; true where there was none."""
-        last = last_commit(self.checkpoint)
-        return last is None or (self._states / f"{last}.flushed").exists()
-
-    def flush(self) -> None:
-        """Closes what is open after the last batch; the query must have stopped.
-
-        A marker is written first and the new state renamed in last: a flush that was killed is done again, with the
-        same rows in the same files, before the query goes on.
-        """
-        last = last_commit(self.checkpoint)
-        if last is None or self.is_flushed:
-            return
-        (self._states / f"{last}.flush").mkdir(parents=True, exist_ok=True)
-        key = BatchKey(self.job.name, self.query_id, f"{last:08d}f")
-        self._first = True
-        staged = self._states / f"{last}.flushing"
-        self._write(None, self._state(last), key, staged, close_all=True)
-        staged.rename(self._states / f"{last}.flushed")
-
-    def tidy(self) -> None:
-        """Leaves nothing of the job under staging: of a query that has stopped, was killed, or came before this one."""
-        for left in (home() / "staging").glob(f"{self.job.name}-*"):
-            shutil.rmtree(left, ignore_errors=True)
-
-    def finish_flush(self) -> None:
-        """Does a flush again that an earlier process began and did not end."""
-        last = last_commit(self.checkpoint)
-        if last is not None and (self._states / f"{last}.flush").exists():
-            self.flush()
-
-    def _state(self, batch_id: int) -> Path | None:
-        if batch_id < 0:
-            return None
-        flushed = self._states / f"{batch_id}.flushed"
-        folder = flushed if flushed.exists() else self._states / str(batch_id)
-        if not folder.exists():
-            msg = f"{self.job.name}: the state of batch {batch_id} is gone ({folder}). "
-            msg += from_the_beginning(self.job.name, self.checkpoint)
-            raise StateLost(msg)
-        return folder
-
-    def _write(
-        self, records: DataFrame | None, before: Path | None, key: BatchKey, after: Path, close_all: bool = False
-    ) -> tuple[dict[str, int], datetime | None]:
-        """Writes rows, accounting and state. Returns the records by bucket, and the newest watermark."""
-        job, settings = self.job, self.settings
-        for left in (after, key.staging):
-            shutil.rmtree(left, ignore_errors=True)
-        after.mkdir(parents=True)
-        clocks = [pl.read_ipc(file) for file in sorted(before.glob("*/clock.arrow"))] if before else []
-        over = watermarks(clocks, settings.allowed_lateness_s, planned_at(self.checkpoint, key.number))
-        context = BatchContext(settings, over, close_all)
-        plan = BatchPlan(job, registry_files(), context, before, after, key.staging)
-        folders: list[Path] = []
-        try:
-            lines = run_partitions(records, plan)
-            if job.cross_partition:
-                across(job.cross_partition, plan)
-            for table, topic in job.sends.items():
-                send(staged(plan, table), topic, settings.kafka_bootstrap)
-            if self._first:
-                remove_parts(key, [*job.tables, "accounting"])
-            for table in job.tables:
-                folders += rename_in(table, key)
-            folders += self._publish_accounting(lines, key)
-            for table in job.current:
-                swap_in(table, key)
-        finally:
-            shutil.rmtree(key.staging, ignore_errors=True)
-        self._first = False
-        if self._merger is None:  # finds what is there, these too
-            tables = [*job.tables, "accounting"]
-            self._merger = Merger(f"{job.name}-{self.query_id}", tables, settings.merge_files)
-        else:
-            self._merger.added(folders)
-        newest = plan.context.watermarks.get_column("watermark").max()
-        counted = lines.group_by("bucket").agg(pl.col("records").sum())
-        return dict(counted.iter_rows()), newest if isinstance(newest, datetime) else None
-
-    def _publish_accounting(self, lines: pl.DataFrame, key: BatchKey) -> list[Path]:
-        """Writes the batch's lines. Returns their folder."""
-        runs: dict[str | None, dict[str, int]] = {}
-        for run_id, bucket, records in lines.iter_rows():
-            runs.setdefault(run_id, dict.fromkeys(Bucket, 0))[bucket] += records
-        if not runs:
-            return []
-        rows = [
-            {"run_id": run, "stage": self.job.name, "batch": str(key), "received": sum(buckets.values()), **buckets}
-            for run, buckets in sorted(runs.items(), key=lambda item: item[0] or "")
-        ]
-        day = planned_at(self.checkpoint, key.number).date()
-        return publish_small(pa.Table.from_pylist(rows, ACCOUNTING), "accounting", key, day.isoformat())
+        """Whether all is taken that shall be; never, where nothing was set."""
+        return self._end is not None and all(
+            runner.place.get(at, 0) >= offset
+            for runner in self.runners
+            for at, offset in self._end.items()
+            if at[0] in runner.topics
+        )
 
 
-def send(rows: pl.DataFrame, topic: Topic, bootstrap: str) -> None:
-    """Sends rows to a topic and waits until Kafka has them; after a kill they may come again.
-
-    Raises:
-        RetryLater: Kafka did not take them.
-    """
-    if not len(rows):
-        return
-    producer = clients.producer(bootstrap)
-    refused: list[str] = []
-
-    def on_delivery(error: KafkaError | None, _: Message) -> None:
-        if error:
-            refused.append(error.str())
-
-    for meter_id, value in zip(rows.get_column("meter_id"), encode_batch(topic.entity, rows.to_arrow()), strict=True):
-        while True:
-            try:
-                producer.produce(topic.name, key=meter_id, value=value, on_delivery=on_delivery)
-                break
-            except BufferError:
-                producer.poll(0.1)
-    left = producer.flush(SEND_TIMEOUT_S)
-    if left or refused:
-        msg = f"Kafka did not take {left or len(refused)} records for {topic.name}: {'; '.join(refused[:1])}"
-        raise RetryLater(msg)
+def bounded(left: list[Range], most: int) -> list[Range]:
+    """The first of these records: of each topic so many, of each of its partitions a share, at least one."""
+    found = []
+    for each in left:
+        records = each.end_offset - each.start_offset
+        of_topic = sum(other.end_offset - other.start_offset for other in left if other.topic == each.topic)
+        share = records if of_topic <= most else max(1, records * most // of_topic)
+        found.append(each._replace(end_offset=each.start_offset + share))
+    return found
 
 
 def asked_to_end() -> threading.Event:
@@ -327,7 +326,7 @@ def ended(name: str, exception: str) -> MeterstreamError:
         exception: its text.
     """
     if state := STATE_LOST.search(exception):
-        return StateLost(state[1] if state[1].startswith(name) else f"{name}: {state[1]}")
+        return StateLost(state[1])
     if lost := next((line for line in exception.splitlines() if LOST_IN_KAFKA.search(line)), None):
         return StateLost(lost_in_kafka(name, lost.strip()))
     msg = f"query {name} ended: {exception}"
@@ -374,31 +373,33 @@ def _run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
         flush.set()
     signal.signal(signal.SIGUSR1, lambda *_: flush.set())
     session = spark_session("meterstream-" + "-".join(job.name for job in jobs), JAVA_OPTIONS)
-    listener = metrics.Listener(settings.kafka_bootstrap)
-    session.streams.addListener(listener)
+    metrics.watch_lag(settings.kafka_bootstrap)
     if settings.metrics_port:
         metrics.serve(settings.metrics_port, settings.listen)
-    for runner in runners:
-        runner.finish_flush()
-        runner.tell(listener)
-    queries = [runner.start(session) for runner in runners]
+    stream = Stream(session, runners, is_over=lambda: stop.is_set() and not flush.is_set())
+    stream.resume()
     flushed_mark().unlink(missing_ok=True)
+    topics = {topic for job in jobs for topic in job.topics}
+    queries: list[StreamingQuery] = []
     with served("streaming", queries):
         log.info("streaming", jobs=[job.name for job in jobs], kafka=settings.kafka_bootstrap)
+        oldest, newest = (ask(settings.kafka_bootstrap, topics) for ask in (oldest_offsets, newest_offsets))
+        stream.catch_up(oldest, newest)
+        if flush.is_set() or not stop.is_set():
+            queries.append(stream.start())
         stay(queries, stop)
+        stream.hurry()
         if flush.is_set():
             log.info("flush", takes="what Kafka has now")
-            newest = newest_offsets(settings.kafka_bootstrap, {topic for job in jobs for topic in job.topics})
-            for runner in runners:
-                runner.end_with(newest)
-            for runner, query in zip(runners, queries, strict=True):
-                while not runner.is_at_its_end:
+            stream.end_with(newest_offsets(settings.kafka_bootstrap, topics))
+            while not stream.is_at_its_end:
+                for query in queries:
                     if not query.isActive:
                         raise ended(query.name, str(query.exception()))
-                    time.sleep(0.1)
+                time.sleep(0.05)
     for runner in runners:
         if flush.is_set():
-            runner.flush()
+            stream.flush(runner)
         runner.tidy()
     if flush.is_set():
         flushed_mark().touch()
@@ -412,7 +413,7 @@ def command(jobs: list[StreamingJob]) -> None:
     def main(
         flush: Annotated[bool, typer.Option(help="When stopped, take what Kafka has and close open windows.")] = False,
         kafka_bootstrap: Annotated[str | None, typer.Option(help="host:port of a Kafka broker.")] = None,
-        trigger_s: Annotated[float | None, typer.Option(help="Seconds between batches.")] = None,
+        trigger_s: Annotated[float | None, typer.Option(help="Most seconds between micro-batches.")] = None,
     ) -> None:
         with exits():
             settings = load(StreamSettings, flush=flush or None, kafka_bootstrap=kafka_bootstrap, trigger_s=trigger_s)

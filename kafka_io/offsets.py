@@ -27,6 +27,15 @@ def newest_offsets(kafka: str | AdminClient, topics: Iterable[Topic], patience_s
     Raises:
         RetryLater: Kafka does not say. Just started, it may not know a partition's leader: it is asked for a while.
     """
+    return _asked(kafka, topics, patience_s, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+
+
+def oldest_offsets(kafka: str | AdminClient, topics: Iterable[Topic], patience_s: float | None = None) -> Offsets:
+    """The first offset that Kafka still has of every partition; arguments and errors of `newest_offsets`."""
+    return _asked(kafka, topics, patience_s, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
+
+
+def _asked(kafka: str | AdminClient, topics: Iterable[Topic], patience_s: float | None, spec: OffsetSpec) -> Offsets:
     client = admin(kafka) if isinstance(kafka, str) else kafka
     until = time.monotonic() + (NO_LEADER_S if patience_s is None else patience_s)
     names = {topic.name for topic in topics}
@@ -34,7 +43,7 @@ def newest_offsets(kafka: str | AdminClient, topics: Iterable[Topic], patience_s
         try:
             known = client.list_topics(timeout=ANSWER_S).topics
             places = [(name, number) for name in names & set(known) for number in known[name].partitions]
-            return ends_of(client, places)
+            return _offsets(client, places, spec, ANSWER_S)
         except KafkaException as error:
             if time.monotonic() > until:
                 where = f" at {kafka}" if isinstance(kafka, str) else ""
@@ -54,8 +63,11 @@ def ends_of(client: AdminClient, places: Iterable[tuple[str, int]], timeout_s: f
     Raises:
         KafkaException: Kafka does not say.
     """
-    wanted = {TopicPartition(*place): OffsetSpec.latest() for place in places}  # type: ignore[no-untyped-call]
-    asked = client.list_offsets(wanted, request_timeout=timeout_s)
+    return _offsets(client, places, OffsetSpec.latest(), timeout_s)  # type: ignore[no-untyped-call]
+
+
+def _offsets(client: AdminClient, places: Iterable[tuple[str, int]], spec: OffsetSpec, timeout_s: float) -> Offsets:
+    asked = client.list_offsets({TopicPartition(*place): spec for place in places}, request_timeout=timeout_s)
     return {(place.topic, place.partition): answer.result().offset for place, answer in asked.items()}
 
 

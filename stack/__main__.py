@@ -27,7 +27,7 @@ from settings import Settings, contradictions, damage, load, started_with
 from stack import following
 from stack.backlog import waiting_in_broker
 from stack.containers import ContainerStack, engine
-from stack.jobs import JobMetrics, jobs, metrics_text
+from stack.jobs import jobs, jobs_table, metrics_text
 from stack.native import NativeStack
 from stack.parts import ALWAYS, NATS, PARTS, STREAMING, SUPERVISOR, PartState
 from stack.settings import StackSettings
@@ -190,7 +190,7 @@ def status(
             console.print(_named(stack))
             console.print(_table(states))
             if found:
-                console.print(_jobs_table(found))
+                console.print(jobs_table(found))
                 console.print(LEGEND, style="dim")
             elif stack.is_running(STREAMING.name):
                 console.print("The streaming jobs have exported no metrics yet.")
@@ -266,29 +266,6 @@ def acknowledge(
         console.print(f"Acknowledged: alarm {whole_id} of {whose}, by {by}.", markup=False)
 
     _guarded(work)
-
-
-def _jobs_table(found: list[JobMetrics]) -> Table:
-    """How the jobs get on; red is more in Kafka than ten batches of the last one's speed take."""
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("job", no_wrap=True)
-    for column in ("lag", "rec/s", "took s", "ended", "state", "late", "bad", "watermark"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for job in found:
-        rate, lag = job.records_per_second or 0.0, job.lag_records or 0
-        is_behind = lag > 10 * max(1.0, rate * (job.batch_seconds or 1.0))
-        table.add_row(
-            job.job,
-            "-" if job.lag_records is None else f"[{'red' if is_behind else 'green'}]{lag:,}[/]",
-            f"{rate:,.0f}",
-            "-" if job.batch_seconds is None else f"{job.batch_seconds:.2f}",
-            "-" if job.batch_ended is None else f"{max(0.0, time.time() - job.batch_ended):.0f} s ago",
-            "-" if job.state_rows is None else f"{job.state_rows:,}",
-            f"{job.late:,}",
-            f"{job.quarantined:,}",
-            "-" if job.watermark is None else f"{datetime.fromtimestamp(job.watermark, UTC):%m-%d %H:%M}",
-        )
-    return table
 
 
 @app.command()

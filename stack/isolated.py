@@ -52,8 +52,8 @@ def drain(stack: Stack, watched: Callable[[], AbstractContextManager[None]] = co
     Raises:
         RetryLater: the jobs did not get to their end.
     """
+    from engine.runner import Runner
     from engine.settings import StreamSettings
-    from engine.stream import Runner
     from streaming_jobs import discovered
 
     runners = [Runner(job, load(StreamSettings)) for job in discovered()]

@@ -1,9 +1,12 @@
 """How the streaming jobs get on, by the metrics that their driver exports."""
 
+import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from math import isfinite, nan
 
 from prometheus_client.parser import text_string_to_metric_families
+from rich.table import Table
 
 from stack.ports import http_answer
 
@@ -22,6 +25,8 @@ class JobMetrics:
         batch_seconds: how long that took.
         batch_ended: when, seconds since 1970.
         state_rows: kept from batch to batch.
+        latency_p50: seconds from Kafka to the tables that half of the last minutes' records did not exceed.
+        latency_p99: that all but one in a hundred did not.
         watermark: up to when windows are over, seconds since 1970.
         records: taken since the driver's start.
         late: of these, kept apart as late.
@@ -35,6 +40,8 @@ class JobMetrics:
     batch_seconds: float | None = None
     batch_ended: float | None = None
     state_rows: int | None = None
+    latency_p50: float | None = None
+    latency_p99: float | None = None
     watermark: float | None = None
     records: int = 0
     late: int = 0
@@ -58,8 +65,13 @@ def jobs(text: str) -> list[JobMetrics]:
                 continue
             if sample.name == f"{PREFIX}records_total":
                 records.setdefault(job, {})[sample.labels["bucket"]] = int(sample.value)
+            elif sample.name == f"{PREFIX}latency_seconds":
+                values.setdefault(job, {})[f"latency_{sample.labels['quantile']}"] = sample.value
             else:
                 values.setdefault(job, {})[sample.name.removeprefix(PREFIX)] = sample.value
+
+    def finite(found: dict[str, float], name: str) -> float | None:
+        return found[name] if isfinite(found.get(name, nan)) else None
 
     def whole(found: dict[str, float], name: str) -> int | None:
         return int(found[name]) if isfinite(found.get(name, nan)) else None
@@ -73,6 +85,8 @@ def jobs(text: str) -> list[JobMetrics]:
             batch_seconds=found.get("batch_seconds"),
             batch_ended=found.get("batch_ended_timestamp_seconds"),
             state_rows=whole(found, "state_rows"),
+            latency_p50=finite(found, "latency_0.5"),
+            latency_p99=finite(found, "latency_0.99"),
             watermark=found.get("watermark_timestamp_seconds"),
             records=sum(records.get(job, {}).values()),
             late=records.get(job, {}).get("late", 0),
@@ -80,3 +94,30 @@ def jobs(text: str) -> list[JobMetrics]:
         )
         for job, found in sorted(values.items())
     ]
+
+
+def jobs_table(found: list[JobMetrics]) -> Table:
+    """How the jobs get on; red is more in Kafka than ten batches of the last one's speed take.
+
+    p50 and p99 are of the records of the last five minutes: from Kafka to the tables.
+    """
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("job", no_wrap=True)
+    for column in ("lag", "rec/s", "took s", "p50", "p99", "ended", "state", "late", "bad", "watermark"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for job in found:
+        rate, lag = job.records_per_second or 0.0, job.lag_records or 0
+        is_behind = lag > 10 * max(1.0, rate * (job.batch_seconds or 1.0))
+        table.add_row(
+            job.job,
+            "-" if job.lag_records is None else f"[{'red' if is_behind else 'green'}]{lag:,}[/]",
+            f"{rate:,.0f}",
+            "-" if job.batch_seconds is None else f"{job.batch_seconds:.2f}",
+            *["-" if latency is None else f"{latency:.1f} s" for latency in (job.latency_p50, job.latency_p99)],
+            "-" if job.batch_ended is None else f"{max(0.0, time.time() - job.batch_ended):.0f} s ago",
+            "-" if job.state_rows is None else f"{job.state_rows:,}",
+            f"{job.late:,}",
+            f"{job.quarantined:,}",
+            "-" if job.watermark is None else f"{datetime.fromtimestamp(job.watermark, UTC):%m-%d %H:%M}",
+        )
+    return table

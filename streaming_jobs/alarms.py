@@ -64,7 +64,7 @@ def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, conte
 
 JOB = StreamingJob(
     name=NAME,
-    version=6,
+    version=7,
     sources=(
         Source(
             EVENTS,

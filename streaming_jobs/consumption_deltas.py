@@ -61,7 +61,7 @@ def latest(baselines: pl.DataFrame) -> pl.DataFrame:
 
 JOB = StreamingJob(
     name=NAME,
-    version=2,
+    version=3,
     sources=(
         Source(
             READINGS,

@@ -44,7 +44,7 @@ def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, conte
 
 JOB = StreamingJob(
     name=NAME,
-    version=3,
+    version=4,
     sources=(
         Source(
             READINGS,

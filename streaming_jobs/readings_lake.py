@@ -29,7 +29,7 @@ def transform(table: str, rows: pl.DataFrame, registry: pl.DataFrame, state: Fra
 
 JOB = StreamingJob(
     name=Path(__file__).stem,
-    version=2,
+    version=3,
     sources=tuple(
         Source(
             topic,

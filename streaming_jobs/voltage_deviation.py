@@ -69,7 +69,7 @@ def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, conte
 
 JOB = StreamingJob(
     name=NAME,
-    version=5,
+    version=6,
     sources=(
         Source(
             READINGS,

@@ -8,7 +8,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from engine.batch import declared, settled
+from engine.batch import Arrived, declared, settled
+from engine.decoding import decoded
 from engine.job import CLOCKS, BatchContext, StreamingJob
 from engine.settings import StreamSettings
 from engine.watermark import watermarks
@@ -53,7 +54,8 @@ class Settling:
         for (topic, partition), state in self.states.items():
             source = self.job.source(topic)
             is_here = (pc.field("topic") == topic) & (pc.field("partition") == partition)
-            done = settled(records.filter(is_here), self.job, source, self.registry, state, context)
+            arrived = Arrived(decoded(records.filter(is_here), source.topic))
+            done = settled(arrived, self.job, source, self.registry, state, context)
             self.states[topic, partition] = dict(done.state)
             for kind, schema in source.kept.items():
                 assert done.state[kind].schema == schema, f"{self.job.name}: state {kind}"

@@ -1,6 +1,6 @@
 """The peers' work alone, on our engine: the same runner, source, decoding, state by batch and Parquet as our jobs.
 
-`deltas` and `windows` take a job's place in `engine.stream.Runner`. They write the columns that the peers write; the
+`deltas` and `windows` take a job's place in `engine.runner.Runner`. They write the columns that the peers write; the
 others of the table are null. No conflicts, no plausibility, no quarter hours, no counters, no roll-ups.
 """
 

@@ -2,7 +2,7 @@
 
     python -m bench.peers.own jobs|core|noop|polars deltas|windows TOPIC RECORDS OUT
 
-jobs: `streaming_jobs.consumption_deltas` or `voltage_deviation` by `engine.stream.Runner`, on another topic and in a
+jobs: `streaming_jobs.consumption_deltas` or `voltage_deviation` by `engine.stream.Stream`, on another topic and in a
 home of their own. core: `bench.peers.core` in their place. Either goes on where its checkpoint stands. noop: Spark
 reads the topic and forgets it. polars: OUT/rows.parquet instead of Kafka, the work alone. Each says `records N` when
 it has done so many, and writes its results under OUT.
@@ -11,6 +11,7 @@ it has done so many, and writes its results under OUT.
 import os
 import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,27 +41,33 @@ def of_topic(job: "StreamingJob", topic: str) -> "StreamingJob":
 def jobs(what: str, work: str, topic: str) -> None:
     """The streaming job of a work, to the end of its topic and with a flush."""
     from bench.peers import core
-    from engine.checkpoint import offsets_after
+    from engine.runner import Runner
     from engine.session import spark_session
     from engine.settings import StreamSettings
-    from engine.stream import JAVA_OPTIONS, Runner
+    from engine.stream import JAVA_OPTIONS, Stream
+    from kafka_io.offsets import Offsets, newest_offsets, oldest_offsets
     from settings import load
     from streaming_jobs import consumption_deltas, voltage_deviation
 
     whole = {"deltas": consumption_deltas.JOB, "windows": voltage_deviation.JOB}
     job = core.JOBS[work] if what == "core" else whole[work]
 
-    class Told(Runner):
-        def process(self, records: "DataFrame | None", batch_id: int) -> None:
-            super().process(records, batch_id)
-            say(sum(offsets_after(self.checkpoint, batch_id).values()))
+    class Told(Stream):
+        def process(self, ends: Offsets, at: datetime) -> int:
+            records = super().process(ends, at)
+            say(sum(runner.place.values()))
+            return records
 
     session = spark_session(f"bench-{work}", JAVA_OPTIONS)
-    runner = Told(of_topic(job, topic), load(StreamSettings))
-    query = runner.start(session)
+    runner = Runner(of_topic(job, topic), load(StreamSettings))
+    stream = Told(session, [runner])
+    stream.resume()
+    kafka, topics = runner.settings.kafka_bootstrap, runner.job.topics
+    stream.catch_up(oldest_offsets(kafka, topics), newest_offsets(kafka, topics))
+    query = stream.start()
     query.processAllAvailable()
     query.stop()
-    runner.flush()
+    stream.flush(runner)
     session.stop()
 
 

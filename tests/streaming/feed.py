@@ -1,31 +1,32 @@
 """Batches for real queries: one Parquet file with the columns of Spark's Kafka source is one micro-batch."""
 
-import os
-from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql.streaming.query import StreamingQuery
+from pyspark.sql import SparkSession
 
 from engine.job import StreamingJob
+from engine.partition_tasks import Fetch
+from engine.runner import Runner
 from engine.settings import StreamSettings
-from engine.stream import Runner
-from kafka_io.ranges import KAFKA
+from engine.stream import Stream
+from kafka_io.offsets import Offsets
+from kafka_io.ranges import KAFKA, Range
 from lake.paths import glob_of, table_path
-from lake.reading import spark_schema
 from schemas.codec import encode
 from schemas.tables import REGISTRY
 from schemas.topics import READINGS, Topic
 from settings import home
 
 KAFKA_AT = datetime(2024, 3, 31, 1, tzinfo=UTC)
+PLANNED_AT = datetime(2024, 3, 31, 2, tzinfo=UTC)
 SETTINGS = StreamSettings(kafka_bootstrap="none:0", allowed_lateness_s=60)
-Process = Callable[[DataFrame, int], None]
 
 
 def at(clock: str, day: str = "2024-03-31") -> datetime:
@@ -79,49 +80,67 @@ def write_registry() -> None:
 
 
 class Feed:
-    """The source of one query, in its own home."""
+    """The records of one home's Kafka: each batch says how far it goes."""
 
     def __init__(self) -> None:
         self.folder = home() / "source"
         self.folder.mkdir()
         self.offset = 0
-        self.files = 0
+        self.ends: list[Offsets] = []
         write_registry()
+
+    @property
+    def files(self) -> int:
+        """How many batches there are."""
+        return len(self.ends)
 
     def add(self, *batches: list[tuple[str, bytes]], topic: Topic = READINGS, apart: str | None = None) -> None:
         """Batches for partition 0; the meter that is `apart` has partition 1."""
         for batch in batches:
             rows = []
+            ends = dict(self.ends[-1]) if self.ends else {}
             for key, value in batch:
                 row = (key.encode(), value, topic.name, int(key == apart), self.offset, KAFKA_AT)
                 rows.append(dict(zip(KAFKA.names, row, strict=True)))
                 self.offset += 1
-            path = self.folder / f"{self.files:04d}.parquet"
-            pq.write_table(pa.Table.from_pylist(rows, KAFKA), path)
-            os.utime(path, (self.files, self.files))  # the source takes the oldest first
-            self.files += 1
+                ends[topic.name, int(key == apart)] = self.offset
+            pq.write_table(pa.Table.from_pylist(rows, KAFKA), self.folder / f"{self.files:04d}.parquet")
+            self.ends.append(ends)
 
-    def start(self, session: SparkSession, runner: Runner, process: Process) -> StreamingQuery:
-        source = session.readStream.schema(spark_schema(KAFKA)).option("maxFilesPerTrigger", 1)
-        records = source.parquet(self.folder.as_uri())
-        writer = records.writeStream.option("checkpointLocation", runner.checkpoint.as_uri())
-        return writer.foreachBatch(process).start()
+    @property
+    def fetch(self) -> Fetch:
+        """What gives the records of a range, in whatever process."""
+        return partial(fetched, self.folder)
 
 
-def run(session: SparkSession, feed: Feed, job: StreamingJob, process: Process | None = None) -> Runner:
-    """A process that takes what there is and stops; `process` stands in for the runner's."""
-    runner = Runner(job, SETTINGS)
-    runner.finish_flush()
-    take(session, feed, runner, process)
-    return runner
+def fetched(folder: Path, place: Range) -> pa.Table:
+    """The records of a range, of the files of a feed."""
+    tables = [pq.read_table(file, schema=KAFKA) for file in sorted(folder.glob("*.parquet"))]
+    is_here = (pc.field("topic") == place.topic) & (pc.field("partition") == place.partition)
+    is_here &= (pc.field("offset") >= place.start_offset) & (pc.field("offset") < place.end_offset)
+    return pa.concat_tables([KAFKA.empty_table(), *tables]).filter(is_here)
 
 
-def take(session: SparkSession, feed: Feed, runner: Runner, process: Process | None = None) -> None:
-    query = feed.start(session, runner, process or runner.process)
-    try:
-        query.processAllAvailable()
-    finally:
-        query.stop()
+def run(session: SparkSession, feed: Feed, *jobs: StreamingJob) -> Runner:
+    """A process of these jobs that takes what there is and stops. Returns the first one's runner."""
+    runners = [Runner(job, SETTINGS) for job in jobs]
+    take(session, feed, *runners)
+    return runners[0]
+
+
+def take(session: SparkSession | None, feed: Feed, *runners: Runner) -> None:
+    """Takes what there is: what only some of the jobs have taken first, then batch by batch."""
+    stream = Stream(session, runners, feed.fetch)
+    stream.resume()
+    stream.catch_up({}, feed.ends[-1])
+    for ends in feed.ends:
+        stream.process(ends, PLANNED_AT)
+
+
+def flush(runner: Runner) -> None:
+    """A process that closes what is open after the last batch."""
+    runner.resume()
+    Stream(None, [runner]).flush(runner)
 
 
 def rows(table: str) -> list[tuple[Any, ...]]:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
-from engine.stream import Runner
+from engine.runner import Runner
 from streaming_jobs import consumption_deltas, voltage_deviation
-from tests.streaming.feed import SETTINGS, Feed, at, batches, lake, pair, reading, rows, run
+from tests.streaming.feed import SETTINGS, Feed, at, batches, flush, lake, pair, reading, rows, run
 
 JOB = voltage_deviation.JOB
 OVER = [("m1", "00:50", 2), ("m2", "00:50", 2)]
@@ -32,15 +32,14 @@ def test_asked_again_or_done_again_after_it_died_it_closes_each_window_once_in_t
     spark: SparkSession, home: Path
 ) -> None:
     feed, runner = fed(spark)
-    runner.flush()
+    flush(runner)
     assert windows() == sorted([*OVER, *OPEN])
     assert runner.is_flushed
     once = lake(runner)
-    runner.flush()
-    Runner(JOB, SETTINGS).flush()
+    flush(runner)
+    flush(Runner(JOB, SETTINGS))
     assert lake(runner) == once
-    states = home / "state" / JOB.name / runner.query_id
-    (states / "0.flushed").rename(states / "0.flushing")  # it died when all but the new state was in place
+    (home / "state" / JOB.name / runner.query_id / "0.flushed").unlink()  # it died when all but that was in place
     assert not runner.is_flushed
     run(spark, feed, JOB)
     assert lake(runner) == once
@@ -59,12 +58,12 @@ def test_after_a_flush_the_query_goes_on_and_a_restart_closes_nothing_that_nobod
     spark: SparkSession, home: Path
 ) -> None:
     feed, runner = fed(spark)
-    runner.flush()
+    flush(runner)
     feed.add([*pair(12, 112, 232), *pair(20, 120, 230)])
     run(spark, feed, JOB)
     run(spark, feed, JOB)
     assert windows() == sorted([*OVER, *OPEN])
-    Runner(JOB, SETTINGS).flush()
+    flush(Runner(JOB, SETTINGS))
     assert windows() == sorted([*OVER, *OPEN, ("m1", "01:10", 1), ("m2", "01:10", 1)])
     assert sum(line[5] for line in rows("accounting")) == 2  # what came again after its window was closed
 
@@ -80,7 +79,7 @@ def test_while_a_backlog_is_taken_in_a_partition_that_stands_hours_behind_anothe
     runner = run(spark, feed, JOB)
     already = windows()
     assert ("m2", "01:00", 2) in already, "what is over for all is closed before the flush"
-    runner.flush()
+    flush(runner)
     hours = [("m1", 6 * n) for n in range(4)] + [("m2", n) for n in range(4)]
     assert windows() == sorted(
         [
@@ -97,14 +96,13 @@ def test_a_job_with_nothing_open_is_flushed_without_a_row(spark: SparkSession, h
     feed.add(batches()[0])
     runner = run(spark, feed, consumption_deltas.JOB)
     before = {table: rows(table) for table in runner.job.tables}
-    runner.flush()
+    flush(runner)
     assert {table: rows(table) for table in before} == before
     assert sum(line[3] for line in rows("accounting")) == len(batches()[0])
 
 
 def test_a_query_that_never_ran_has_nothing_to_flush(spark: SparkSession, home: Path) -> None:
     runner = Runner(JOB, SETTINGS)
-    runner.finish_flush()
-    runner.flush()
+    flush(runner)
     assert runner.is_flushed
     assert not (home / "lake").exists()

@@ -1,18 +1,17 @@
 """However a query dies, it ends with the same rows in the same files as one that was never disturbed."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pyspark.errors import StreamingQueryException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import SparkSession
 
-from engine import stream
-from engine.checkpoint import require_whole
+from engine import checkpoint, runner
+from engine.checkpoint import commit, last_plan, require_whole
 from engine.job import StreamingJob
-from engine.stream import Runner, ended
+from engine.runner import Runner
+from engine.state import _known
 from lake import publishing
 from schemas.codec import encode
 from schemas.errors import StateLost
@@ -23,7 +22,7 @@ from tests.streaming.feed import SETTINGS, Feed, at, batches, lake, pair, rows, 
 
 JOBS = [consumption_deltas.JOB, voltage_deviation.JOB, readings_lake.JOB]
 DIED = "the power is gone"
-COMMIT = "commit"
+COMMIT, COMMITTING = "commit", commit
 DEATHS = {
     "consumption_deltas": [(0, COMMIT), (1, "late_readings"), (2, "accounting"), (2, "latest_readings")],
     "voltage_deviation": [(0, "accounting"), (1, COMMIT), (2, "quarantined_readings")],
@@ -51,31 +50,24 @@ def undisturbed(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -
 
 
 class Mortal:
-    """A runner that dies once, in the given batch: in front of Spark's commit, or where it adds to a table."""
+    """A process of a job that dies once, in the given batch: in front of its commit, or where it adds to a table."""
 
     def __init__(self, job: StreamingJob, batch_id: int, place: str, patch: pytest.MonkeyPatch) -> None:
-        self.batch_id, self.place, self.now, self.is_alive = batch_id, place, -1, True
+        self.batch_id, self.place, self.is_alive = batch_id, place, True
         self.runner = Runner(job, SETTINGS)
         for name in ("rename_in", "swap_in", "publish_small"):
-            patch.setattr(stream, name, self.dying(getattr(publishing, name)))
+            patch.setattr(runner, name, self.dying(getattr(publishing, name)))
+        patch.setattr(checkpoint, "commit", self.dying(COMMITTING, COMMIT))
 
-    def process(self, records: DataFrame, batch_id: int) -> None:
-        self.now = batch_id
-        self.runner.process(records, batch_id)
-        self.at(COMMIT)
-
-    def dying(self, write: Callable[..., Any]) -> Callable[..., Any]:
+    def dying(self, write: Callable[..., Any], *places: str) -> Callable[..., Any]:
         def called(*arguments: Any) -> Any:
-            for table in arguments:
-                self.at(table)
+            for place in (*places, *arguments):
+                if self.is_alive and place == self.place and last_plan(self.runner.checkpoint) == self.batch_id:
+                    self.is_alive = False
+                    raise ConnectionError(DIED)
             return write(*arguments)
 
         return called
-
-    def at(self, place: object) -> None:
-        if self.is_alive and place == self.place and self.now == self.batch_id:
-            self.is_alive = False
-            raise ConnectionError(DIED)
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
@@ -96,8 +88,8 @@ def test_deaths_between_tables_and_before_commits_leave_no_row_twice_and_none_ou
         if feed.files <= batch_id:
             feed.add(*batches()[feed.files :])
         mortal = Mortal(job, batch_id, place, monkeypatch)
-        with pytest.raises(StreamingQueryException, match=DIED):
-            take(spark, feed, mortal.runner, mortal.process)
+        with pytest.raises(ConnectionError, match=DIED):
+            take(spark, feed, mortal.runner)
         assert not list((home / "staging").glob("*/*"))
     assert lake(run(spark, feed, job)) == undisturbed(job)
 
@@ -108,28 +100,27 @@ def test_a_process_that_lives_on_writes_a_failed_batch_again_in_the_same_files(
     feed = Feed()
     feed.add(*batches())
     mortal = Mortal(voltage_deviation.JOB, 1, COMMIT, monkeypatch)
-    with pytest.raises(StreamingQueryException, match=DIED):
-        take(spark, feed, mortal.runner, mortal.process)
-    take(spark, feed, mortal.runner, mortal.process)
+    with pytest.raises(ConnectionError, match=DIED):
+        take(spark, feed, mortal.runner)
+    take(spark, feed, mortal.runner)
     assert lake(mortal.runner) == undisturbed(voltage_deviation.JOB)
 
 
-@pytest.mark.parametrize("lost", ["0", "0/meter-readings-v1-0/recent.arrow"], ids=["folder", "file"])
-def test_a_lost_state_stops_the_query_and_names_the_repair(spark: SparkSession, home: Path, lost: str) -> None:
+@pytest.mark.parametrize("is_there", [False, True], ids=["gone", "damaged"])
+def test_a_lost_state_stops_the_job_and_names_the_repair(spark: SparkSession, home: Path, is_there: bool) -> None:
     job = readings_lake.JOB
     feed = Feed()
     feed.add(batches()[0])
-    runner = run(spark, feed, job)
+    done = run(spark, feed, job)
     before = rows("readings")
-    (home / "state" / job.name / runner.query_id / lost).rename(home / "elsewhere")
+    (file,) = (home / "state" / job.name / done.query_id).glob("*.arrow")
+    file.unlink()
+    if is_there:
+        file.write_bytes(b"ARROW1 no more")
     feed.add(batches()[1])
-    with pytest.raises(StreamingQueryException) as caught:
-        run(spark, feed, job)
-    error = ended(job.name, str(caught.value))
-    assert isinstance(error, StateLost)
-    assert re.fullmatch(
-        rf"{job.name}: (its|the) state .*0.* Repair: (stop the jobs, remove|from the beginning).*", str(error)
-    ), error
+    _known.clear()  # as another process
+    with pytest.raises(StateLost, match=rf"^{job.name}: the state in .*{file.name} cannot be read .* Repair: from the"):
+        take(None, feed, Runner(job, SETTINGS))
     assert rows("readings") == before
 
 
@@ -140,8 +131,11 @@ def test_what_comes_twice_is_known_though_the_topic_was_made_anew_between(spark:
     feed.add(pair(0, 100, 230))
     run(spark, feed, job)
     feed.offset = 0
+    feed.ends.clear()
     feed.add(pair(5, 105, 231), pair(5, 105, 231))
-    run(spark, feed, job)
+    with pytest.raises(StateLost, match="KAFKA_DATA_LOSS meter-readings-v1-0: offset 50002 comes next.* has 0 to 4"):
+        run(spark, feed, job)
+    take(spark, feed, Runner(job, SETTINGS.model_copy(update={"accept_loss": True})))
     assert [row[ACCOUNTING.names.index("duplicate")] for row in rows("accounting")] == [0, 0, 2]
 
 
@@ -153,19 +147,17 @@ def test_a_damaged_file_of_the_newest_batch_is_told_and_its_repair_changes_no_ro
     job = readings_lake.JOB
     feed = Feed()
     feed.add(*batches())
-    runner = run(spark, feed, job)
+    done = run(spark, feed, job)
     if damaged == "offsets":
-        for name in ("2", ".2.crc"):  # a batch that was planned and not done
-            (runner.checkpoint / "commits" / name).unlink()
-    file = runner.checkpoint / damaged / "2"
+        (done.checkpoint / "commits" / "2").unlink()  # a batch that was planned and not done
+    file = done.checkpoint / damaged / "2"
     file.write_text(left)
     with pytest.raises(
-        StateLost, match=f"{damaged}/2 cannot be read. Repair: stop the jobs, remove that file and .2.crc"
+        StateLost, match=f"{damaged}/2 cannot be read. Repair: stop the jobs, remove that file, and start again"
     ):
-        require_whole(job.name, job.version, runner.checkpoint)
+        require_whole(job.name, job.version, done.checkpoint)
     file.unlink()
-    file.with_name(".2.crc").unlink()
-    require_whole(job.name, job.version, runner.checkpoint)
+    require_whole(job.name, job.version, done.checkpoint)
     assert lake(run(spark, feed, job)) == undisturbed(job)
 
 
@@ -175,12 +167,11 @@ def test_lost_metadata_is_told_and_its_repair_changes_no_row(
     job = readings_lake.JOB
     feed = Feed()
     feed.add(*batches()[:2])
-    runner = run(spark, feed, job)
-    metadata, query_id = runner.checkpoint / "metadata", runner.query_id
+    done = run(spark, feed, job)
+    metadata, query_id = done.checkpoint / "metadata", done.query_id
     metadata.write_text("")
-    with pytest.raises(StateLost, match=f'remove .metadata.crc beside it, write {{"id":"{query_id}"}} into it'):
-        require_whole(job.name, job.version, runner.checkpoint)
-    metadata.with_name(".metadata.crc").unlink()
+    with pytest.raises(StateLost, match=f'stop the jobs, write {{"id":"{query_id}"}} into it'):
+        require_whole(job.name, job.version, done.checkpoint)
     metadata.write_text(f'{{"id":"{query_id}"}}')
     feed.add(batches()[2])
     assert lake(run(spark, feed, job)) == undisturbed(job)
@@ -192,12 +183,12 @@ def test_a_committed_batch_whose_offsets_are_gone_and_a_state_of_another_version
     job = readings_lake.JOB
     feed = Feed()
     feed.add(batches()[0])
-    runner = run(spark, feed, job)
-    with pytest.raises(StateLost, match=f"version {job.version + 1} cannot read it.*{job.name}-{runner.query_id}-"):
-        require_whole(job.name, job.version + 1, runner.checkpoint.with_name(f"{job.name}-v{job.version + 1}"))
-    (runner.checkpoint / "offsets" / "0").unlink()
+    done = run(spark, feed, job)
+    with pytest.raises(StateLost, match=f"version {job.version + 1} cannot read it.*{job.name}-{done.query_id}-"):
+        require_whole(job.name, job.version + 1, done.checkpoint.with_name(f"{job.name}-v{job.version + 1}"))
+    (done.checkpoint / "offsets" / "0").unlink()
     with pytest.raises(StateLost, match="batch 0 was committed, and what it read cannot be read"):
-        require_whole(job.name, job.version, runner.checkpoint)
+        require_whole(job.name, job.version, done.checkpoint)
 
 
 def test_dead_letters_in_number_reach_their_table_with_their_bytes(spark: SparkSession, home: Path) -> None:

@@ -1,38 +1,40 @@
-"""What Spark tells of a query, as Spark tells it, becomes lag and rate."""
+"""What the jobs tell of themselves, as Prometheus and `make status` read it."""
 
-import json
-from typing import Any
+from datetime import UTC, datetime
 
-from pyspark.sql.streaming.listener import QueryProgressEvent, StreamingQueryProgress
+import pytest
+from prometheus_client import generate_latest
 
 from engine import metrics
+from stack.jobs import JobMetrics, jobs
 
 
-def progress(start: dict[str, int] | None, end: dict[str, int], milliseconds: int) -> QueryProgressEvent:
-    """The event that PySpark makes of Spark's JSON."""
-    source: dict[str, Any] = {
-        "description": "Kafka", "numInputRows": 0, "inputRowsPerSecond": 0.0, "processedRowsPerSecond": 0.0,
-        "startOffset": start and {"t": start}, "endOffset": {"t": end}, "latestOffset": {"t": end}, "metrics": {},
-    }  # fmt: skip
-    fields = {
-        "id": "00000000-0000-0000-0000-000000000001", "runId": "00000000-0000-0000-0000-000000000002", "name": "job",
-        "timestamp": "2024-03-31T00:00:00.000Z", "batchId": 1, "batchDuration": milliseconds, "numInputRows": 0,
-        "durationMs": {"triggerExecution": milliseconds}, "eventTime": {}, "stateOperators": [], "sources": [source],
-        "sink": {"description": "foreach", "numOutputRows": -1, "metrics": {}}, "observedMetrics": {},
-    }  # fmt: skip
-    return QueryProgressEvent(StreamingQueryProgress.fromJson(json.loads(json.dumps(fields))))
+def metrics_of(name: str) -> JobMetrics:
+    return next(job for job in jobs(generate_latest(metrics.REGISTRY).decode()) if job.job == name)
 
 
-def rate() -> float | None:
-    found = [sample.value for metric in metrics.RATE.collect() for sample in metric.samples]
-    return found[0] if found else None
+def test_a_batch_tells_how_much_it_took_and_how_fast() -> None:
+    metrics.stands("one", 7, 30, {})
+    metrics.batch("one", 0.5, {"stored": 90, "late": 10}, datetime(2024, 3, 31, tzinfo=UTC))
+    found = metrics_of("one")
+    assert (found.batch, found.state_rows, found.records, found.late) == (7, 30, 100, 10)
+    assert (found.records_per_second, found.batch_seconds, found.watermark) == (200, 0.5, 1_711_843_200)
 
 
-def test_a_first_batch_has_no_rate_and_the_next_ones_count_by_their_offsets() -> None:
-    listener = metrics.Listener("127.0.0.1:1")
-    listener.onQueryProgress(progress(None, {"0": 900, "1": 50}, 500))
-    assert rate() is None
-    listener.onQueryProgress(progress({"0": 900, "1": 50}, {"0": 1_000, "1": 150, "2": 50}, 500))
-    assert rate() == 500
-    listener.onQueryProgress(progress({"0": 1_000}, {"0": 1_000}, 500))
-    assert rate() == 500
+def test_before_its_first_batch_a_job_has_no_latency() -> None:
+    metrics.stands("new", -1, 0, {})
+    metrics.alive("new", lambda: 1.0)
+    assert (metrics_of("new").latency_p50, metrics_of("new").batch) == (None, None)
+
+
+def test_latency_is_that_of_records_not_of_batches() -> None:
+    metrics.visible("two", [1.0, 9.0], [98, 0])
+    metrics.visible("two", [2.0, 30.0], [1, 1])
+    found = metrics_of("two")
+    assert (found.latency_p50, found.latency_p99) == (1.0, 2.0)
+
+
+def test_what_is_older_than_some_minutes_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "REMEMBERED_S", -1.0)
+    metrics.visible("three", [1.0], [5])
+    assert metrics_of("three").latency_p50 is None

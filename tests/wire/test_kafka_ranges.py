@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Iterator
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -10,7 +9,6 @@ from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
-from engine.checkpoint import planned
 from kafka_io import ranges
 from kafka_io.offsets import newest_offsets
 from kafka_io.ranges import KAFKA, Range, fetched
@@ -127,17 +125,3 @@ def test_a_kafka_that_does_not_say_what_it_has_is_asked_for_a_while(monkeypatch:
     monkeypatch.setattr("kafka_io.offsets.NO_LEADER_S", 0.5)
     with pytest.raises(RetryLater, match="Kafka at 127.0.0.1:1 does not say what it has: .*"):
         newest_offsets("127.0.0.1:1", [READINGS])
-
-
-def test_a_plan_is_what_lies_between_two_batches_of_the_checkpoint(tmp_path: Path) -> None:
-    for file, offsets in {
-        "sources/0/0": '\0v1\n{"t":{"0":5,"1":0}}',
-        "offsets/0": 'v1\n{"batchTimestampMs":1}\n{"t":{"0":9,"1":0}}',
-        "offsets/1": 'v1\n{"batchTimestampMs":2}\n{"t":{"0":12,"1":3,"2":4}}',
-        "offsets/2": 'v1\n{"batchTimestampMs":3}\n{"t":{"0":2,"1":3,"2":4}}',
-    }.items():
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text(offsets)
-    assert planned(tmp_path, 0) == [Range("t", 0, 5, 9)]
-    assert planned(tmp_path, 1) == [Range("t", 0, 9, 12), Range("t", 1, 0, 3), Range("t", 2, 0, 4)]
-    assert planned(tmp_path, 2) == [Range("t", 0, 0, 2)], "made anew: all that it has"

@@ -43,12 +43,12 @@ from tests.eventually import eventually
 START = datetime(2024, 3, 31, tzinfo=UTC)
 METERS = [f"m{number:02d}" for number in range(12)]
 READINGS_EACH = 60
-OF_A_BATCH = 45  # records, of all partitions
+OF_A_BATCH = 45  # records of a topic, of all partitions
 VERSIONS = {job.name: job.version for job in discovered()}
 WATCHED = ("voltage_deviation", "consumption_deltas", "readings_lake")
 PHASES = ("planned", "state", "staged", "table", "accounting", "committed")
 """What a batch has left behind, one after the other: its offsets, state, staged rows, a table's rows, its lines of the
-accounting, Spark's commit."""
+accounting, its commit."""
 MERGED = re.compile(r".*-\d{8}_\d{8}-0\.parquet")
 FLUSH_PHASES = ("flush begun", "flush written", "between two flushes")
 
@@ -167,7 +167,7 @@ class Driver:
         return self.home / "state" / "checkpoints" / f"{job}-v{VERSIONS[job]}"
 
     def committed(self, job: str) -> int:
-        """The last batch that Spark has committed; −1 before the first."""
+        """The last batch that is committed; −1 before the first."""
         return max((int(commit.name) for commit in (self.checkpoint(job) / "commits").glob("[0-9]*")), default=-1)
 
     def phase(self, job: str, batch: int) -> str | None:
@@ -184,7 +184,7 @@ class Driver:
             return "table"
         if glob(f"{self.home}/staging/{key}/*/date=*/*.parquet"):
             return "staged"
-        if glob(f"{self.home}/state/{job}/*/{batch}/*/*.arrow"):
+        if glob(f"{self.home}/state/{job}/*/{batch:08d}-*.arrow"):
             return "state"
         return "planned"
 
@@ -396,7 +396,7 @@ def test_what_kafka_no_longer_has_stops_the_driver_with_the_repair_and_is_passed
     with driver.running() as process:
         assert process.wait(600) == 1
     log = (driver.home / "log").read_text(errors="replace")
-    assert "Kafka no longer has records that this job has not read" in log
+    assert "Kafka no longer has records that were not read" in log
     assert "METERSTREAM_ACCEPT_LOSS=true" in log
     driver.environment["METERSTREAM_ACCEPT_LOSS"] = "true"
     assert driver.to_the_end() == 0

@@ -1,0 +1,296 @@
+"""One streaming job's batches: plan → tasks → tables → commit, with state by batch, accounting and restart.
+
+Batch N reads the state that batch N−1 left, never the newest; N−1's stays until N+1 is done. So a batch that is tried
+again gives the same rows in the same files, whenever the process died.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import structlog
+from confluent_kafka import KafkaError, Message
+
+from engine import checkpoint as checkpoints
+from engine import metrics, state
+from engine.batch import BatchPlan
+from engine.job import CLOCKS, BatchContext, StreamingJob
+from engine.partition_tasks import AGES_S, Done, across, staged
+from engine.settings import StreamSettings
+from engine.watermark import watermarks
+from kafka_io import clients
+from kafka_io.offsets import Offsets
+from kafka_io.ranges import Range
+from lake.compaction import Merger
+from lake.publishing import BatchKey, publish_small, remove_parts, rename_in, swap_in
+from lake.reading import RegistryFiles, newest_registry
+from schemas.closed_lists import Bucket
+from schemas.codec import encode_batch
+from schemas.errors import RetryLater, StateLost
+from schemas.tables import ACCOUNTING
+from schemas.topics import Topic
+from settings import home
+
+log = structlog.get_logger()
+SEND_TIMEOUT_S = 60
+
+
+class Runner:
+    """A job, and how far it has come.
+
+    Attributes:
+        job: what it is.
+        settings: of the streaming jobs.
+        checkpoint: folder of its checkpoint.
+        place: topic and partition → the offset that it takes next; what is not there it takes from the oldest on.
+    """
+
+    def __init__(self, job: StreamingJob, settings: StreamSettings) -> None:
+        self.job = job
+        self.settings = settings
+        self.checkpoint = home() / "state" / "checkpoints" / f"{job.name}-v{job.version}"
+        self.place: Offsets = {}
+        self._is_first = True
+        self._merger: Merger | None = None
+        self._before: state.Manifest = {}
+        self._clocks: dict[str, pl.DataFrame] = {}
+        last = checkpoints.last_commit(self.checkpoint)
+        self._last = -1 if last is None else last
+
+    @property
+    def query_id(self) -> str:
+        """The id in the names of its files."""
+        return checkpoints.query_id(self.checkpoint)
+
+    @property
+    def topics(self) -> set[str]:
+        """Names of what it reads."""
+        return {topic.name for topic in self.job.topics}
+
+    @property
+    def _states(self) -> Path:
+        return home() / "state" / self.job.name / self.query_id
+
+    def resume(self) -> None:
+        """Stands where the last batch that is done left it.
+
+        Raises:
+            StateLost: what that left is gone.
+        """
+        checkpoints.require_whole(self.job.name, self.job.version, self.checkpoint)
+        last = checkpoints.last_commit(self.checkpoint)
+        self._last, self._is_first = (-1 if last is None else last), True
+        self.place = {} if last is None else checkpoints.offsets_after(self.checkpoint, last)
+        self._before = {} if last is None else self._left_by(last)
+        self._clocks = {}
+        for source in self.job.sources:
+            if source.closes_windows:
+                kinds = {CLOCKS: source.kept[CLOCKS]}
+                names = [name for name in self._before if name.rpartition("-")[0] == source.topic.name]
+                self._clocks |= {name: state.read(self._states, self._before, name, kinds)[CLOCKS] for name in names}
+        self.tidy()
+        metrics.stands(self.job.name, self._last, state.rows_of(self._before), self.place)
+
+    def stand(self, place: Offsets) -> None:
+        """Goes on from another place: what it has never read begins there, or what it has not read is gone."""
+        self.place = place
+        metrics.stands(self.job.name, self._last, state.rows_of(self._before), place)
+
+    def unfinished(self) -> list[Range]:
+        """What a batch that was begun and is not done takes: it comes first; nothing where there is none."""
+        begun = checkpoints.last_plan(self.checkpoint)
+        return [] if begun is None or begun == self._last else checkpoints.planned(self.checkpoint, begun)
+
+    def begin(self, ranges: Iterable[Range], at: datetime) -> BatchPlan:
+        """Plans the next batch, or goes on with the one that was planned.
+
+        Args:
+            ranges: what it takes.
+            at: when that was planned.
+        """
+        number = self._last + 1
+        if checkpoints.last_plan(self.checkpoint) != number:
+            taken = [each for each in ranges if each.topic in self.topics]
+            starts = self.place | {(each.topic, each.partition): each.start_offset for each in taken}
+            ends = starts | {(each.topic, each.partition): each.end_offset for each in taken}
+            checkpoints.plan(self.checkpoint, number, starts, ends, at)
+        return self._plan(f"{number:08d}")
+
+    def _plan(self, batch: str, close_all: bool = False) -> BatchPlan:
+        key = BatchKey(self.job.name, self.query_id, batch)
+        planned_at = checkpoints.planned_at(self.checkpoint, key.number)
+        over = watermarks(self._clocks.values(), self.settings.allowed_lateness_s, planned_at)
+        shutil.rmtree(key.staging, ignore_errors=True)
+        context = BatchContext(self.settings, over, close_all)
+        return BatchPlan(self.job, context, key.number, self._before, self._states, key.staging)
+
+    def finish(self, plan: BatchPlan, done: list[Done], registry: RegistryFiles, began: float) -> None:
+        """Makes a batch visible whose partitions are done, and commits it.
+
+        Args:
+            plan: of `begin`.
+            done: of its tasks.
+            registry: files of the registry.
+            began: when the tasks began, on the monotonic clock.
+        """
+        key = BatchKey(self.job.name, self.query_id, f"{plan.number:08d}")
+        buckets, after = self._published(plan, key, done, registry)
+        checkpoints.commit(self.checkpoint, plan.number, after)
+        state.forget(self._states, self._before, after)
+        self._before, self._last = after, plan.number
+        self.place = checkpoints.offsets_after(self.checkpoint, plan.number)
+        for each in done:
+            self._clocks |= each.clocks
+        seconds = round(time.monotonic() - began, 2)
+        newest = plan.context.watermarks.get_column("watermark").max()
+        watermark = newest if isinstance(newest, datetime) else None
+        metrics.stands(self.job.name, plan.number, state.rows_of(after), self.place)
+        metrics.batch(self.job.name, seconds, buckets, watermark)
+        since_s = time.time() - checkpoints.planned_at(self.checkpoint, plan.number).timestamp()
+        counts = [sum(each) for each in zip(*[one.ages for one in done], strict=True)]
+        metrics.visible(self.job.name, [age_s + since_s for age_s in AGES_S], counts)
+        log.info("batch", job=self.job.name, batch=plan.number, received=sum(buckets.values()), seconds=seconds)
+        if self._merger:
+            self._merger.merge(before=plan.number - 1)  # whose commit may be damaged, and is then done again
+        self._forget_flushes(plan.number - 1)
+
+    def _published(
+        self, plan: BatchPlan, key: BatchKey, done: list[Done], registry: RegistryFiles
+    ) -> tuple[dict[str, int], state.Manifest]:
+        """Renames rows into their tables. Returns the records by bucket, and what the batch leaves."""
+        job = self.job
+        changed = [change for each in done for change in each.kept]
+        if job.cross_partition:
+            changed += across(plan, newest_registry(registry))
+        for table, topic in job.sends.items():
+            send(staged(plan, table), topic, self.settings.kafka_bootstrap)
+        if self._is_first:
+            remove_parts(key, [*job.tables, "accounting"])
+        folders: list[Path] = []
+        for table in job.tables:
+            folders += rename_in(table, key)
+        lines = [line for each in done for line in each.lines]
+        folders += self._publish_accounting(lines, key)
+        for table in job.current:
+            swap_in(table, key)
+        shutil.rmtree(key.staging, ignore_errors=True)
+        self._is_first = False
+        if self._merger is None:  # finds what is there, these too
+            tables = [*job.tables, "accounting"]
+            self._merger = Merger(f"{job.name}-{self.query_id}", tables, self.settings.merge_files)
+        else:
+            self._merger.added(folders)
+        buckets: dict[str, int] = {}
+        for _, bucket, records in lines:
+            buckets[bucket] = buckets.get(bucket, 0) + records
+        return buckets, state.merged(plan.before, changed)
+
+    def _publish_accounting(self, lines: list[tuple[str | None, str, int]], key: BatchKey) -> list[Path]:
+        """Writes the batch's lines. Returns their folder."""
+        runs: dict[str | None, dict[str, int]] = {}
+        for run_id, bucket, records in lines:
+            runs.setdefault(run_id, dict.fromkeys(Bucket, 0))[Bucket(bucket)] += records
+        if not runs:
+            return []
+        rows = [
+            {"run_id": run, "stage": self.job.name, "batch": str(key), "received": sum(buckets.values()), **buckets}
+            for run, buckets in sorted(runs.items(), key=lambda item: item[0] or "")
+        ]
+        day = checkpoints.planned_at(self.checkpoint, key.number).date()
+        return publish_small(pa.Table.from_pylist(rows, ACCOUNTING), "accounting", key, day.isoformat())
+
+    @property
+    def is_flushed(self) -> bool:
+        """Whether nothing is open after the last batch; true where there was none."""
+        last = checkpoints.last_commit(self.checkpoint)
+        return last is None or self._flushed(last).exists()
+
+    def flush_plan(self) -> BatchPlan | None:
+        """Begins to close what is open after the last batch; None where nothing is.
+
+        A marker is written first and what is left then, last: a flush that was killed is done again, with the same rows
+        in the same files, before the job goes on.
+        """
+        if self._last < 0 or self.is_flushed:
+            return None
+        self._flush(self._last).mkdir(parents=True, exist_ok=True)
+        self._is_first = True
+        return self._plan(f"{self._last:08d}f", close_all=True)
+
+    def finish_flush(self, plan: BatchPlan, done: list[Done], registry: RegistryFiles) -> None:
+        """Makes visible what a flush has closed."""
+        key = BatchKey(self.job.name, self.query_id, f"{plan.number:08d}f")
+        _, after = self._published(plan, key, done, registry)
+        checkpoints.write(self._flushed(plan.number), json.dumps(after))
+        self.resume()
+
+    @property
+    def is_flush_begun(self) -> bool:
+        """Whether an earlier process began a flush and did not end it."""
+        return self._last >= 0 and self._flush(self._last).exists() and not self.is_flushed
+
+    def tidy(self) -> None:
+        """Leaves nothing of the job under staging: of one that has stopped, was killed, or came before this one."""
+        for left in (home() / "staging").glob(f"{self.job.name}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _flush(self, batch: int) -> Path:
+        return self._states / f"{batch}.flush"
+
+    def _flushed(self, batch: int) -> Path:
+        return self._states / f"{batch}.flushed"
+
+    def _forget_flushes(self, before: int) -> None:
+        for mark in self._states.glob("*.flush*"):
+            if int(mark.name.partition(".")[0]) < before:
+                mark.unlink() if mark.is_file() else mark.rmdir()
+
+    def _left_by(self, batch: int) -> state.Manifest:
+        """What a batch, or the flush after it, left.
+
+        Raises:
+            StateLost: it is gone, or cannot be read.
+        """
+        flushed = self._flushed(batch)
+        try:
+            found: state.Manifest
+            found = (
+                json.loads(flushed.read_text()) if flushed.exists() else checkpoints.state_after(self.checkpoint, batch)
+            )
+        except (OSError, ValueError, LookupError) as error:
+            msg = f"{self.job.name}: the state of batch {batch} is gone ({error}). "
+            raise StateLost(msg + checkpoints.from_the_beginning(self.job.name, self.checkpoint)) from error
+        return found
+
+
+def send(rows: pl.DataFrame, topic: Topic, bootstrap: str) -> None:
+    """Sends rows to a topic and waits until Kafka has them; after a kill they may come again.
+
+    Raises:
+        RetryLater: Kafka did not take them.
+    """
+    if not len(rows):
+        return
+    producer = clients.producer(bootstrap)
+    refused: list[str] = []
+
+    def on_delivery(error: KafkaError | None, _: Message) -> None:
+        if error:
+            refused.append(error.str())
+
+    for meter_id, value in zip(rows.get_column("meter_id"), encode_batch(topic.entity, rows.to_arrow()), strict=True):
+        while True:
+            try:
+                producer.produce(topic.name, key=meter_id, value=value, on_delivery=on_delivery)
+                break
+            except BufferError:
+                producer.poll(0.1)
+    left = producer.flush(SEND_TIMEOUT_S)
+    if left or refused:
+        msg = f"Kafka did not take {left or len(refused)} records for {topic.name}: {'; '.join(refused[:1])}"
+        raise RetryLater(msg)

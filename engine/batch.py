@@ -14,11 +14,12 @@ from polars import selectors
 
 from engine.job import CLOCKS, MEMORY, SAID, BatchContext, Frames, Output, Source, StreamingJob
 from engine.settings import ClockSettings
-from engine.state import Manifest
+from engine.state import Manifest, hashes_of
 from engine.watermark import clock
+from lake.reading import RegistryFiles
 from metering import accounting
 from metering.clocks import is_impossible
-from metering.deduplication import FIRST, PLACE, is_recent, originals, with_seen
+from metering.deduplication import FIRST, PLACE, originals, with_seen
 from schemas.closed_lists import Bucket, QuarantineReason
 from schemas.errors import ContractBroken
 from schemas.tables import TABLES, polars_schema
@@ -54,16 +55,36 @@ class Arrived:
 
     Attributes:
         rows: of `engine.decoding.decoded`.
+        registry: rows of the registry of its meters, and of which files, where somebody has looked.
     """
 
     def __init__(self, rows: pl.DataFrame) -> None:
         self.rows = rows
+        self.registry: tuple[RegistryFiles, pl.DataFrame] | None = None
+        self._hashes: dict[tuple[str, ...], pl.Series] = {}
         self._possible: dict[tuple[int, int], tuple[pl.DataFrame, pl.DataFrame]] = {}
 
     @cached_property
     def valid(self) -> pl.DataFrame:
         """Rows that were decoded."""
         return accounting.only_valid(self.rows)
+
+    @cached_property
+    def said(self) -> pl.Series:
+        """A hash of all that the sender said, of the valid rows."""
+        return said(self.valid)
+
+    @cached_property
+    def newest_offset(self) -> int | None:
+        """Offset of the last record; None where none came."""
+        return None if self.rows.is_empty() else int(self.rows.get_column("offset").max())  # type: ignore[arg-type]
+
+    def hashes(self, by: tuple[str, ...]) -> pl.Series:
+        """The keys of the valid rows, each once, as `engine.state` finds rows by."""
+        if by not in self._hashes:
+            rows = self.valid.with_columns(self.said) if SAID in by else self.valid
+            self._hashes[by] = hashes_of(rows, by).unique()
+        return self._hashes[by]
 
     def possible(self, settings: ClockSettings) -> tuple[pl.DataFrame, pl.DataFrame]:
         """Valid rows whose clock can be right, and the verdicts of the others."""
@@ -73,6 +94,11 @@ class Arrived:
             refused = accounting.verdicts(self.valid.filter(wrong), pl.lit(QuarantineReason.IMPOSSIBLE_CLOCK.value))
             self._possible[limits] = (self.valid.filter(~wrong) if len(refused) else self.valid), refused
         return self._possible[limits]
+
+
+def said(rows: pl.DataFrame) -> pl.Series:
+    """A hash of all that the sender said, without what was added on the way."""
+    return rows.select(sorted(set(rows.columns) - set(ADDED))).hash_rows().alias(SAID)
 
 
 @dataclass(frozen=True)
@@ -99,8 +125,9 @@ def settled(
         arrived: its records, of the source's topic.
         job: whose.
         source: the rule, and what is to be done for it.
-        registry: the newest row of each meter.
-        state: what the batch before left, kinds of `source.kept`.
+        registry: the newest row of each meter, at least of those in records and state.
+        state: what the batch before left, kinds of `source.kept`: of those in `source.keys` at least the rows that are
+            found by a record, or are due.
         context: what is the same for all partitions.
 
     Raises:
@@ -115,7 +142,10 @@ def settled(
         handed, refused = arrived.possible(settings)
         verdicts.append(refused)
     if source.deduplicate_on:
-        handed, kept[MEMORY], seen = _deduplicated(handed, source, state[MEMORY], settings.recent_records)
+        if SAID in source.deduplicate_on:
+            handed = handed.with_columns(arrived.said if handed is valid else said(handed))
+        oldest = None if arrived.newest_offset is None else arrived.newest_offset - settings.recent_records
+        handed, kept[MEMORY], seen = _deduplicated(handed, source, state[MEMORY], oldest)
         verdicts.append(seen)
     if source.closes_windows:
         kept[CLOCKS] = clock(valid, state[CLOCKS], context.watermarks)
@@ -126,18 +156,17 @@ def settled(
         handed = handed.select(*dict.fromkeys([*source.columns, *PLACE]), marks)
     given = source.transform(handed, registry, {kind: state[kind] for kind in source.state}, context)
     output = declared(given, job, source.state)
-    if lacking := sorted(set(job.current) - set(output.tables)):
-        msg = f"{job.name} does not give all rows of {', '.join(lacking)}, which its newest version replaces"
-        raise ContractBroken(msg)
-    judged = _judged(valid, [*verdicts, output.verdicts])
+    refused = pl.concat([*verdicts, output.verdicts])
+    judged = _judged(valid, refused)
+    lines = [accounting.count(judged)]
     tables = dict(output.tables)
-    for table, frame in _apart(arrived.rows, judged, source, job.name).items():
-        tables[table] = pl.concat([tables[table], frame]) if table in tables else frame
-    return Settled(
-        tables,
-        {**state, **output.state, **kept},
-        pl.concat([accounting.count(judged), accounting.invalid(arrived.rows)]),
-    )
+    is_whole = len(valid) == len(arrived.rows)
+    if not is_whole:
+        lines.append(accounting.invalid(arrived.rows))
+    if len(refused) or not is_whole:
+        for table, frame in _apart(arrived.rows, judged, source, job.name).items():
+            tables[table] = pl.concat([tables[table], frame]) if table in tables else frame
+    return Settled(tables, {**state, **output.state, **kept}, pl.concat(lines))
 
 
 def contract(frame: pl.DataFrame, table: str) -> pl.DataFrame:
@@ -160,18 +189,18 @@ def typed(frame: pl.DataFrame, schema: pl.Schema, where: str) -> pl.DataFrame:
     Raises:
         ContractBroken: a column is missing, or is of a kind that cannot become the declared one without a loss.
     """
-    if frame.schema == schema:
+    given_schema = frame.schema
+    if given_schema == schema:
         return frame
-    if missing := sorted(set(schema) - set(frame.columns)):
-        msg = f"{where} lacks {', '.join(missing)}: the rule gave {', '.join(frame.columns) or 'no column'}"
+    if missing := sorted(set(schema) - set(given_schema)):
+        msg = f"{where} lacks {', '.join(missing)}: the rule gave {', '.join(given_schema) or 'no column'}"
         raise ContractBroken(msg)
-    chosen = frame.select(schema.names())
     for name, kind in schema.items():
-        given = chosen.schema[name]
+        given = given_schema[name]
         if (given.is_float() and kind.is_integer()) or (given.is_integer() and kind == pl.String()):
             msg = f"{where}: {name} is declared as {kind}, and the rule gave {given}"
             raise ContractBroken(msg)
-    return chosen.cast(schema)
+    return frame.select(schema.names()).cast(schema) if len(frame) else schema.to_frame()
 
 
 def declared(output: Output, job: StreamingJob, kinds: Mapping[str, pl.Schema]) -> Output:
@@ -185,7 +214,7 @@ def declared(output: Output, job: StreamingJob, kinds: Mapping[str, pl.Schema]) 
     Raises:
         ContractBroken: the rule gives a table or a kind of state that is not declared, or other columns.
     """
-    known = {"table": {*job.writes, *job.current}, "state": set(kinds)}
+    known = {"table": {*job.writes}, "state": set(kinds)}
     for word, given in (("table", output.tables), ("state", output.state)):
         if unknown := sorted(set(given) - known[word]):
             names = ", ".join(sorted(known[word])) or "none"
@@ -199,25 +228,30 @@ def declared(output: Output, job: StreamingJob, kinds: Mapping[str, pl.Schema]) 
 
 
 def _deduplicated(
-    rows: pl.DataFrame, source: Source, memory: pl.DataFrame, horizon: int
+    rows: pl.DataFrame, source: Source, memory: pl.DataFrame, oldest: int | None
 ) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """The rows that are handed over, the originals to remember, and the verdicts of the others."""
+    """The rows that are handed over, the originals to remember, and the verdicts of the others.
+
+    Originals up to the offset `oldest` are forgotten.
+    """
     identity, values = list(source.deduplicate_on), list(source.compares)
-    if SAID in identity:
-        sent = rows.select(sorted(set(rows.columns) - set(ADDED)))
-        rows = rows.with_columns(sent.hash_rows().alias(SAID))
     marked = with_seen(rows.select(*dict.fromkeys([*identity, *PLACE, *values])), memory, identity, values)
-    known = originals(memory, marked).filter(is_recent(horizon))
+    known = originals(memory, marked)
+    if oldest is not None:
+        known = known.filter(pl.col("offset") > oldest)
     verdicts = accounting.verdicts(marked, pl.col("seen"))
     if source.hands_duplicates:
         return rows.with_columns(marked.select("seen", selectors.starts_with(FIRST))), known, verdicts
     return (rows.filter(marked.get_column("seen").is_null()) if len(verdicts) else rows), known, verdicts
 
 
-def _judged(valid: pl.DataFrame, verdicts: list[pl.DataFrame]) -> pl.DataFrame:
+def _judged(valid: pl.DataFrame, verdicts: pl.DataFrame) -> pl.DataFrame:
     """Each decoded record with run_id, reason and bucket: the first verdict counts, without one it was stored."""
     run_id = pl.col("run_id") if "run_id" in valid.columns else pl.lit(None, pl.String).alias("run_id")
-    first = pl.concat(verdicts).drop_nulls().unique("offset", keep="first", maintain_order=True)
+    if verdicts.is_empty():
+        stored = pl.lit(Bucket.STORED.value).alias("bucket")
+        return valid.select("offset", run_id, pl.lit(None, pl.String).alias("reason"), stored)
+    first = verdicts.drop_nulls().unique("offset", keep="first", maintain_order=True)
     return (
         valid.select("offset", run_id)
         .join(first, on="offset", how="left", maintain_order="left")

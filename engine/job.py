@@ -37,11 +37,13 @@ class BatchContext:
         watermarks: per run_id `previous_watermark`, up to which the batch before closed its windows, and `watermark`,
             up to which this one does (`engine.watermark.watermarks`).
         close_all: a flush: every window is over.
+        is_anew: the registry may have changed since the batch before.
     """
 
     settings: StreamSettings
     watermarks: pl.DataFrame
     close_all: bool = False
+    is_anew: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Output:
     """What a rule gives back.
 
     Attributes:
-        tables: lake table → rows to add; of a `current` table all rows of the partition.
+        tables: lake table → rows to add.
         state: kind → frame that the next batch reads; what is left out stays as it was.
         verdicts: records that were not simply stored, columns `VERDICTS`: by its reason one is late, quarantined,
             duplicate or invalid (`metering.accounting.BUCKETS`). The engine adds its own.
@@ -73,6 +75,10 @@ class Source:
         transform: (rows, registry, state, context) → Output.
         columns: what the rule is handed, with topic, partition and offset; all columns where none is named.
         state: kinds of frames that are kept from batch to batch, a partition at a time.
+        by: kind → columns: the rule is handed the rows of which a record of the batch has the same, and gives those
+            that stand for them; it may be handed others. Of a kind that is not named here it is handed all rows.
+        due: kind → which further rows of a kind in `by` it is handed: those of which the time has come. When the
+            registry has changed it is handed all of these kinds.
         refuses_impossible_clocks: a record whose clock cannot be right is quarantined and not handed over.
         deduplicate_on: records that are the same in these are one: the first within the last offsets of a partition is
             the original, the others are duplicates and not handed over.
@@ -87,6 +93,8 @@ class Source:
     transform: Transform
     columns: tuple[str, ...] = ()
     state: Mapping[str, pl.Schema] = field(default_factory=dict)
+    by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    due: Mapping[str, Callable[[BatchContext], pl.Expr]] = field(default_factory=dict)
     refuses_impossible_clocks: bool = False
     deduplicate_on: tuple[str, ...] = ()
     compares: tuple[str, ...] = ()
@@ -109,6 +117,11 @@ class Source:
                 wrong.append(f"{word} is a tuple of columns that it has, not {', '.join(unknown)}")
         if taken := sorted({MEMORY, CLOCKS} & set(self.state)):
             wrong.append(f"state named {', '.join(taken)} is the engine's")
+        for kind, names in self.by.items():
+            if unknown := sorted(set(names) - (set(self.state.get(kind, ())) & known)):
+                wrong.append(f"by: {kind} and the records do not both have {', '.join(unknown)}")
+        if unknown := sorted(set(self.due) - set(self.by)):
+            wrong.append(f"due is of kinds in by, not of {', '.join(unknown)}")
         if (self.compares or self.hands_duplicates) and not self.deduplicate_on:
             wrong.append("compares and hands_duplicates need deduplicate_on")
         if self.refuses_impossible_clocks and "observed_at" not in self._columns:
@@ -137,11 +150,29 @@ class Source:
         return {**self.state, **own}
 
     @property
+    def keys(self) -> dict[str, tuple[str, ...]]:
+        """Kind → columns by which rows are found, the engine's own kinds too."""
+        return {**self.by, **({MEMORY: self.deduplicate_on} if self.deduplicate_on else {})}
+
+    @property
     def apart(self) -> list[str]:
         """Lake tables of the records that were not stored."""
         entity = f"{self.topic.entity}s"
         tables = [name for name in (f"quarantined_{entity}", f"late_{entity}") if name in TABLES]
         return [*tables, *(["dead_letters"] if self.keeps_undecoded else [])]
+
+
+@dataclass(frozen=True)
+class Current:
+    """A lake table that has its newest version only: what it is made of.
+
+    Attributes:
+        kind: of the state of one of the job's sources.
+        rows: all rows of that kind of a partition → rows of the table.
+    """
+
+    kind: str
+    rows: Callable[[pl.DataFrame], pl.DataFrame]
 
 
 @dataclass(frozen=True)
@@ -153,7 +184,7 @@ class StreamingJob:
         version: raised when the state changes its form; part of the checkpoint's path.
         sources: what it reads, each with its rule.
         writes: lake tables that its rules give; their rows' dates are by `schemas.tables.DATED_BY`.
-        current: lake tables that are replaced by their newest version.
+        current: lake table of the newest rows only → the kind of state that it is made of, and how; see `Current`.
         sends: lake table → the topic that gets its rows too.
         hands: tables whose rows of a batch are handed to `cross_partition`.
         cross_partition: the step after all partitions, for what does not belong to one meter: ({table: rows of all
@@ -165,7 +196,7 @@ class StreamingJob:
     version: int
     sources: tuple[Source, ...]
     writes: tuple[str, ...]
-    current: tuple[str, ...] = ()
+    current: Mapping[str, Current] = field(default_factory=dict)
     sends: Mapping[str, Topic] = field(default_factory=dict)
     hands: tuple[str, ...] = ()
     cross_partition: CrossPartition | None = None
@@ -184,6 +215,9 @@ class StreamingJob:
             wrong.append(f"schemas/tables.py has no table {', '.join(unknown)}")
         if undated := sorted((set(self.tables) & set(TABLES)) - set(DATED_BY)):
             wrong.append(f"no column dates the rows of {', '.join(undated)}: DATED_BY in schemas/tables.py")
+        for table, current in self.current.items():
+            if sum(current.kind in source.state for source in self.sources) != 1:
+                wrong.append(f"{table} is made of {current.kind}, which is no kind of state of just one source")
         if foreign := sorted({*self.hands, *self.sends} - set(self.writes)):
             wrong.append(f"hands or sends what it does not write: {', '.join(foreign)}")
         if wrong:

@@ -7,19 +7,23 @@ the task's own. The driver gets the accounting and the names of the files. Rows 
 renames them in; what a batch has no rows of keeps its state.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
 from engine import state
 from engine.batch import Arrived, BatchPlan, declared, settled
 from engine.decoding import decoded
-from engine.job import CLOCKS, MEMORY, Frames, Source
+from engine.job import CLOCKS, MEMORY, BatchContext, Frames, Source
+from engine.state import hashes_of
 from kafka_io.ranges import KAFKA, Range
 from lake.publishing import COMPRESSION
 from lake.reading import RegistryFiles, newest_registry
@@ -31,6 +35,7 @@ CROSS_PARTITION = "cross_partition"
 NO_DATE = "__HIVE_DEFAULT_PARTITION__"  # as Spark names it
 RECORDS_OF_A_TASK = 20_000
 """Fewer go into one task: a second one costs what a few thousand records cost."""
+METER = ("meter_id",)
 OF_A_TASK = "t{}"
 AGES_S = [0.0, *(0.01 * 1.25**step for step in range(73))]  # 10 ms to a day, each a quarter more
 Fetch = Callable[[Range], pa.Table]
@@ -151,8 +156,7 @@ def _task(micro_batch: MicroBatch, number: int, places: list[Place]) -> list[Don
     """A task: its partitions one after the other, each read once; then the rows, a file of each table and day."""
     done = {plan.job.name: Done(plan.job.name) for plan in micro_batch.plans}
     rows: dict[tuple[str, str], list[pl.DataFrame]] = {}
-    kept: dict[str, list[tuple[str, str, pl.DataFrame]]] = {name: [] for name in done}
-    registry = newest_registry(micro_batch.registry)
+    kept: dict[str, list[state.Changed]] = {name: [] for name in done}
     for place in places:
         plans = [plan for plan in micro_batch.plans if _is_called(plan, place)]
         topic = plans[0].job.source(place.topic).topic
@@ -160,18 +164,21 @@ def _task(micro_batch: MicroBatch, number: int, places: list[Place]) -> list[Don
         ages = _ages(arrived.rows, micro_batch.at)
         for plan in plans:
             source, mine = plan.job.source(place.topic), done[plan.job.name]
-            known = state.read(plan.states, plan.before, place.name, source.kept)
+            stocks = {
+                kind: state.stock(plan.states, plan.before, place.name, kind, schema, source.keys.get(kind, ()))
+                for kind, schema in source.kept.items()
+            }
+            handed = taken(stocks, source, arrived, plan.context)
+            known = {kind: one.rows for kind, one in handed.items()}
+            registry = _registry_of(micro_batch.registry, plan.context, source, arrived, known)
             out = settled(arrived, plan.job, source, registry, _before(known, place), plan.context)
             mine.lines += out.accounting.rows()
             mine.ages = [one + other for one, other in zip(mine.ages, ages, strict=True)]
-            kept[plan.job.name] += changed(out.state, known, source, place.name)
+            kept[plan.job.name] += changed(out.state, handed, source, place.name)
             if CLOCKS in out.state:
                 mine.clocks[place.name] = out.state[CLOCKS]
             for table, frame in out.tables.items():
-                if table in plan.job.current:
-                    if place.came:
-                        _written(frame, plan.staging / table / f"current-{place.name}.parquet")
-                elif len(frame):
+                if len(frame):
                     rows.setdefault((plan.job.name, table), []).append(frame)
     for plan in micro_batch.plans:
         mine = done[plan.job.name]
@@ -204,12 +211,90 @@ def _before(known: Frames, place: Place) -> Frames:
     return known if is_before.all() else {**known, MEMORY: known[MEMORY].filter(is_before)}
 
 
-def changed(after: Frames, before: Frames, source: Source, partition: str) -> list[tuple[str, str, pl.DataFrame]]:
-    """Partition, kind and rows of the state that is not what it was."""
+class Taken(NamedTuple):
+    """What a rule is handed of a kind of state.
+
+    Attributes:
+        stock: all of it.
+        which: rows of its chain that are handed.
+        rows: these.
+    """
+
+    stock: state.Stock
+    which: NDArray[np.bool_]
+    rows: pl.DataFrame
+
+
+def taken(
+    stocks: Mapping[str, state.Stock], source: Source, arrived: Arrived, context: BatchContext
+) -> dict[str, Taken]:
+    """The state that a rule is handed, by kind.
+
+    Args:
+        stocks: all that a partition keeps, by kind.
+        source: the rule, and how rows are found.
+        arrived: the records of the partition.
+        context: of the batch.
+    """
+    found = {}
+    for kind, stock in stocks.items():
+        by = source.keys.get(kind, ())
+        is_all = not by or context.close_all or (context.is_anew and kind in source.due)
+        which = stock.is_there if is_all else stock.found(arrived.hashes(by), _due(kind, source, arrived, context))
+        rows = stock.present if which is stock.is_there else stock.rows.filter(pl.Series(which))
+        found[kind] = Taken(stock, which, rows)
+    return found
+
+
+def _due(kind: str, source: Source, arrived: Arrived, context: BatchContext) -> pl.Expr | None:
+    """Which rows of a kind are due."""
+    if kind == MEMORY:
+        newest, horizon = arrived.newest_offset, context.settings.recent_records
+        return None if newest is None else pl.col("offset") <= newest - horizon
+    return source.due[kind](context) if kind in source.due else None
+
+
+def _registry_of(
+    files: RegistryFiles, context: BatchContext, source: Source, arrived: Arrived, known: Frames
+) -> pl.DataFrame:
+    """The registry's rows of the meters that a rule meets."""
+    if context.close_all or context.is_anew or "meter_id" not in arrived.valid.columns:
+        return _registry(files)[0]
+    meters = arrived.hashes(METER)
+    due = [known[kind].select("meter_id") for kind in source.due if "meter_id" in known[kind].columns]
+    further = hashes_of(pl.concat(due), METER) if due else meters.clear()
+    if (is_further := ~further.is_in(meters.implode())).any():
+        return _rows_of(files, pl.concat([meters, further.filter(is_further)]))
+    if arrived.registry is None or arrived.registry[0] != files:
+        arrived.registry = files, _rows_of(files, meters)
+    return arrived.registry[1]
+
+
+def _rows_of(files: RegistryFiles, meters: pl.Series) -> pl.DataFrame:
+    registry, hashes = _registry(files)
+    return registry.filter(hashes.is_in(meters.implode()))
+
+
+@lru_cache(maxsize=1)
+def _registry(files: RegistryFiles) -> tuple[pl.DataFrame, pl.Series]:
+    """The registry and its meters' keys; made once per process and change of the files."""
+    registry = newest_registry(files)
+    return registry, hashes_of(registry, METER)
+
+
+def changed(after: Frames, handed: Mapping[str, Taken], source: Source, partition: str) -> list[state.Changed]:
+    """The kinds of state that are not what they were.
+
+    Args:
+        after: what the rule gave, by kind.
+        handed: what it was handed.
+        source: how rows are found.
+        partition: whose state.
+    """
     return [
-        (partition, kind, after[kind])
-        for kind in source.kept
-        if after[kind] is not before[kind] and not (after[kind].is_empty() and before[kind].is_empty())
+        state.changed(before.stock, before.which, after[kind], partition, kind, source.keys.get(kind, ()))
+        for kind, before in handed.items()
+        if after[kind] is not before.rows and not (after[kind].is_empty() and before.rows.is_empty())
     ]
 
 
@@ -221,17 +306,20 @@ def across(plan: BatchPlan, registry: pl.DataFrame) -> list[state.Change]:
     """
     assert plan.job.cross_partition
     kinds = plan.job.cross_partition_state
-    known = state.read(plan.states, plan.before, CROSS_PARTITION, kinds)
+    stocks = {
+        kind: state.stock(plan.states, plan.before, CROSS_PARTITION, kind, schema, ()) for kind, schema in kinds.items()
+    }
+    known = {kind: stock.present for kind, stock in stocks.items()}
     handed = {table: staged(plan, table) for table in plan.job.hands}
     output = declared(plan.job.cross_partition(handed, registry, known, plan.context), plan.job, kinds)
     for table, frame in output.tables.items():
         keep_rows([frame], table, plan, CROSS_PARTITION)
-    after = [
-        (CROSS_PARTITION, kind, frame)
+    changes = [
+        state.changed(stocks[kind], stocks[kind].is_there, frame, CROSS_PARTITION, kind, ())
         for kind, frame in output.state.items()
         if frame is not known[kind] and not (frame.is_empty() and known[kind].is_empty())
     ]
-    return state.write(plan.states, plan.number, after)
+    return state.write(plan.states, plan.number, changes)
 
 
 def staged(plan: BatchPlan, table: str) -> pl.DataFrame:
@@ -245,12 +333,16 @@ def keep_rows(frames: list[pl.DataFrame], table: str, plan: BatchPlan, name: str
     """Writes rows of a table to staging, a file per date."""
     if not any(len(frame) for frame in frames):
         return
-    dated = pl.concat(frames).with_columns(date=pl.col(DATED_BY[table]).dt.date())
-    for (date,), those in dated.partition_by("date", as_dict=True, include_key=False).items():
-        _written(those, plan.staging / table / f"date={date or NO_DATE}" / f"{name}.parquet")
+    rows = pl.concat(frames)
+    dates = rows.select(date=pl.col(DATED_BY[table]).dt.date()).to_series()
+    days = dates.unique().to_list()
+    for date in days:
+        those = rows if len(days) == 1 else rows.filter(dates.is_null() if date is None else dates == date)
+        written(those, plan.staging / table / f"date={date or NO_DATE}" / f"{name}.parquet")
 
 
-def _written(frame: pl.DataFrame, path: Path) -> None:
+def written(frame: pl.DataFrame, path: Path) -> None:
+    """Writes a file of rows in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     frame.write_parquet(part, compression=COMPRESSION)

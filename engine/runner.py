@@ -18,8 +18,8 @@ from confluent_kafka import KafkaError, Message
 
 from engine import checkpoint as checkpoints
 from engine import metrics, state
-from engine.batch import BatchPlan
-from engine.job import CLOCKS, BatchContext, StreamingJob
+from engine.batch import BatchPlan, contract
+from engine.job import CLOCKS, BatchContext, Source, StreamingJob
 from engine.partition_tasks import AGES_S, Done, across, staged
 from engine.settings import StreamSettings
 from engine.watermark import watermarks
@@ -27,7 +27,7 @@ from kafka_io import clients
 from kafka_io.offsets import Offsets
 from kafka_io.ranges import Range
 from lake.compaction import Merger
-from lake.publishing import BatchKey, publish_small, remove_parts, rename_in, swap_in
+from lake.publishing import BatchKey, publish_small, remove_parts, rename_in, replace
 from lake.reading import RegistryFiles, newest_registry
 from schemas.closed_lists import Bucket
 from schemas.codec import encode_batch
@@ -59,6 +59,8 @@ class Runner:
         self._merger: Merger | None = None
         self._before: state.Manifest = {}
         self._clocks: dict[str, pl.DataFrame] = {}
+        self._registry: RegistryFiles | None = None
+        self._current: dict[tuple[str, str], state.Kept] = {}
         last = checkpoints.last_commit(self.checkpoint)
         self._last = -1 if last is None else last
 
@@ -90,11 +92,18 @@ class Runner:
         self._clocks = {}
         for source in self.job.sources:
             if source.closes_windows:
-                kinds = {CLOCKS: source.kept[CLOCKS]}
-                names = [name for name in self._before if name.rpartition("-")[0] == source.topic.name]
-                self._clocks |= {name: state.read(self._states, self._before, name, kinds)[CLOCKS] for name in names}
+                for name in self._partitions(source.topic):
+                    self._clocks[name] = self._kind(name, CLOCKS, source).present
         self.tidy()
         metrics.stands(self.job.name, self._last, state.rows_of(self._before), self.place)
+
+    def _partitions(self, topic: Topic) -> list[str]:
+        """Names of the partitions that have state."""
+        return [name for name in self._before if name.rpartition("-")[0] == topic.name]
+
+    def _kind(self, partition: str, kind: str, source: Source) -> state.Stock:
+        by = source.keys.get(kind, ())
+        return state.stock(self._states, self._before, partition, kind, source.kept[kind], by)
 
     def stand(self, place: Offsets) -> None:
         """Goes on from another place: what it has never read begins there, or what it has not read is gone."""
@@ -106,12 +115,13 @@ class Runner:
         begun = checkpoints.last_plan(self.checkpoint)
         return [] if begun is None or begun == self._last else checkpoints.planned(self.checkpoint, begun)
 
-    def begin(self, ranges: Iterable[Range], at: datetime) -> BatchPlan:
+    def begin(self, ranges: Iterable[Range], at: datetime, registry: RegistryFiles) -> BatchPlan:
         """Plans the next batch, or goes on with the one that was planned.
 
         Args:
             ranges: what it takes.
             at: when that was planned.
+            registry: files of the registry.
         """
         number = self._last + 1
         if checkpoints.last_plan(self.checkpoint) != number:
@@ -119,14 +129,14 @@ class Runner:
             starts = self.place | {(each.topic, each.partition): each.start_offset for each in taken}
             ends = starts | {(each.topic, each.partition): each.end_offset for each in taken}
             checkpoints.plan(self.checkpoint, number, starts, ends, at)
-        return self._plan(f"{number:08d}")
+        return self._plan(f"{number:08d}", registry)
 
-    def _plan(self, batch: str, close_all: bool = False) -> BatchPlan:
+    def _plan(self, batch: str, registry: RegistryFiles, close_all: bool = False) -> BatchPlan:
         key = BatchKey(self.job.name, self.query_id, batch)
         planned_at = checkpoints.planned_at(self.checkpoint, key.number)
         over = watermarks(self._clocks.values(), self.settings.allowed_lateness_s, planned_at)
         shutil.rmtree(key.staging, ignore_errors=True)
-        context = BatchContext(self.settings, over, close_all)
+        context = BatchContext(self.settings, over, close_all, is_anew=registry != self._registry)
         return BatchPlan(self.job, context, key.number, self._before, self._states, key.staging)
 
     def finish(self, plan: BatchPlan, done: list[Done], registry: RegistryFiles, began: float) -> None:
@@ -142,7 +152,7 @@ class Runner:
         buckets, after = self._published(plan, key, done, registry)
         checkpoints.commit(self.checkpoint, plan.number, after)
         state.forget(self._states, self._before, after)
-        self._before, self._last = after, plan.number
+        self._before, self._last, self._registry = after, plan.number, registry
         self.place = checkpoints.offsets_after(self.checkpoint, plan.number)
         for each in done:
             self._clocks |= each.clocks
@@ -176,8 +186,6 @@ class Runner:
             folders += rename_in(table, key)
         lines = [line for each in done for line in each.lines]
         folders += self._publish_accounting(lines, key)
-        for table in job.current:
-            swap_in(table, key)
         shutil.rmtree(key.staging, ignore_errors=True)
         self._is_first = False
         if self._merger is None:  # finds what is there, these too
@@ -204,13 +212,25 @@ class Runner:
         day = checkpoints.planned_at(self.checkpoint, key.number).date()
         return publish_small(pa.Table.from_pylist(rows, ACCOUNTING), "accounting", key, day.isoformat())
 
+    def write_current(self) -> None:
+        """Writes the tables that have their newest version only, of the partitions whose state has changed since."""
+        for table, current in self.job.current.items():
+            source = next(source for source in self.job.sources if current.kind in source.state)
+            for partition in self._partitions(source.topic):
+                kept = self._before[partition].get(current.kind)
+                if kept is None or self._current.get((table, partition)) == kept:
+                    continue
+                rows = contract(current.rows(self._kind(partition, current.kind, source).present), table)
+                replace(table, f"current-{partition}.parquet", rows)
+                self._current[table, partition] = kept
+
     @property
     def is_flushed(self) -> bool:
         """Whether nothing is open after the last batch; true where there was none."""
         last = checkpoints.last_commit(self.checkpoint)
         return last is None or self._flushed(last).exists()
 
-    def flush_plan(self) -> BatchPlan | None:
+    def flush_plan(self, registry: RegistryFiles) -> BatchPlan | None:
         """Begins to close what is open after the last batch; None where nothing is.
 
         A marker is written first and what is left then, last: a flush that was killed is done again, with the same rows
@@ -220,7 +240,7 @@ class Runner:
             return None
         self._flush(self._last).mkdir(parents=True, exist_ok=True)
         self._is_first = True
-        return self._plan(f"{self._last:08d}f", close_all=True)
+        return self._plan(f"{self._last:08d}f", registry, close_all=True)
 
     def finish_flush(self, plan: BatchPlan, done: list[Done], registry: RegistryFiles) -> None:
         """Makes visible what a flush has closed."""

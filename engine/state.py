@@ -1,31 +1,45 @@
-"""State by batch: what a partition keeps lies in files that never change, named by the manifest of the batch.
+"""State by batch, in files that never change: each batch adds what changed, and its manifest names what there is.
 
-A task writes one file with all that its partitions keep and that changed, under a name that nobody uses again: so a
-task that is tried again, or still runs somewhere, spoils nothing. What did not change is named again by the manifest
-of the next batch. A worker remembers the frames that it has read or written last: a name says for good what is in it.
+A kind of state of a partition is a chain of files: the first has all rows, each further one says which of the rows
+before it are gone, and has new ones. So a batch costs what it changes. A long chain begins anew with one file. A task
+writes one file with all that its partitions keep, under a name that nobody uses again: one that is tried again, or
+still runs somewhere, spoils nothing. Workers remember the rows of the chains that they have read or written last; where
+others went on meanwhile they read what was added.
 """
 
-import io
 import uuid
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import polars as pl
-import pyarrow as pa
+from numpy.typing import NDArray
 
 from schemas.errors import StateLost
+
+SMALL_ROWS = 2_000
+"""So few rows are written as a whole: it costs no more than their changes."""
+LONGEST_CHAIN = 16
+MOST_ROWS = 3
+"""Times the rows that are there, a chain's files may have before they are written anew: what a row costs to change,
+against what it costs to read them."""
+GONE, ROWS = "gone", "rows"
+"""In a state file, a zip that compresses nothing, each chain has two members: the places of the rows before it that are
+gone, as 32-bit numbers, which is not there where the chain begins; and the new rows, an Arrow file."""
 
 
 class Kept(NamedTuple):
     """Where a kind of state lies.
 
     Attributes:
-        file: its name.
-        rows: how many it has there.
+        files: names of the chain's files, in order.
+        rows: how many there are.
     """
 
-    file: str
+    files: tuple[str, ...]
     rows: int
 
 
@@ -33,80 +47,164 @@ Manifest = Mapping[str, Mapping[str, Kept]]
 """Partition → kind → where it lies; a kind that is not there is empty."""
 Change = tuple[str, str, Kept]
 """Partition, kind, and where it lies now."""
-ENTRIES = pa.schema(
-    [pa.field("partition", pa.string()), pa.field("kind", pa.string()), pa.field("frame", pa.large_binary())]
-)
-"""Columns of a state file: each frame as an Arrow file of its own."""
-_known: dict[tuple[Path, str, str], tuple[str, pl.DataFrame]] = {}
 
 
-def read(folder: Path, manifest: Manifest, partition: str, kinds: Mapping[str, pl.Schema]) -> dict[str, pl.DataFrame]:
-    """The state of a partition, by kind; empty where the manifest has none of it.
+@dataclass(frozen=True)
+class Stock:
+    """Rows of one kind of state of a partition.
+
+    Attributes:
+        rows: of the whole chain, also those that are gone.
+        hashes: of each one's key; None where rows are not found by a key.
+        is_there: which of them are.
+        files: names of the chain's files.
+    """
+
+    rows: pl.DataFrame
+    hashes: pl.Series | None
+    is_there: NDArray[np.bool_]
+    files: tuple[str, ...] = ()
+
+    @classmethod
+    def anew(cls, rows: pl.DataFrame, by: Iterable[str]) -> "Stock":
+        """A chain that begins with these rows, found by these columns."""
+        return cls(rows, hashes_of(rows, by) if by else None, np.ones(len(rows), np.bool_))
+
+    def grown(self, gone: NDArray[np.uint32], new: pl.DataFrame, by: Iterable[str]) -> "Stock":
+        """Without the rows at these places of the chain, and with new ones."""
+        is_there = np.concatenate([self.is_there, np.ones(len(new), np.bool_)])
+        is_there[gone] = False
+        hashes = None if self.hashes is None else pl.concat([self.hashes, hashes_of(new, by)], rechunk=False)
+        return Stock(self.rows.vstack(new), hashes, is_there, self.files)
+
+    @property
+    def present(self) -> pl.DataFrame:
+        """All rows that are there."""
+        return self.rows if self.is_there.all() else self.rows.filter(pl.Series(self.is_there))
+
+    def found(self, hashes: pl.Series, due: pl.Expr | None) -> NDArray[np.bool_]:
+        """Which rows are there and have one of these keys, or are due."""
+        if self.hashes is None:
+            return self.is_there
+        found = self.hashes.is_in(hashes.implode())
+        if due is not None:
+            found |= self.rows.select(due.fill_null(False)).to_series()
+        return found.to_numpy() & self.is_there
+
+
+class Changed(NamedTuple):
+    """A kind of state after a batch.
+
+    Attributes:
+        partition: whose.
+        kind: which.
+        gone: places in the chain of what is gone; None where the chain begins anew.
+        new: rows that came.
+        stock: after it; its files are those before.
+    """
+
+    partition: str
+    kind: str
+    gone: NDArray[np.uint32] | None
+    new: pl.DataFrame
+    stock: Stock
+
+
+_known: dict[tuple[Path, str, str], Stock] = {}
+
+
+def hashes_of(rows: pl.DataFrame, by: Iterable[str]) -> pl.Series:
+    """A number for each row's key: the same for the same key, within one process."""
+    return rows.select(hash=pl.struct(by).hash()).to_series()
+
+
+def stock(folder: Path, manifest: Manifest, partition: str, kind: str, schema: pl.Schema, by: Sequence[str]) -> Stock:
+    """A kind of state of a partition, as a batch left it; empty where the manifest has none of it.
 
     Args:
         folder: of the query's state.
-        manifest: of the batch before.
+        manifest: of the batch.
         partition: whose.
-        kinds: that are wanted, with their columns.
+        kind: which.
+        schema: its columns.
+        by: columns of its key; none where rows are not found by a key.
 
     Raises:
         StateLost: a file is gone, or cannot be read.
     """
-    names = manifest.get(partition, {})
-    found: dict[str, pl.DataFrame] = {}
-    read: dict[str, dict[tuple[str, str], bytes]] = {}
-    for kind, schema in kinds.items():
-        if kind not in names:
-            found[kind] = schema.to_frame()
-            continue
-        name = names[kind][0]
-        known, frame = _known.get((folder, partition, kind), ("", None))
-        if known != name or frame is None:
-            try:
-                entries = read[name] if name in read else read.setdefault(name, _entries(folder / name))
-                frame = pl.read_ipc(entries[partition, kind])
-            except (OSError, KeyError, pa.ArrowException, pl.exceptions.PolarsError) as error:
-                msg = f"{folder.parent.name}: the state in {folder / name} cannot be read ({error}). "
-                raise StateLost(msg + "Repair: from the beginning (docs/operations.md)") from error
-            _known[folder, partition, kind] = name, frame
-        found[kind] = frame
+    kept = manifest.get(partition, {}).get(kind)
+    files = tuple(kept[0]) if kept else ()
+    found = _known.get((folder, partition, kind))
+    if found is None or found.files != files[: len(found.files)]:
+        found = Stock.anew(schema.to_frame(), by)
+    for name in files[len(found.files) :]:
+        try:
+            gone, new = _entry(folder / name, partition, kind)
+            after = Stock.anew(new, by) if gone is None else found.grown(gone, new, by)
+        except (OSError, LookupError, ValueError, zipfile.BadZipFile, pl.exceptions.PolarsError) as error:
+            msg = f"{folder.parent.name}: the state in {folder / name} cannot be read ({error}). "
+            raise StateLost(msg + "Repair: from the beginning (docs/operations.md)") from error
+        found = replace(after, files=(*found.files, name))
+    _known[folder, partition, kind] = found
     return found
 
 
-def _entries(file: Path) -> dict[tuple[str, str], bytes]:
-    with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
-        table = reader.read_all()
-        places = zip(table.column("partition").to_pylist(), table.column("kind").to_pylist(), strict=True)
-        return {
-            place: frame.as_buffer().to_pybytes() for place, frame in zip(places, table.column("frame"), strict=True)
-        }
+def _entry(file: Path, partition: str, kind: str) -> tuple[NDArray[np.uint32] | None, pl.DataFrame]:
+    with zipfile.ZipFile(file) as members:
+        gone, rows = (f"{partition}/{kind}/{member}" for member in (GONE, ROWS))
+        places = np.frombuffer(members.read(gone), np.uint32) if gone in members.NameToInfo else None
+        return places, pl.read_ipc(members.read(rows))
 
 
-def write(folder: Path, batch: int, kept: Iterable[tuple[str, str, pl.DataFrame]]) -> list[Change]:
-    """Writes a file of a batch's state, where there is something to keep. Returns what lies in it.
+def changed(
+    before: Stock, taken: NDArray[np.bool_], given: pl.DataFrame, partition: str, kind: str, by: Sequence[str]
+) -> Changed:
+    """A kind of state in which rows were replaced.
+
+    Args:
+        before: what was there.
+        taken: which rows of the chain were.
+        given: what came for them.
+        partition: whose.
+        kind: which.
+        by: columns of its key.
+    """
+    present = int(before.is_there.sum()) - int(taken.sum()) + len(given)
+    is_long = len(before.files) >= LONGEST_CHAIN or len(before.rows) + len(given) > MOST_ROWS * present
+    if not by or not before.files or is_long or present <= SMALL_ROWS:
+        rest = before.rows.filter(pl.Series(before.is_there & ~taken))
+        rows = pl.concat([rest, given], rechunk=True) if len(rest) else given.rechunk()
+        return Changed(partition, kind, None, rows, Stock.anew(rows, by))
+    gone = np.flatnonzero(taken).astype(np.uint32)
+    new = given.rechunk()
+    return Changed(partition, kind, gone, new, before.grown(gone, new, by))
+
+
+def write(folder: Path, batch: int, changes: Sequence[Changed]) -> list[Change]:
+    """Writes a file of a batch's state, where something changed. Returns what lies where now.
 
     Args:
         folder: of the query's state.
         batch: its number.
-        kept: partition, kind and rows.
+        changes: of the partitions of a task.
     """
-    entries = list(kept)
-    if not entries:
+    if not changes:
         return []
-    name = f"{batch:08d}-{uuid.uuid4().hex[:12]}.arrow"
-    rows = []
-    for partition, kind, frame in entries:
-        _known[folder, partition, kind] = name, frame
-        buffer = io.BytesIO()
-        frame.write_ipc(buffer)
-        rows.append((partition, kind, buffer.getbuffer()))
-    table = pa.table([list(column) for column in zip(*rows, strict=True)], schema=ENTRIES)
+    name = f"{batch:08d}-{uuid.uuid4().hex[:12]}.zip"
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{name}.part"
-    with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, ENTRIES) as writer:
-        writer.write_table(table)
+    part, written = folder / f"{name}.part", []
+    with zipfile.ZipFile(part, "w") as members:
+        for change in changes:
+            after = replace(change.stock, files=(*change.stock.files, name))
+            _known[folder, change.partition, change.kind] = after
+            place = f"{change.partition}/{change.kind}"
+            if change.gone is not None:
+                members.writestr(f"{place}/{GONE}", change.gone.tobytes())
+            with members.open(f"{place}/{ROWS}", "w", force_zip64=True) as member:
+                change.new.write_ipc(member)
+            written.append((change.partition, change.kind, Kept(after.files, int(after.is_there.sum()))))
     part.rename(folder / name)
-    return [(partition, kind, Kept(name, len(frame))) for partition, kind, frame in entries]
+    return written
 
 
 def merged(before: Manifest, changes: Iterable[Change]) -> dict[str, dict[str, Kept]]:
@@ -118,13 +216,14 @@ def merged(before: Manifest, changes: Iterable[Change]) -> dict[str, dict[str, K
 
 
 def rows_of(manifest: Manifest) -> int:
-    """All rows that are kept."""
+    """All rows that are there."""
     return sum(rows for kinds in manifest.values() for _, rows in kinds.values())
 
 
 def forget(folder: Path, *manifests: Manifest) -> None:
     """Removes the state files that none of these manifests names."""
-    named = {name for manifest in manifests for kinds in manifest.values() for name, _ in kinds.values()}
-    for file in folder.glob("*.arrow*"):
+    chains = [files for manifest in manifests for kinds in manifest.values() for files, _ in kinds.values()]
+    named = {name for files in chains for name in files}
+    for file in folder.glob("*.zip*"):
         if file.name not in named:
             file.unlink(missing_ok=True)

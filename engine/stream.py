@@ -59,6 +59,11 @@ BACKLOG = 1 / 2
 """Of the most records of a micro-batch; when so many came, the next one does not wait."""
 
 
+CURRENT = 20
+"""Times as long as it took, a table of the newest rows only is left as it is: its rows are written a twentieth of the
+time, however many they are."""
+
+
 class Stream:
     """The jobs of one driver, and the query that they share."""
 
@@ -86,6 +91,8 @@ class Stream:
         self._end: Offsets | None = None
         self._hurry = threading.Event()
         self._seen = time.time()
+        self._current_due = 0.0
+        self._turn = threading.Lock()
         self._is_busy = False
 
     @property
@@ -222,23 +229,26 @@ class Stream:
         if not runners or not came:
             return
         began, registry = time.monotonic(), registry_files()
+        self._turn.acquire()
         try:
-            plans = [runner.begin(came, at) for runner in runners]
+            plans = [runner.begin(came, at, registry) for runner in runners]
             planned = planned_at(runners[0].checkpoint, plans[0].number).timestamp()
             done = self._tasks(MicroBatch(tuple(plans), tuple(came), self._fetch, registry, planned))
             for runner, plan in zip(runners, plans, strict=True):
                 mine = [each for each in done if each.job == runner.job.name]
                 runner.finish(plan, mine, registry, began)
         finally:
+            self._turn.release()
             for runner in runners:
                 runner.tidy()
+        self.write_current()
 
     def flush(self, runner: Runner) -> None:
         """Closes what is open after a job's last batch; the query must have stopped."""
-        plan = runner.flush_plan()
+        registry = registry_files()
+        plan = runner.flush_plan(registry)
         if plan is None:
             return
-        registry = registry_files()
         try:
             done = self._tasks(MicroBatch((plan,), (), self._fetch, registry, time.time()))
             runner.finish_flush(plan, done, registry)
@@ -250,6 +260,21 @@ class Stream:
             return run_tasks(self.session, micro_batch)
         except Py4JJavaError as error:
             raise ended(", ".join(plan.job.name for plan in micro_batch.plans), str(error)) from error
+
+    def write_current(self, is_last: bool = False) -> None:
+        """Writes the tables that have their newest version only, a small share of the time; at the end in any case."""
+        if not is_last and time.monotonic() < self._current_due:
+            return
+        if not self._turn.acquire(blocking=is_last):
+            return  # a batch is on its way, and asks when it is done
+        try:
+            began = time.monotonic()
+            for runner in self.runners:
+                runner.write_current()
+            now = time.monotonic()
+            self._current_due = now + (now - began) * CURRENT
+        finally:
+            self._turn.release()
 
     def end_with(self, newest: Offsets) -> None:
         """Sets what shall be taken, and no record more: topic and partition → the offset that comes next."""
@@ -304,8 +329,13 @@ def served(name: str, queries: list[StreamingQuery]) -> Iterator[None]:
             query.stop()
 
 
-def stay(queries: list[StreamingQuery], stop: threading.Event, is_over: Callable[[], bool] = lambda: False) -> None:
-    """Waits until somebody asks for the end, or until it is over by itself.
+def stay(
+    queries: list[StreamingQuery],
+    stop: threading.Event,
+    is_over: Callable[[], bool] = lambda: False,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
+    """Waits until somebody asks for the end, or until it is over by itself; does something meanwhile.
 
     Raises:
         StateLost: Kafka no longer has what a query has not read.
@@ -313,6 +343,7 @@ def stay(queries: list[StreamingQuery], stop: threading.Event, is_over: Callable
         ContractBroken: a query ended by itself.
     """
     while not stop.wait(0.5) and not is_over():
+        meanwhile()
         for query in queries:
             if not query.isActive:
                 raise ended(query.name, str(query.exception()))
@@ -387,7 +418,7 @@ def _run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
         stream.catch_up(oldest, newest)
         if flush.is_set() or not stop.is_set():
             queries.append(stream.start())
-        stay(queries, stop)
+        stay(queries, stop, meanwhile=stream.write_current)
         stream.hurry()
         if flush.is_set():
             log.info("flush", takes="what Kafka has now")
@@ -401,6 +432,7 @@ def _run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
         if flush.is_set():
             stream.flush(runner)
         runner.tidy()
+    stream.write_current(is_last=True)
     if flush.is_set():
         flushed_mark().touch()
     log.info("stopped", flushed=flush.is_set())

@@ -24,7 +24,6 @@ from lake.reading import uri
 from schemas.errors import RetryLater
 from settings import home
 
-SMALL_ROWS = 200_000
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 COMPRESSION: Literal["snappy"] = "snappy"
 
@@ -66,7 +65,7 @@ def remove_parts(key: BatchKey, tables: list[str]) -> None:
 
 
 def rename_in(table: str, key: BatchKey) -> list[Path]:
-    """Adds what a batch has staged to a lake table: one file a day, more where they are large. Returns their folders.
+    """Adds what a batch has staged to a lake table: a file a task and day. Returns their folders.
 
     Args:
         table: name of the lake table; its rows lie under the batch's staging folder in `date=…` folders.
@@ -77,20 +76,11 @@ def rename_in(table: str, key: BatchKey) -> list[Path]:
         for day in sorted(staged.glob("date=*")):
             target = table_path(table) / day.name
             target.mkdir(parents=True, exist_ok=True)
-            for part in _merged(sorted(day.glob("*.parquet"))):
+            for part in sorted(day.glob("*.parquet")):
                 part.rename(target / f"{key}-{len(folders)}.parquet")
                 folders.append(target)
     shutil.rmtree(staged, ignore_errors=True)
     return folders
-
-
-def _merged(parts: list[Path]) -> list[Path]:
-    """The same rows in one file, where they are few."""
-    if len(parts) == 1 or sum(pq.read_metadata(part).num_rows for part in parts) > SMALL_ROWS:
-        return parts
-    whole = parts[0].with_suffix(".whole")
-    pl.concat([pl.read_parquet(part) for part in parts]).write_parquet(whole, compression=COMPRESSION)
-    return [whole]
 
 
 def publish_small(rows: pa.Table, table: str, key: BatchKey, date: str) -> list[Path]:
@@ -101,13 +91,13 @@ def publish_small(rows: pa.Table, table: str, key: BatchKey, date: str) -> list[
     return rename_in(table, key)
 
 
-def swap_in(table: str, key: BatchKey) -> None:
-    """Replaces the files of a table that has its newest version only."""
-    staged = key.staging / table
-    table_path(table).mkdir(parents=True, exist_ok=True)
-    for part in sorted(staged.glob("*.parquet")):
-        part.rename(table_path(table) / part.name)
-    shutil.rmtree(staged, ignore_errors=True)
+def replace(table: str, name: str, rows: pl.DataFrame) -> None:
+    """Replaces a file of a table that has its newest version only, in one step."""
+    staged = home() / "staging" / f"{table}-{name}"
+    for path in (staged, table_path(table) / name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    rows.write_parquet(staged, compression=COMPRESSION)
+    staged.rename(table_path(table) / name)
 
 
 def exchange(one: Path, other: Path) -> None:

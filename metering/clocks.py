@@ -5,11 +5,33 @@ from datetime import date, timedelta
 import polars as pl
 import pyarrow as pa
 
+STAMP = pl.Datetime("us", "UTC")
+FEW_RUNS = 8  # so many comparisons are cheaper than a look-up
+
 
 def is_impossible(max_ahead_s: int, max_behind_s: int) -> pl.Expr:
     """True where the meter's clock cannot be right against the arrival: 1970, 2099."""
     ahead_us = pl.col("observed_at").dt.epoch("us") - pl.col("arrival_at").dt.epoch("us")
     return (ahead_us > max_ahead_s * 1_000_000) | (ahead_us < -max_behind_s * 1_000_000)
+
+
+def watermark_of(watermarks: pl.DataFrame, column: str = "watermark") -> pl.Expr:
+    """The watermark of a row's run_id; null where its run has none.
+
+    Args:
+        watermarks: run_id, and the column that is wanted.
+        column: which.
+    """
+    known = watermarks.select("run_id", column).drop_nulls(column)
+    runs, ends = (known.get_column(name).to_list() for name in known.columns)
+    if len(runs) > FEW_RUNS:
+        return pl.col("run_id").replace_strict(runs, ends, default=None, return_dtype=STAMP)
+    found = pl.lit(None, STAMP)
+    for run_id, end in zip(runs, ends, strict=True):
+        found = (
+            pl.when(pl.col("run_id").eq_missing(pl.lit(run_id, pl.String))).then(pl.lit(end, STAMP)).otherwise(found)
+        )
+    return found
 
 
 def is_read_in_day(at: str = "observed_at") -> pl.Expr:

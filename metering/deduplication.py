@@ -57,8 +57,3 @@ def with_seen(records: pl.DataFrame, recent: pl.DataFrame, identity: list[str], 
 def originals(recent: pl.DataFrame, marked: pl.DataFrame) -> pl.DataFrame:
     """What is remembered, and those of `with_seen`'s records that came for the first time, in its columns."""
     return pl.concat([recent, marked.filter(pl.col("seen").is_null()).select(recent.columns)])
-
-
-def is_recent(horizon: int) -> pl.Expr:
-    """True within the last `horizon` offsets of a partition."""
-    return pl.col("offset") > pl.col("offset").max().over("topic", "partition") - horizon

@@ -71,6 +71,7 @@ JOB = StreamingJob(
             transform,
             columns=NEEDED,
             state={"open": life_cycle.OPEN, "once": life_cycle.ONCE, "event_count": counts.EVENT_COUNT},
+            by={"open": ("meter_id",), "once": ("meter_id",)},
             deduplicate_on=IDENTITY,
             closes_windows=True,
         ),

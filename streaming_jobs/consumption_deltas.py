@@ -15,7 +15,7 @@ from pathlib import Path
 
 import polars as pl
 
-from engine.job import BatchContext, Frames, Output, Source, StreamingJob
+from engine.job import BatchContext, Current, Frames, Output, Source, StreamingJob
 from engine.stream import command
 from metering import accounting
 from metering.energy import delta_engine, intervals
@@ -38,7 +38,6 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context
             "consumption_deltas": result.steps,
             "interval_readings": quarters.rows,
             "conflicts": delta_engine.conflicts(result.steps, readings, state["baseline"]),
-            "latest_readings": latest(result.baseline),
         },
         state={"baseline": result.baseline, "open": quarters.open},
         verdicts=accounting.verdicts(delta_engine.with_why(readings, result.steps), pl.col("why")),
@@ -68,6 +67,7 @@ JOB = StreamingJob(
             transform,
             columns=(*IDENTITY, "run_id", "dialect", *VALUES),
             state={"baseline": delta_engine.BASELINE, "open": intervals.OPEN},
+            by={"baseline": ("meter_id",), "open": ("meter_id",)},
             refuses_impossible_clocks=True,
             deduplicate_on=IDENTITY,
             compares=VALUES,
@@ -75,7 +75,7 @@ JOB = StreamingJob(
         ),
     ),
     writes=("consumption_deltas", "interval_readings", "conflicts"),
-    current=("latest_readings",),
+    current={"latest_readings": Current("baseline", latest)},
 )
 
 

@@ -35,6 +35,11 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context
     )
 
 
+def silent(context: BatchContext) -> pl.Expr:
+    """Meters that fall silent now."""
+    return derived.is_silent(context.watermarks)
+
+
 def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """Counts per transformer and feeder."""
     changes = counts.placed(handed["alarms"], registry)
@@ -51,6 +56,8 @@ JOB = StreamingJob(
             transform,
             columns=tuple(derived.NEEDED),
             state={"meter": derived.METER, "level": derived.LEVEL},
+            by={"meter": ("meter_id",), "level": ("meter_id",)},
+            due={"meter": silent},
             refuses_impossible_clocks=True,
             deduplicate_on=("meter_id", "observed_at"),
             closes_windows=True,

@@ -30,6 +30,7 @@ SAMPLED = ["meter_id", "observed_at", "run_id", *PLACE, *windows.VOLTAGES]
 READING = tables.polars_schema(tables.READINGS)
 SAMPLE = pl.Schema({name: READING[name] for name in SAMPLED})
 CLOSED = pl.Schema({name: windows.WINDOWS[name] for name in ["meter_id", "run_id", "window_start"]})
+IDENTITY = ("meter_id", "observed_at")
 NAME = Path(__file__).stem
 
 
@@ -41,7 +42,6 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context
         state["closed"],
         context.watermarks,
         registry.select("meter_id", "nominal_mv", "jurisdiction"),
-        context.settings.recent_records,
         context.close_all,
     )
     events, counters = windows.counted(closed.readings.filter(pl.col("seen").is_null()), state["counter"])
@@ -52,8 +52,15 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context
     )
 
 
+def over(context: BatchContext) -> pl.Expr:
+    """Samples of windows that are over now."""
+    return windows.is_over(context.watermarks)
+
+
 def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """Roll-ups of the windows that are over, and who is out of step."""
+    if handed["voltage_windows"].is_empty():
+        return Output(tables={})
     members = pl.concat(
         [
             registry.select("meter_id", level=pl.lit(level.value), group_id=f"{level.value}_id").drop_nulls("group_id")
@@ -76,7 +83,12 @@ JOB = StreamingJob(
             transform,
             columns=(*SAMPLED, "equipment_id", *windows.COUNTERS),
             state={"sample": SAMPLE, "closed": CLOSED, "counter": windows.COUNTER},
+            by={"sample": IDENTITY, "counter": ("meter_id",)},
+            due={"sample": over},
             refuses_impossible_clocks=True,
+            deduplicate_on=IDENTITY,
+            compares=tuple(windows.VOLTAGES),
+            hands_duplicates=True,
             closes_windows=True,
         ),
     ),

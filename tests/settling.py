@@ -2,16 +2,19 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from engine.batch import Arrived, declared, settled
+from engine.batch import Arrived, contract, declared, settled
 from engine.decoding import decoded
 from engine.job import CLOCKS, BatchContext, StreamingJob
+from engine.partition_tasks import Taken, changed, taken
 from engine.settings import StreamSettings
+from engine.state import Stock
 from engine.watermark import watermarks
 from kafka_io.ranges import KAFKA
 from metering.accounting import LINES
@@ -29,11 +32,26 @@ def kinds_of(schemas: Mapping[str, pl.Schema]) -> dict[str, pl.DataFrame]:
 class Settling:
     """One job and the state it is in."""
 
-    def __init__(self, job: StreamingJob, registry: pl.DataFrame, settings: StreamSettings | None = None) -> None:
+    def __init__(
+        self,
+        job: StreamingJob,
+        registry: pl.DataFrame,
+        settings: StreamSettings | None = None,
+        is_handed_all: bool = False,
+    ) -> None:
+        """Before the first batch.
+
+        Args:
+            job: what it is.
+            registry: the newest row of each meter.
+            settings: of the streaming jobs.
+            is_handed_all: the rules are handed all state, not only what a record or the time asks for.
+        """
         self.job = job
         self.registry = registry
         self.settings = settings or StreamSettings(kafka_bootstrap="nowhere:0")
-        self.states: dict[tuple[str, int], dict[str, pl.DataFrame]] = {}
+        self.is_handed_all = is_handed_all
+        self.stocks: dict[tuple[str, int], dict[str, Stock]] = {}
         self.kept = kinds_of(job.cross_partition_state)
 
     def batch(self, records: pa.Table, close_all: bool = False) -> dict[str, pl.DataFrame]:
@@ -43,28 +61,38 @@ class Settling:
             records: columns `KAFKA`, each topic one of the job's.
             close_all: a flush.
         """
-        clocks = [state[CLOCKS] for state in self.states.values() if CLOCKS in state]
-        context = BatchContext(
-            self.settings, watermarks(clocks, self.settings.allowed_lateness_s, PLANNED_AT), close_all
-        )
+        clocks = [stocks[CLOCKS].present for stocks in self.stocks.values() if CLOCKS in stocks]
+        over = watermarks(clocks, self.settings.allowed_lateness_s, PLANNED_AT)
+        context = BatchContext(self.settings, over, close_all, is_anew=False)
         tables: defaultdict[str, list[pl.DataFrame]] = defaultdict(list)
         for place in records.group_by(["topic", "partition"]).aggregate([]).to_pylist():
             source = self.job.source(place["topic"])
-            self.states.setdefault((place["topic"], place["partition"]), kinds_of(source.kept))
-        for (topic, partition), state in self.states.items():
+            none = {
+                kind: Stock.anew(schema.to_frame(), source.keys.get(kind, ())) for kind, schema in source.kept.items()
+            }
+            self.stocks.setdefault((place["topic"], place["partition"]), none)
+        for (topic, partition), stocks in self.stocks.items():
             source = self.job.source(topic)
             is_here = (pc.field("topic") == topic) & (pc.field("partition") == partition)
             arrived = Arrived(decoded(records.filter(is_here), source.topic))
-            done = settled(arrived, self.job, source, self.registry, state, context)
-            self.states[topic, partition] = dict(done.state)
+            found = taken(stocks, source, arrived, context)
+            if self.is_handed_all:
+                found = {kind: Taken(stock, stock.is_there, stock.present) for kind, stock in stocks.items()}
+            known = {kind: one.rows for kind, one in found.items()}
+            done = settled(arrived, self.job, source, self.registry, known, context)
             for kind, schema in source.kept.items():
                 assert done.state[kind].schema == schema, f"{self.job.name}: state {kind}"
+            for change in changed(done.state, found, source, f"{topic}-{partition}"):
+                stocks[change.kind] = replace(change.stock, files=(*change.stock.files, "a file"))
             for name, frame in done.tables.items():
                 tables[name].append(frame)
             tables[ACCOUNTING].append(done.accounting)
         whole = {name: pl.concat(tables[name]) if tables[name] else _none(name) for name in self.job.tables}
         whole[ACCOUNTING] = pl.concat([LINES.to_frame(), *tables[ACCOUNTING]])
-        whole |= {name: pl.concat([_none(name), *tables[name]]) for name in self.job.current}
+        for name, current in self.job.current.items():
+            kept = [stocks[current.kind] for stocks in self.stocks.values() if current.kind in stocks]
+            newest = [contract(current.rows(stock.present), name) for stock in kept]
+            whole[name] = pl.concat([_none(name), *newest])
         if self.job.cross_partition:
             handed = {name: whole[name] for name in self.job.hands}
             given = self.job.cross_partition(handed, self.registry, self.kept, context)

@@ -15,6 +15,7 @@ import polars as pl
 
 from metering.accounting import verdicts
 from metering.alarms.life_cycle import ALARMS, alarm_id
+from metering.clocks import watermark_of
 from metering.energy.delta_engine import STAMP, fuses_w
 from metering.voltage.windows import VOLTAGES, with_rules
 from schemas.closed_lists import AlarmSource, AlarmState, DeltaReason, Severity
@@ -39,11 +40,12 @@ METER = pl.Schema(
         "equipment_id": pl.String(),
         "export_wh": pl.Int64(),
         "is_generator": pl.Boolean(),
+        "due_at": STAMP,
         "silent_at": STAMP,
     }
 )
 """State: the newest reading of each meter, its equipment and the last value of its export registers, whether it had
-exported when they were first seen, and since when it is silent."""
+exported when they were first seen, when it falls silent by the registry's interval, and since when it is silent."""
 LEVEL = pl.Schema(
     {
         "meter_id": pl.String(),
@@ -120,8 +122,8 @@ def derived_alarms(
 
     Args:
         readings: columns `NEEDED`, offset.
-        meters: the state so far, columns `METER`.
-        levels: the state so far, columns `LEVEL`.
+        meters: the state so far, columns `METER`: at least of the meters of the readings and those that fall silent.
+        levels: the state so far, columns `LEVEL`: at least of the meters of the readings.
         registry: columns `KNOWN`; what is null there applies no rule but the default voltage.
         watermarks: per run_id `watermark`, which says how far the arrivals of the run have come for certain.
     """
@@ -239,6 +241,15 @@ def _newest(rows: pl.DataFrame, readings: pl.DataFrame, meters: pl.DataFrame) ->
     )
 
 
+def is_silent(watermarks: pl.DataFrame) -> pl.Expr:
+    """True of a meter that falls silent now: columns `METER`.
+
+    Args:
+        watermarks: per run_id `watermark`, which says how far the arrivals of the run have come for certain.
+    """
+    return pl.col("silent_at").is_null() & (pl.col("due_at") <= watermark_of(watermarks)).fill_null(False)
+
+
 def _silence(
     newest: pl.DataFrame, registry: pl.DataFrame, watermarks: pl.DataFrame
 ) -> tuple[list[dict[str, Any]], pl.DataFrame]:
@@ -248,12 +259,9 @@ def _silence(
     known = (
         newest.with_columns(silent_at=pl.when(pl.col("heard_at").is_null()).then("silent_at"))
         .join(registry.select("meter_id", "interval_s"), on="meter_id", how="left", maintain_order="left")
-        .join(
-            watermarks.select("run_id", "watermark"), on="run_id", how="left", nulls_equal=True, maintain_order="left"
-        )
         .with_columns(due_at=pl.when(pl.col("interval_s").is_not_null()).then(pl.col("arrival_at") + limit))
     )
-    is_new = pl.col("silent_at").is_null() & (pl.col("due_at") <= pl.col("watermark")).fill_null(False)
+    is_new = is_silent(watermarks)
     fallen = known.filter(is_new)
 
     def level(row: dict[str, Any], since: str) -> dict[str, Any]:

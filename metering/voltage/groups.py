@@ -69,30 +69,30 @@ def roll_up(windows: pl.DataFrame, movement: pl.DataFrame) -> Rollups:
         changes.append(_changes(after, start))
         states = after.select(MOVEMENT.keys()).cast(MOVEMENT)
         movement = pl.concat([movement.join(states, on=["meter_id", "phase"], how="anti"), states])
-    return Rollups(rollups(windows), pl.concat(changes), movement.sort("meter_id", "phase"))
+    return Rollups(rollups(windows), pl.concat(changes), movement)
 
 
 def rollups(windows: pl.DataFrame) -> pl.DataFrame:
     """One row per group, phase, window and run; see `roll_up`."""
     low, high = pl.col("min_mv").min(), pl.col("max_mv").max()
     return (
-        windows.sort(*OF, "meter_id")
-        .group_by(OF, maintain_order=True)
+        windows.group_by(OF)
         .agg(
             window_end=pl.col("window_end").first(),
             meter_count=pl.col("meter_id").n_unique(),
             sample_count=pl.col("sample_count").sum(),
             mean_mv=pl.col("mean_mv").mean().round(0),
             min_mv=low,
-            min_meter_id=pl.col("meter_id").filter(pl.col("min_mv") == low).first(),
+            min_meter_id=pl.col("meter_id").filter(pl.col("min_mv") == low).min(),
             max_mv=high,
-            max_meter_id=pl.col("meter_id").filter(pl.col("max_mv") == high).first(),
+            max_meter_id=pl.col("meter_id").filter(pl.col("max_mv") == high).min(),
             deviation_pct=pl.col("deviation_pct").mean(),
             low_count=pl.col("band").is_in(["low", "very_low"]).sum(),
             high_count=pl.col("band").is_in(["high", "very_high"]).sum(),
         )
         .select(ROLLUPS.keys())
         .cast(ROLLUPS)
+        .sort(OF)
     )
 
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import polars as pl
 
-from metering.deduplication import PLACE, is_recent, with_seen
+from metering.clocks import watermark_of
+from metering.deduplication import PLACE, with_seen
 from metering.energy.delta_engine import STAMP
 from schemas.closed_lists import Band, DeltaReason, VoltageEvent
 from schemas.tables import PHASES, VOLTAGE_EVENTS, VOLTAGE_WINDOWS, polars_schema
@@ -65,7 +66,7 @@ class ClosedWindows(NamedTuple):
     Attributes:
         windows: windows that are over now, columns `WINDOWS`.
         readings: the readings with `seen`, and `why` they were not stored.
-        samples: the new state: what open windows hold, and what tells a redelivered record.
+        samples: the new state: what open windows hold.
         closed: the new state: windows that were closed before their time, by a flush.
     """
 
@@ -75,13 +76,22 @@ class ClosedWindows(NamedTuple):
     closed: pl.DataFrame
 
 
+def is_over(watermarks: pl.DataFrame, column: str = "watermark") -> pl.Expr:
+    """True of a sample or window whose end a watermark has reached.
+
+    Args:
+        watermarks: per run_id.
+        column: which of its watermarks.
+    """
+    return (window_start() + WINDOW <= watermark_of(watermarks, column)).fill_null(False)
+
+
 def close_windows(
     readings: pl.DataFrame,
     samples: pl.DataFrame,
     closed: pl.DataFrame,
     watermarks: pl.DataFrame,
     registry: pl.DataFrame,
-    horizon: int,
     close_all: bool = False,
 ) -> ClosedWindows:
     """Closes the windows that are over, then puts a batch of readings into the others.
@@ -89,49 +99,37 @@ def close_windows(
     A window is over when its run's watermark (arrivals before the batch − allowed lateness) has reached its end.
 
     Args:
-        readings: meter_id, observed_at, run_id, topic, partition, offset, voltages.
-        samples: the state so far, the same columns.
+        readings: meter_id, observed_at, run_id, topic, partition, offset, voltages; `seen`, of those that repeat one.
+        samples: the state so far, without `seen`: at least those of a reading's meter and time, and of windows that
+            are over.
         closed: the state so far: meter_id, run_id, window_start.
-        watermarks: per run_id `previous_watermark`, up to which windows were closed, and `watermark`, up to which they
-            are now.
+        watermarks: per run_id `watermark`, up to which windows are over now.
         registry: meter_id, nominal_mv, jurisdiction: what a window is judged by when it is over.
-        horizon: offsets within which a redelivered record is recognised.
         close_all: at the end of a run: every window is over.
     """
     window = ["meter_id", "run_id", "window_start"]
-    known = _with_watermarks(closed, watermarks)
-    early = known.select(*window, is_early=pl.lit(True))
-    marked = with_seen(readings, samples, ["meter_id", "observed_at"], VOLTAGES)
-    state = pl.concat(
-        [
-            samples.with_columns(fresh=pl.lit(False)),
-            marked.filter(pl.col("seen").is_null()).select(*samples.columns, fresh=pl.lit(True)),
-        ]
-    )
-    end = pl.col("window_start") + WINDOW
-    closed_to = pl.when("fresh").then("watermark").otherwise("previous_watermark")
-    placed = (
-        _with_watermarks(state.with_columns(window_start=window_start()), watermarks)
-        .join(early, on=window, how="left", nulls_equal=True)
-        .with_columns(was_over=(end <= closed_to).fill_null(False) | pl.col("is_early").fill_null(False))
-    )
-    late = placed.filter(pl.col("fresh") & pl.col("was_over")).select(*PLACE, is_late=pl.lit(True))
-    is_over = pl.lit(True) if close_all else (end <= pl.col("watermark")).fill_null(False)
-    closing = placed.filter(is_over & ~pl.col("was_over"))
+    again = with_seen(readings.select(samples.columns), samples, ["meter_id", "observed_at"], VOLTAGES)
+    marked = readings.with_columns(seen=pl.coalesce("seen", again.get_column("seen")))
+    fresh = marked.filter(pl.col("seen").is_null()).select(*samples.columns, window_start=window_start())
+    was_over = fresh.select(is_over(watermarks)).to_series()
+    if len(closed):
+        early = fresh.join(closed.select(*window, is_early=pl.lit(True)), on=window, how="left", nulls_equal=True,
+                           maintain_order="left")  # fmt: skip
+        was_over |= early.get_column("is_early").fill_null(False)
+    late = fresh.filter(was_over).select(*PLACE, is_late=pl.lit(True))
+    held = pl.concat([samples.with_columns(window_start=window_start()), fresh.filter(~was_over)])
+    ends = pl.lit(True) if close_all else is_over(watermarks)
+    closing = held.filter(ends)
     newly_early = closing.select(window).unique() if close_all else closed.clear()
-    still_early = known.filter(~(end <= pl.col("watermark")).fill_null(False)).select(window)
+    still_early = closed.filter(~(pl.col("window_start") + WINDOW <= watermark_of(watermarks)).fill_null(False))
     return ClosedWindows(
         windows(closing.join(registry, on="meter_id", how="left")),
         marked.join(late, on=PLACE, how="left").with_columns(
             why=pl.coalesce("seen", pl.when("is_late").then(pl.lit(DeltaReason.OUT_OF_ORDER.value)))
         ),
-        placed.filter(~(is_over | pl.col("was_over")) | is_recent(horizon)).select(samples.columns),
+        held.filter(~ends).select(samples.columns),
         pl.concat([still_early, newly_early]),
     )
-
-
-def _with_watermarks(frame: pl.DataFrame, watermarks: pl.DataFrame) -> pl.DataFrame:
-    return frame.join(watermarks, on="run_id", how="left", nulls_equal=True)
 
 
 def counted(readings: pl.DataFrame, counters: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:

@@ -135,6 +135,7 @@ def take(session: SparkSession | None, feed: Feed, *runners: Runner) -> None:
     stream.catch_up({}, feed.ends[-1])
     for ends in feed.ends:
         stream.process(ends, PLANNED_AT)
+    stream.write_current(is_last=True)
 
 
 def flush(runner: Runner) -> None:

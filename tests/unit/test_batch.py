@@ -52,7 +52,7 @@ def test_a_rule_is_handed_originals_and_every_record_is_counted_once() -> None:
     assert found["quarantined_readings"].select("offset", "reason", "stage").rows() == [(2, "impossible_clock", "one")]
     again = job.batch(kafka_table([reading(4, 0), reading(5, 1)]))
     assert accounting(again) == {"stored": 1, "duplicate": 1}, "the batch before is remembered"
-    assert job.states[READINGS.name, 0]["count"]["handed"].to_list() == [1, 1]
+    assert job.stocks[READINGS.name, 0]["count"].present["handed"].to_list() == [1, 1]
 
 
 def test_a_job_that_asks_for_duplicates_gets_what_the_original_has() -> None:

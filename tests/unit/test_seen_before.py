@@ -4,7 +4,7 @@ from typing import Any
 
 import polars as pl
 
-from metering.deduplication import is_recent, with_seen
+from metering.deduplication import with_seen
 
 SCHEMA = pl.Schema(
     {"meter_id": pl.String(), "at": pl.Int64(), "wh": pl.Int64(), "topic": pl.String(), "partition": pl.Int64(),
@@ -75,15 +75,3 @@ def test_same_offsets_in_two_partitions_are_two_records() -> None:
     both = pl.concat([records((0, "a", 1, 5)), records((0, "b", 1, 5), partition=1)])
     marked = with_seen(both, NONE, ["meter_id", "at"], ["wh"])
     assert marked["seen"].to_list() == [None, None]
-
-
-def test_the_last_offsets_of_each_partition_are_recent() -> None:
-    both = pl.concat(
-        [
-            records((10, "a", 1, 5), (11, "a", 2, 5), (13, "a", 3, 5)),
-            records((0, "b", 1, 5), partition=1),
-            records((1, "b", 1, 5), topic="u"),
-        ]
-    )
-    kept = both.filter(is_recent(2))
-    assert kept.select("topic", "partition", "offset").rows() == [("t", 0, 13), ("t", 1, 0), ("u", 0, 1)]

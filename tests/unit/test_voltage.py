@@ -12,6 +12,7 @@ from engine.job import BatchContext
 from engine.settings import StreamSettings
 from engine.watermark import CLOCK, WATERMARKS, clock, watermarks
 from metering.accounting import bucket_of
+from metering.deduplication import originals, with_seen
 from metering.energy.delta_engine import STAMP
 from metering.voltage.windows import VOLTAGES, WINDOWS, ClosedWindows, close_windows, windows
 
@@ -44,10 +45,11 @@ def sample(offset: int, minutes: float, mv: int | None = 230_000, **other: Any) 
 
 
 class Stream:
-    """State between batches, as the job keeps it."""
+    """State between batches, and the originals of the last offsets, as engine and job keep them."""
 
     def __init__(self, horizon: int = 1_000) -> None:
         self.samples, self.closed, self.horizon = SAMPLES.to_frame(), CLOSED.to_frame(), horizon
+        self.recent = SAMPLES.to_frame()
         self.watermark: datetime | None = None
         self.windows: list[dict[str, Any]] = []
 
@@ -64,8 +66,10 @@ class Stream:
         watermarks = pl.DataFrame(
             [{"run_id": None, "previous_watermark": self.watermark, "watermark": after}], schema=WATERMARKS
         )
-        fresh = pl.DataFrame(rows, schema=SAMPLES)
-        result = close_windows(fresh, self.samples, self.closed, watermarks, REGISTRY, self.horizon, close_all)
+        came = with_seen(pl.DataFrame(rows, schema=SAMPLES), self.recent, ["meter_id", "observed_at"], VOLTAGES)
+        known = originals(self.recent, came)
+        self.recent = known.filter(pl.col("offset") > pl.col("offset").max() - self.horizon)
+        result = close_windows(came, self.samples, self.closed, watermarks, REGISTRY, close_all)
         self.watermark, self.samples, self.closed = after, result.samples, result.closed
         self.windows += result.windows.to_dicts()
         return result
@@ -205,7 +209,8 @@ def test_the_bound_of_one_run_is_not_that_of_another() -> None:
     rows = [sample(0, 1, run_id="old"), sample(1, 1, meter_id="m2")]
     watermarks = pl.DataFrame([("old", None, at(60)), (None, None, at(5))], schema=WATERMARKS, orient="row")
     known = pl.DataFrame(rows, schema=SAMPLES)
-    result = close_windows(SAMPLES.to_frame(), known, CLOSED.to_frame(), watermarks, REGISTRY, horizon=10)
+    none = SAMPLES.to_frame().with_columns(seen=pl.lit(None, pl.String))
+    result = close_windows(none, known, CLOSED.to_frame(), watermarks, REGISTRY)
     assert result.windows["meter_id"].to_list() == ["m1"]
 
 

@@ -184,7 +184,7 @@ class Driver:
             return "table"
         if glob(f"{self.home}/staging/{key}/*/date=*/*.parquet"):
             return "staged"
-        if glob(f"{self.home}/state/{job}/*/{batch:08d}-*.arrow"):
+        if glob(f"{self.home}/state/{job}/*/{batch:08d}-*.zip"):
             return "state"
         return "planned"
 

@@ -1,0 +1,196 @@
+"""State costs what changes: chains of files, what rules are handed of them, and that this changes no row."""
+
+import random
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import state
+from engine.job import StreamingJob
+from engine.settings import StreamSettings
+from schemas.codec import encode
+from schemas.errors import StateLost
+from schemas.tables import TABLES, polars_schema
+from schemas.topics import EVENTS, READINGS
+from streaming_jobs import discovered
+from tests.settling import Settling, kafka_table
+
+SCHEMA = pl.Schema({"key": pl.String(), "value": pl.Int64()})
+BY = ("key",)
+KEYS = st.sampled_from("abcdefgh")
+START = datetime(2024, 3, 31, tzinfo=UTC)
+
+
+@pytest.fixture(autouse=True)
+def chains_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "SMALL_ROWS", 0)
+
+
+def rows(values: dict[str, int]) -> pl.DataFrame:
+    return pl.DataFrame(list(values.items()), schema=SCHEMA, orient="row")
+
+
+def batch(folder: Path, number: int, before: state.Manifest, values: dict[str, int], gone: list[str]) -> state.Manifest:
+    """A batch that sets these keys' values, and removes others."""
+    stock = state.stock(folder, before, "p", "k", SCHEMA, BY)
+    touched = pl.Series([*values, *gone], dtype=pl.String).to_frame("key")
+    which = stock.found(state.hashes_of(touched, BY), None)
+    change = state.changed(stock, which, rows(values), "p", "k", BY)
+    return state.merged(before, state.write(folder, number, [change]))
+
+
+def held(folder: Path, manifest: state.Manifest) -> dict[str, int]:
+    return dict(state.stock(folder, manifest, "p", "k", SCHEMA, BY).present.iter_rows())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 9)), st.lists(st.sampled_from("abcdefgh"))
+        ),
+        max_size=40,
+    )
+)
+def test_whoever_reads_a_chain_finds_what_all_batches_made_of_it(
+    tmp_path_factory: pytest.TempPathFactory, batches: list[tuple[dict[str, int], list[str]]]
+) -> None:
+    folder, expected, manifest = tmp_path_factory.mktemp("state"), dict[str, int](), dict[str, Any]()
+    other: dict[Any, state.Stock] = {}  # a worker that has a turn now and then
+    for number, (values, gone) in enumerate(batches):
+        for key in gone:
+            expected.pop(key, None)
+        expected |= values
+        if number % 3 == 0:
+            mine, state._known = state._known, other
+            assert held(folder, manifest) is not None
+            other, state._known = state._known, mine
+        before, manifest = manifest, dict(batch(folder, number, manifest, values, gone))
+        state.forget(folder, before, manifest)
+        assert held(folder, manifest) == expected
+        assert state.rows_of(manifest) == len(expected)
+    state._known = other
+    assert held(folder, manifest) == expected
+    state._known.clear()
+    assert held(folder, manifest) == expected
+    named = {name for kinds in manifest.values() for files, _ in kinds.values() for name in files}
+    assert len(named) <= state.LONGEST_CHAIN
+
+
+def test_a_batch_writes_what_it_changes_and_not_what_there_is(tmp_path: Path) -> None:
+    many = {f"meter-{number:06}": number for number in range(50_000)}
+    manifest = batch(tmp_path, 0, {}, many, [])
+    manifest = batch(tmp_path, 1, manifest, {"meter-000007": -7}, [])
+    first, second = (tmp_path / name for name in manifest["p"]["k"].files)
+    assert second.stat().st_size < first.stat().st_size / 100
+    assert held(tmp_path, manifest) == many | {"meter-000007": -7}
+
+
+def test_a_chain_begins_anew_before_it_is_long_or_has_much_that_is_gone(tmp_path: Path) -> None:
+    manifest: state.Manifest = {}
+    written = set()
+    for number in range(60):
+        before, manifest = manifest, batch(tmp_path, number, manifest, {f"{n}": number for n in range(20)}, [])
+        state.forget(tmp_path, before, manifest)
+        stock = state.stock(tmp_path, manifest, "p", "k", SCHEMA, BY)
+        assert len(stock.rows) <= state.MOST_ROWS * 20
+        written.add(len(manifest["p"]["k"].files))
+    assert written == {1, 2, 3}
+    assert len(list(tmp_path.iterdir())) <= 2 * state.LONGEST_CHAIN
+
+
+def test_a_try_that_failed_leaves_nothing_in_a_workers_memory(tmp_path: Path) -> None:
+    manifest = batch(tmp_path, 0, {}, {"a": 1, "b": 2, "c": 3}, [])
+    batch(tmp_path, 1, manifest, {"a": 100}, ["b"])  # whose commit never came
+    assert held(tmp_path, manifest) == {"a": 1, "b": 2, "c": 3}
+
+
+def test_a_file_that_is_gone_or_cut_is_told_with_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "some_job" / "id"
+    manifest = batch(folder, 0, {}, {"a": 1}, [])
+    (name,) = manifest["p"]["k"].files
+    state._known.clear()
+    (folder / name).write_bytes((folder / name).read_bytes()[:200])
+    with pytest.raises(StateLost, match=f"^some_job: the state in {folder / name} cannot be read"):
+        held(folder, manifest)
+    (folder / name).unlink()
+    with pytest.raises(StateLost, match="Repair: from the beginning"):
+        held(folder, manifest)
+
+
+def records(seed: int) -> list[tuple[Any, ...]]:
+    """Two hours of disturbed readings and events in two partitions; meters fall silent and come back."""
+    drawn = random.Random(seed)
+    made: list[tuple[Any, ...]] = []
+    offsets = {topic: [0, 0] for topic in (READINGS.name, EVENTS.name)}
+
+    def add(topic: Any, meter: int, record: dict[str, Any]) -> None:
+        partition = meter % 2
+        value = encode(topic.entity, {"meter_id": f"m{meter}", "received_at": record["observed_at"], **record})
+        made.append((f"m{meter}".encode(), value, topic.name, partition, offsets[topic.name][partition], START))
+        offsets[topic.name][partition] += 1
+
+    for minute in range(0, 240, 3):
+        at = START + timedelta(minutes=minute)
+        for meter in range(9):
+            if meter > 5 and 30 < minute < 30 + meter * 12:
+                continue  # silent
+            fault, wh = drawn.random(), minute * 7 + meter
+            seen_at = at - timedelta(minutes=50) if fault < 0.05 else at
+            wh = 10**8 if 0.05 < fault < 0.08 else wh
+            volts = 230_000 + drawn.randrange(-30_000, 30_000)
+            values = {"observed_at": seen_at, "received_at": at, "dialect": "dsmr-5", "import_t1_wh": wh}
+            values |= {"export_t1_wh": wh // 3, "voltage_l1_mv": volts, "sag_count_l1": wh // 100}
+            for _ in range(2 if fault > 0.93 else 1):
+                add(READINGS, meter, values)
+            if fault > 0.97:
+                add(READINGS, meter, values | {"import_t1_wh": wh + 1, "voltage_l1_mv": volts + 1})
+            if 0.3 < fault < 0.33:
+                event = {"dialect": "c12.19", "dialect_version": "1", "source_table": "ST3", "code": "A512"}
+                add(EVENTS, meter, {"observed_at": at, "argument": f"{minute % 2}", **event})
+    return made
+
+
+@pytest.mark.parametrize("job", discovered(), ids=lambda job: job.name)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_rule_gives_the_same_whether_it_is_handed_all_state_or_what_it_asked_for(
+    job: StreamingJob, seed: int
+) -> None:
+    columns = polars_schema(TABLES["registry"])
+    known = [{"meter_id": f"m{n}", "phases": "L1", "fuse_a": 25, "interval_s": 180 * (1 + n % 3), "nominal_mv": 230_000,
+              "transformer_id": f"T{n % 2}", "feeder_id": "F"} for n in range(8)]  # fmt: skip
+    registry = pl.DataFrame(known, schema=columns)
+    settings = StreamSettings(kafka_bootstrap="nowhere:0", allowed_lateness_s=600, recent_records=40)
+    some, whole = (Settling(job, registry, settings, is_handed_all=is_all) for is_all in (False, True))
+    topics = {topic.name for topic in job.topics}
+    came = [record for record in records(seed) if record[2] in topics]
+    for begin in range(0, len(came), 29):
+        table = kafka_table(came[begin : begin + 29])
+        _same(job, some.batch(table), whole.batch(table), f"batch {begin // 29}")
+    nothing = kafka_table([])
+    _same(job, some.batch(nothing, close_all=True), whole.batch(nothing, close_all=True), "flush")
+    chains = [len(stock.files) for stocks in some.stocks.values() for stock in stocks.values()]
+    assert max(chains) > 1, "no chain has grown"
+
+
+def _same(
+    job: StreamingJob, some: dict[str, pl.DataFrame], whole: dict[str, pl.DataFrame], where: str
+) -> dict[str, Any]:
+    for table, expected in whole.items():
+        assert some[table].sort(pl.all()).equals(expected.sort(pl.all())), f"{job.name}: {table}, {where}"
+    return some
+
+
+def test_what_a_rule_asks_for_is_what_it_is_handed(tmp_path: Path) -> None:
+    stock = state.Stock.anew(rows({"a": 1, "b": 20, "c": 3}), BY)
+    hashes = state.hashes_of(rows({"a": 0, "x": 0}), BY)
+    assert stock.rows.filter(pl.Series(stock.found(hashes, pl.col("value") > 10)))["key"].to_list() == ["a", "b"]
+    without = replace(stock, is_there=np.array([False, True, True]))
+    assert without.rows.filter(pl.Series(without.found(hashes, None))).is_empty()

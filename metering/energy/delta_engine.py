@@ -41,6 +41,8 @@ BASELINE = pl.Schema(
 )
 """State: the last accepted value of each register."""
 STEPS = pl.Schema({**polars_schema(CONSUMPTION_DELTAS), "partition": pl.Int64(), "offset": pl.Int64()})
+NUMBER = pl.Schema({"series": pl.UInt32()})
+"""Numbers the registers of the meters of a batch, so that nobody need compare two strings."""
 CONFLICT_ROWS = polars_schema(CONFLICTS)
 KEY = ["meter_id", "register"]
 NUMBERS = {register: number for number, register in enumerate(REGISTERS)}
@@ -52,8 +54,8 @@ class Result(NamedTuple):
     """What `steps` returns.
 
     Attributes:
-        steps: one row per reading and register with a value, columns `STEPS`.
-        baseline: the new state, columns `BASELINE`.
+        steps: one row per reading and register with a value, columns `STEPS`, `NUMBER`.
+        baseline: the new state, columns `BASELINE`, `NUMBER`: null where no reading was of the meter.
     """
 
     steps: pl.DataFrame
@@ -178,7 +180,7 @@ def steps(readings: pl.DataFrame, baseline: pl.DataFrame) -> Result:
             interval_s, quantum_wh and `<register>_wh` of each register.
         baseline: the state so far, columns `BASELINE`.
     """
-    meters = readings.select(pl.col("meter_id").unique().sort()).with_row_index("meter")
+    meters = readings.select(pl.col("meter_id").unique(maintain_order=True)).with_row_index("meter")
     known = baseline.join(meters, on="meter_id", how="left", maintain_order="left").with_columns(
         series=_series(pl.col("register").replace_strict(NUMBERS, return_dtype=pl.UInt32))
     )
@@ -235,14 +237,15 @@ def steps(readings: pl.DataFrame, baseline: pl.DataFrame) -> Result:
         *KEY,
         "segment_id",
         "run_id",
+        "series",
         previous_at="observed_at",
         previous_wh="wh",
         equipment_id=pl.coalesce("equipment_id", "known_equipment"),
-    ).select(BASELINE.keys())
+    ).select(*BASELINE.keys(), "series")
     is_new = pl.col("series").is_in(ends.get_column("series").implode()).fill_null(False)
-    kept_baseline = known.filter(~is_new).select(BASELINE.keys())
-    done = [frame.select(STEPS.keys()).cast(STEPS) for frame in [easy, unplaced, *walked]]
-    return Result(pl.concat(done), pl.concat([kept_baseline, newest]).cast(BASELINE))
+    kept_baseline = known.filter(~is_new).select(*BASELINE.keys(), "series")
+    done = [frame.select(*STEPS.keys(), "series").cast(STEPS | NUMBER) for frame in [easy, unplaced, *walked]]
+    return Result(pl.concat(done), pl.concat([kept_baseline, newest]).cast(BASELINE | NUMBER))
 
 
 def _series(register: pl.Expr) -> pl.Expr:

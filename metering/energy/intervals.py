@@ -55,19 +55,18 @@ def quarter_hours(steps: pl.DataFrame, open_intervals: pl.DataFrame, baseline: p
     Args:
         steps: of `delta_engine.steps`, of any reason.
         open_intervals: the state so far, columns `OPEN`.
-        baseline: the last accepted value of each register after the steps, columns `delta_engine.BASELINE`.
+        baseline: the last accepted value of each register after the steps, as `delta_engine.steps` gives it.
     """
-    keys = [*KEY, "interval_start"]
+    of_batch = baseline.filter(pl.col("series").is_not_null())
+    before = open_intervals.join(baseline.select(*KEY, "series", newest_at="previous_at"), on=KEY, how="left")
+    shares = ["series", "interval_start", "energy_wh", "covered_us", "rank", "run_id"]
     known = (
-        pl.concat([open_intervals.select(OPEN.keys()), _shares(steps)])
-        .group_by(keys, maintain_order=True)
-        .agg(
-            pl.col("energy_wh", "covered_us").sum(),
-            pl.col("rank").max(),
-            pl.col("run_id").last(),
-        )
-        .join(baseline.select(*KEY, newest_at="previous_at"), on=KEY, how="left")
+        pl.concat([before.filter(pl.col("series").is_not_null()).select(shares), _shares(steps).select(shares)])
+        .group_by("series", "interval_start", maintain_order=True)
+        .agg(pl.col("energy_wh", "covered_us").sum(), pl.col("rank").max(), pl.col("run_id").last())
+        .join(of_batch.select("series", *KEY, newest_at="previous_at"), on="series", how="left", maintain_order="left")
     )
+    untouched = before.filter(pl.col("series").is_null()).select(OPEN.keys())
     is_over = pl.col("interval_start") + INTERVAL <= pl.col("newest_at")
     quality = (
         pl.when(pl.col("covered_us") < INTERVAL_US)
@@ -77,17 +76,20 @@ def quarter_hours(steps: pl.DataFrame, open_intervals: pl.DataFrame, baseline: p
     rows = known.filter(is_over).with_columns(
         interval_end=pl.col("interval_start") + INTERVAL, covered_s=pl.col("covered_us") // 1_000_000, quality=quality
     )
-    return QuarterHours(rows.select(ROWS.keys()).cast(ROWS), known.filter(~is_over).select(OPEN.keys()).cast(OPEN))
+    return QuarterHours(
+        rows.select(ROWS.keys()).cast(ROWS),
+        pl.concat([untouched, known.filter(~is_over).select(OPEN.keys()).cast(OPEN)]),
+    )
 
 
 def _shares(steps: pl.DataFrame) -> pl.DataFrame:
-    """What each step gives to each quarter hour that it touches, columns `OPEN`."""
+    """What each step gives to each quarter hour that it touches: `OPEN`, with the number of its register."""
     spread = [reason.value for reason in ACCEPTED_DELTAS if reason is not DeltaReason.METER_EXCHANGE]
     begin, end, number = pl.col("begin_us"), pl.col("end_us"), pl.col("number")
     touched = (
         steps.filter(pl.col("reason").is_in(spread) & pl.col("previous_at").is_not_null())
         .select(
-            *KEY, "delta_wh", "reason", "run_id",
+            "series", "delta_wh", "reason", "run_id",
             begin_us=pl.col("previous_at").dt.epoch("us"), end_us=pl.col("observed_at").dt.epoch("us"),
         )
         .filter((end - begin <= LONGEST_STEP_US) & (pl.col("delta_wh") <= LARGEST_STEP_WH))
@@ -103,10 +105,10 @@ def _shares(steps: pl.DataFrame) -> pl.DataFrame:
     is_guess = (pl.col("reason") == DeltaReason.RESET.value) | (is_cut & (pl.col("reason") == DeltaReason.GAP.value))
     rank = pl.when(is_guess).then(2).when(is_cut).then(1).otherwise(0)
     return touched.select(
-        *KEY,
+        series="series",
         interval_start=pl.from_epoch(number * INTERVAL_US, "us").dt.replace_time_zone("UTC"),
         energy_wh=until[0] - until[1],
         covered_us=pl.col("to_us") - pl.col("from_us"),
-        rank=rank,
+        rank=rank.cast(pl.Int64),
         run_id="run_id",
-    ).cast(OPEN)
+    )

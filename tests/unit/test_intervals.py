@@ -37,15 +37,21 @@ def frame(rows: Sequence[Step]) -> pl.DataFrame:
         schema_overrides=STEPS,
     ).select(
         *[pl.col(name) if name in ("meter_id", "register", "delta_wh", "reason", "run_id", "previous_at", "observed_at")
-          else pl.lit(None, kind).alias(name) for name, kind in STEPS.items()]
+          else pl.lit(None, kind).alias(name) for name, kind in STEPS.items()],
+        number(),
     )  # fmt: skip
+
+
+def number() -> pl.Expr:
+    """Of a meter's only register."""
+    return pl.col("meter_id").str.strip_chars("m").cast(pl.UInt32).alias("series")
 
 
 def baseline(newest: dict[str, int]) -> pl.DataFrame:
     rows = [
         {"meter_id": meter, "register": "import_t1", "previous_at": at(seconds)} for meter, seconds in newest.items()
     ]
-    return pl.DataFrame(rows, schema=BASELINE)
+    return pl.DataFrame(rows, schema=BASELINE).with_columns(number())
 
 
 def defined(rows: Sequence[Step]) -> Quarters:

@@ -1,4 +1,4 @@
-"""A batch of one Kafka partition: decode, refuse, deduplicate, the job's rule, keep apart, account. Pure.
+"""A batch of Kafka partitions: refuse, deduplicate, the job's rule, keep apart, account. Pure.
 
 received = stored + duplicate + late + quarantined + invalid: the engine gives every record that came exactly one
 verdict, so the accounting closes whatever a rule does.
@@ -12,10 +12,9 @@ from pathlib import Path
 import polars as pl
 from polars import selectors
 
-from engine.job import CLOCKS, MEMORY, SAID, BatchContext, Frames, Output, Source, StreamingJob
+from engine.job import MEMORY, SAID, BatchContext, Frames, Output, Source, StreamingJob
 from engine.settings import ClockSettings
 from engine.state import Manifest, hashes_of
-from engine.watermark import clock
 from lake.reading import RegistryFiles
 from metering import accounting
 from metering.clocks import is_impossible
@@ -51,7 +50,7 @@ class BatchPlan:
 
 
 class Arrived:
-    """What came in a Kafka partition, decoded: what several jobs want to know of it is worked out once.
+    """What came in a Kafka partition or in several, decoded: what several jobs want to know is worked out once.
 
     Attributes:
         rows: of `engine.decoding.decoded`.
@@ -75,9 +74,14 @@ class Arrived:
         return said(self.valid)
 
     @cached_property
-    def newest_offset(self) -> int | None:
-        """Offset of the last record; None where none came."""
-        return None if self.rows.is_empty() else int(self.rows.get_column("offset").max())  # type: ignore[arg-type]
+    def newest(self) -> dict[int, int]:
+        """Partition → offset of its last record; without those of which none came."""
+        return dict(self.rows.group_by("partition").agg(pl.col("offset").max()).iter_rows())
+
+    @cached_property
+    def oldest(self) -> dict[int, int]:
+        """Partition → offset of its first record; without those of which none came."""
+        return dict(self.rows.group_by("partition").agg(pl.col("offset").min()).iter_rows())
 
     def hashes(self, by: tuple[str, ...]) -> pl.Series:
         """The keys of the valid rows, each once, as `engine.state` finds rows by."""
@@ -107,7 +111,7 @@ class Settled:
 
     Attributes:
         tables: lake table → rows, in the columns of the table.
-        state: all kinds of the source's state.
+        state: all kinds of the source's state but the clock, which is by partition (`engine.watermark.clock`).
         accounting: where each record went, columns `metering.accounting.LINES`.
     """
 
@@ -119,7 +123,7 @@ class Settled:
 def settled(
     arrived: Arrived, job: StreamingJob, source: Source, registry: pl.DataFrame, state: Frames, context: BatchContext
 ) -> Settled:
-    """Does one partition.
+    """Does one partition, or several of a topic at once.
 
     Args:
         arrived: its records, of the source's topic.
@@ -144,11 +148,9 @@ def settled(
     if source.deduplicate_on:
         if SAID in source.deduplicate_on:
             handed = handed.with_columns(arrived.said if handed is valid else said(handed))
-        oldest = None if arrived.newest_offset is None else arrived.newest_offset - settings.recent_records
-        handed, kept[MEMORY], seen = _deduplicated(handed, source, state[MEMORY], oldest)
+        is_old = forgotten(arrived.newest, settings.recent_records)
+        handed, kept[MEMORY], seen = _deduplicated(handed, source, state[MEMORY], is_old)
         verdicts.append(seen)
-    if source.closes_windows:
-        kept[CLOCKS] = clock(valid, state[CLOCKS], context.watermarks)
     if source.topic == DEAD_LETTERS:
         verdicts.append(accounting.verdicts(handed, pl.col("reason")))
     if source.columns:
@@ -228,21 +230,29 @@ def declared(output: Output, job: StreamingJob, kinds: Mapping[str, pl.Schema]) 
 
 
 def _deduplicated(
-    rows: pl.DataFrame, source: Source, memory: pl.DataFrame, oldest: int | None
+    rows: pl.DataFrame, source: Source, memory: pl.DataFrame, is_old: pl.Expr
 ) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """The rows that are handed over, the originals to remember, and the verdicts of the others.
-
-    Originals up to the offset `oldest` are forgotten.
-    """
+    """The rows that are handed over, the originals to remember, and the verdicts of the others."""
     identity, values = list(source.deduplicate_on), list(source.compares)
     marked = with_seen(rows.select(*dict.fromkeys([*identity, *PLACE, *values])), memory, identity, values)
-    known = originals(memory, marked)
-    if oldest is not None:
-        known = known.filter(pl.col("offset") > oldest)
+    known = originals(memory, marked).filter(~is_old)
     verdicts = accounting.verdicts(marked, pl.col("seen"))
     if source.hands_duplicates:
         return rows.with_columns(marked.select("seen", selectors.starts_with(FIRST))), known, verdicts
     return (rows.filter(marked.get_column("seen").is_null()) if len(verdicts) else rows), known, verdicts
+
+
+def forgotten(newest: Mapping[int, int], horizon: int) -> pl.Expr:
+    """True of an original that is no longer remembered.
+
+    Args:
+        newest: partition → offset of the last record; what is not there forgets nothing.
+        horizon: how many offsets back are remembered.
+    """
+    found = pl.lit(False)
+    for partition, offset in newest.items():
+        found |= (pl.col("partition") == partition) & (pl.col("offset") <= offset - horizon)
+    return found
 
 
 def _judged(valid: pl.DataFrame, verdicts: pl.DataFrame) -> pl.DataFrame:
@@ -250,11 +260,12 @@ def _judged(valid: pl.DataFrame, verdicts: pl.DataFrame) -> pl.DataFrame:
     run_id = pl.col("run_id") if "run_id" in valid.columns else pl.lit(None, pl.String).alias("run_id")
     if verdicts.is_empty():
         stored = pl.lit(Bucket.STORED.value).alias("bucket")
-        return valid.select("offset", run_id, pl.lit(None, pl.String).alias("reason"), stored)
-    first = verdicts.drop_nulls().unique("offset", keep="first", maintain_order=True)
+        return valid.select("partition", "offset", run_id, pl.lit(None, pl.String).alias("reason"), stored)
+    place = ["partition", "offset"]
+    first = verdicts.drop_nulls().unique(place, keep="first", maintain_order=True)
     return (
-        valid.select("offset", run_id)
-        .join(first, on="offset", how="left", maintain_order="left")
+        valid.select(*place, run_id)
+        .join(first, on=place, how="left", maintain_order="left")
         .with_columns(bucket=accounting.bucket_of(pl.col("reason")))
     )
 

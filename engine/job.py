@@ -150,6 +150,11 @@ class Source:
         return {**self.state, **own}
 
     @property
+    def is_by_meter(self) -> bool:
+        """Whether all that the rule keeps belongs to a meter: then several partitions can be done at once."""
+        return all("meter_id" in schema for schema in self.state.values())
+
+    @property
     def keys(self) -> dict[str, tuple[str, ...]]:
         """Kind → columns by which rows are found, the engine's own kinds too."""
         return {**self.by, **({MEMORY: self.deduplicate_on} if self.deduplicate_on else {})}

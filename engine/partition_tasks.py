@@ -7,28 +7,25 @@ the task's own. The driver gets the accounting and the names of the files. Rows 
 renames them in; what a batch has no rows of keeps its state.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
-from engine import state
-from engine.batch import Arrived, BatchPlan, declared, settled
+from engine import lots, state
+from engine.batch import Arrived, BatchPlan, declared
 from engine.decoding import decoded
-from engine.job import CLOCKS, MEMORY, BatchContext, Frames, Source
+from engine.job import BatchContext, Frames, Source
 from engine.state import hashes_of
 from kafka_io.ranges import KAFKA, Range
 from lake.publishing import COMPRESSION
 from lake.reading import RegistryFiles, newest_registry
 from schemas.tables import DATED_BY, TABLES, polars_schema
-from schemas.topics import Topic
 
 CROSS_PARTITION = "cross_partition"
 """Name of the state that belongs to no partition."""
@@ -157,27 +154,19 @@ def _task(micro_batch: MicroBatch, number: int, places: list[Place]) -> list[Don
     done = {plan.job.name: Done(plan.job.name) for plan in micro_batch.plans}
     rows: dict[tuple[str, str], list[pl.DataFrame]] = {}
     kept: dict[str, list[state.Changed]] = {name: [] for name in done}
-    for place in places:
-        plans = [plan for plan in micro_batch.plans if _is_called(plan, place)]
-        topic = plans[0].job.source(place.topic).topic
-        arrived = _arrived(place, topic, micro_batch.fetch)
+    for lot in _lots(micro_batch, places):
+        arrived = _arrived(lot, micro_batch)
         ages = _ages(arrived.rows, micro_batch.at)
-        for plan in plans:
-            source, mine = plan.job.source(place.topic), done[plan.job.name]
-            stocks = {
-                kind: state.stock(plan.states, plan.before, place.name, kind, schema, source.keys.get(kind, ()))
-                for kind, schema in source.kept.items()
-            }
-            handed = taken(stocks, source, arrived, plan.context)
-            known = {kind: one.rows for kind, one in handed.items()}
-            registry = _registry_of(micro_batch.registry, plan.context, source, arrived, known)
-            out = settled(arrived, plan.job, source, registry, _before(known, place), plan.context)
-            mine.lines += out.accounting.rows()
+        for plan in micro_batch.plans:
+            called = [place for place in lot if _is_called(plan, place)]
+            if not called:
+                continue
+            out, mine = _done(plan, called, arrived, micro_batch.registry), done[plan.job.name]
+            mine.lines += out.settled.accounting.rows()
             mine.ages = [one + other for one, other in zip(mine.ages, ages, strict=True)]
-            kept[plan.job.name] += changed(out.state, handed, source, place.name)
-            if CLOCKS in out.state:
-                mine.clocks[place.name] = out.state[CLOCKS]
-            for table, frame in out.tables.items():
+            mine.clocks |= out.clocks
+            kept[plan.job.name] += out.changes
+            for table, frame in out.settled.tables.items():
                 if len(frame):
                     rows.setdefault((plan.job.name, table), []).append(frame)
     for plan in micro_batch.plans:
@@ -188,10 +177,44 @@ def _task(micro_batch: MicroBatch, number: int, places: list[Place]) -> list[Don
     return list(done.values())
 
 
-def _arrived(place: Place, topic: Topic, fetch: Fetch) -> Arrived:
-    """The decoded records of a partition."""
-    records = fetch(place.came) if place.came else KAFKA.empty_table()
-    return Arrived(decoded(records, topic))
+def _lots(micro_batch: MicroBatch, places: list[Place]) -> list[list[Place]]:
+    """The partitions that are done at once: all of a topic where they are few records, else each by itself."""
+    lots = []
+    for topic in dict.fromkeys(place.topic for place in places):
+        of_topic = sorted((place for place in places if place.topic == topic), key=lambda place: place.partition)
+        sources = [source for plan in micro_batch.plans for source in plan.job.sources if source.topic.name == topic]
+        is_small = sum(place.records for place in of_topic) <= RECORDS_OF_A_TASK
+        at_once = is_small and all(source.is_by_meter for source in sources)
+        lots += [of_topic] if at_once else [[place] for place in of_topic]
+    return lots
+
+
+def _arrived(lot: list[Place], micro_batch: MicroBatch) -> Arrived:
+    """The decoded records of partitions of a topic."""
+    topics = {topic.name: topic for plan in micro_batch.plans for topic in plan.job.topics}
+    came = [micro_batch.fetch(place.came) for place in lot if place.came]
+    return Arrived(decoded(pa.concat_tables([KAFKA.empty_table(), *came]), topics[lot[0].topic]))
+
+
+def _done(plan: BatchPlan, places: list[Place], arrived: Arrived, registry: RegistryFiles) -> lots.Done:
+    """A job's rule applied to partitions of a topic."""
+    source = plan.job.source(places[0].topic)
+    parts = [
+        lots.Part(
+            place.name,
+            place.partition,
+            place.came.start_offset if place.came else None,
+            {
+                kind: state.stock(plan.states, plan.before, place.name, kind, schema, source.keys.get(kind, ()))
+                for kind, schema in source.kept.items()
+            },
+        )
+        for place in places
+    ]
+    handed = [lots.taken(part, source, arrived, plan.context) for part in parts]
+    known = {kind: lots.together([each[kind].rows for each in handed]) for kind in source.due}
+    meters = _registry_of(registry, plan.context, source, arrived, known)
+    return lots.done(parts, handed, arrived, plan.job, source, meters, plan.context)
 
 
 def _ages(rows: pl.DataFrame, at: float) -> list[int]:
@@ -201,57 +224,6 @@ def _ages(rows: pl.DataFrame, at: float) -> list[int]:
     ages_s = (at - rows.get_column("kafka_at").dt.epoch("us") / 1e6).fill_null(0.0).clip(0.0, AGES_S[-1])
     counts = np.bincount(np.searchsorted(AGES_S, ages_s.to_numpy()), minlength=len(AGES_S))
     return [int(count) for count in counts]
-
-
-def _before(known: Frames, place: Place) -> Frames:
-    """The state for the records of a place: originals at its offsets or behind them were of a topic made anew."""
-    if MEMORY not in known or place.came is None:
-        return known
-    is_before = known[MEMORY].get_column("offset") < place.came.start_offset
-    return known if is_before.all() else {**known, MEMORY: known[MEMORY].filter(is_before)}
-
-
-class Taken(NamedTuple):
-    """What a rule is handed of a kind of state.
-
-    Attributes:
-        stock: all of it.
-        which: rows of its chain that are handed.
-        rows: these.
-    """
-
-    stock: state.Stock
-    which: NDArray[np.bool_]
-    rows: pl.DataFrame
-
-
-def taken(
-    stocks: Mapping[str, state.Stock], source: Source, arrived: Arrived, context: BatchContext
-) -> dict[str, Taken]:
-    """The state that a rule is handed, by kind.
-
-    Args:
-        stocks: all that a partition keeps, by kind.
-        source: the rule, and how rows are found.
-        arrived: the records of the partition.
-        context: of the batch.
-    """
-    found = {}
-    for kind, stock in stocks.items():
-        by = source.keys.get(kind, ())
-        is_all = not by or context.close_all or (context.is_anew and kind in source.due)
-        which = stock.is_there if is_all else stock.found(arrived.hashes(by), _due(kind, source, arrived, context))
-        rows = stock.present if which is stock.is_there else stock.rows.filter(pl.Series(which))
-        found[kind] = Taken(stock, which, rows)
-    return found
-
-
-def _due(kind: str, source: Source, arrived: Arrived, context: BatchContext) -> pl.Expr | None:
-    """Which rows of a kind are due."""
-    if kind == MEMORY:
-        newest, horizon = arrived.newest_offset, context.settings.recent_records
-        return None if newest is None else pl.col("offset") <= newest - horizon
-    return source.due[kind](context) if kind in source.due else None
 
 
 def _registry_of(
@@ -280,22 +252,6 @@ def _registry(files: RegistryFiles) -> tuple[pl.DataFrame, pl.Series]:
     """The registry and its meters' keys; made once per process and change of the files."""
     registry = newest_registry(files)
     return registry, hashes_of(registry, METER)
-
-
-def changed(after: Frames, handed: Mapping[str, Taken], source: Source, partition: str) -> list[state.Changed]:
-    """The kinds of state that are not what they were.
-
-    Args:
-        after: what the rule gave, by kind.
-        handed: what it was handed.
-        source: how rows are found.
-        partition: whose state.
-    """
-    return [
-        state.changed(before.stock, before.which, after[kind], partition, kind, source.keys.get(kind, ()))
-        for kind, before in handed.items()
-        if after[kind] is not before.rows and not (after[kind].is_empty() and before.rows.is_empty())
-    ]
 
 
 def across(plan: BatchPlan, registry: pl.DataFrame) -> list[state.Change]:

@@ -6,8 +6,8 @@ from schemas.closed_lists import Bucket, DeadLetterReason, DeltaReason, Quaranti
 
 LINES = pl.Schema({"run_id": pl.String(), "bucket": pl.String(), "records": pl.Int64()})
 """Where records went."""
-VERDICTS = pl.Schema({"offset": pl.Int64(), "reason": pl.String()})
-"""Records of one Kafka partition that were not stored, and why."""
+VERDICTS = pl.Schema({"partition": pl.Int64(), "offset": pl.Int64(), "reason": pl.String()})
+"""Records of a topic that were not stored, and why."""
 BUCKETS = {
     DeltaReason.DUPLICATE.value: Bucket.DUPLICATE.value,
     DeltaReason.OUT_OF_ORDER.value: Bucket.LATE.value,
@@ -27,7 +27,7 @@ def bucket_of(reason: pl.Expr) -> pl.Expr:
 
 def verdicts(records: pl.DataFrame, reason: pl.Expr) -> pl.DataFrame:
     """Verdicts, columns `VERDICTS`, of the records that have a reason."""
-    return records.select(offset=pl.col("offset"), reason=reason).filter(pl.col("reason").is_not_null())
+    return records.select("partition", "offset", reason=reason).filter(pl.col("reason").is_not_null())
 
 
 def only_valid(rows: pl.DataFrame) -> pl.DataFrame:
@@ -67,10 +67,10 @@ def kept_apart(rows: pl.DataFrame, judged: pl.DataFrame, bucket: Bucket, stage: 
     """Whole rows of the records of one bucket, with reason and stage.
 
     Args:
-        rows: decoded rows of one Kafka partition.
-        judged: its records with offset, bucket and reason.
+        rows: decoded rows of a topic.
+        judged: its records with partition, offset, bucket and reason.
         bucket: which of them.
         stage: name of the job that refused them.
     """
-    apart = judged.filter(pl.col("bucket") == bucket.value).select("offset", "reason")
-    return rows.join(apart, on="offset").with_columns(stage=pl.lit(stage))
+    apart = judged.filter(pl.col("bucket") == bucket.value).select("partition", "offset", "reason")
+    return rows.join(apart, on=["partition", "offset"]).with_columns(stage=pl.lit(stage))

@@ -57,6 +57,11 @@ def over(context: BatchContext) -> pl.Expr:
     return windows.is_over(context.watermarks)
 
 
+def forgotten(context: BatchContext) -> pl.Expr:
+    """Windows closed by a flush that would be over by now."""
+    return windows.is_past(context.watermarks)
+
+
 def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """Roll-ups of the windows that are over, and who is out of step."""
     if handed["voltage_windows"].is_empty():
@@ -83,8 +88,8 @@ JOB = StreamingJob(
             transform,
             columns=(*SAMPLED, "equipment_id", *windows.COUNTERS),
             state={"sample": SAMPLE, "closed": CLOSED, "counter": windows.COUNTER},
-            by={"sample": IDENTITY, "counter": ("meter_id",)},
-            due={"sample": over},
+            by={"sample": IDENTITY, "closed": ("meter_id",), "counter": ("meter_id",)},
+            due={"sample": over, "closed": forgotten},
             refuses_impossible_clocks=True,
             deduplicate_on=IDENTITY,
             compares=tuple(windows.VOLTAGES),

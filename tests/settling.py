@@ -9,10 +9,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from engine.batch import Arrived, contract, declared, settled
+from engine.batch import Arrived, contract, declared
 from engine.decoding import decoded
 from engine.job import CLOCKS, BatchContext, StreamingJob
-from engine.partition_tasks import Taken, changed, taken
+from engine.lots import Part, done, taken
 from engine.settings import StreamSettings
 from engine.state import Stock
 from engine.watermark import watermarks
@@ -38,6 +38,7 @@ class Settling:
         registry: pl.DataFrame,
         settings: StreamSettings | None = None,
         is_handed_all: bool = False,
+        is_at_once: bool = False,
     ) -> None:
         """Before the first batch.
 
@@ -46,13 +47,22 @@ class Settling:
             registry: the newest row of each meter.
             settings: of the streaming jobs.
             is_handed_all: the rules are handed all state, not only what a record or the time asks for.
+            is_at_once: all partitions of a topic are one lot.
         """
         self.job = job
         self.registry = registry
         self.settings = settings or StreamSettings(kafka_bootstrap="nowhere:0")
         self.is_handed_all = is_handed_all
+        self.is_at_once = is_at_once
         self.stocks: dict[tuple[str, int], dict[str, Stock]] = {}
         self.kept = kinds_of(job.cross_partition_state)
+
+    def _lots(self) -> list[list[tuple[str, int]]]:
+        """Topic and number of the partitions that are done at once."""
+        if not self.is_at_once:
+            return [[place] for place in self.stocks]
+        topics = dict.fromkeys(topic for topic, _ in self.stocks)
+        return [[place for place in self.stocks if place[0] == topic] for topic in topics]
 
     def batch(self, records: pa.Table, close_all: bool = False) -> dict[str, pl.DataFrame]:
         """What a batch adds to each table, and the lines of the accounting; of a current table all of the partitions.
@@ -71,22 +81,27 @@ class Settling:
                 kind: Stock.anew(schema.to_frame(), source.keys.get(kind, ())) for kind, schema in source.kept.items()
             }
             self.stocks.setdefault((place["topic"], place["partition"]), none)
-        for (topic, partition), stocks in self.stocks.items():
+        for lot in self._lots():
+            topic, partitions = lot[0][0], [partition for _, partition in lot]
             source = self.job.source(topic)
-            is_here = (pc.field("topic") == topic) & (pc.field("partition") == partition)
+            is_here = (pc.field("topic") == topic) & pc.field("partition").isin(partitions)
             arrived = Arrived(decoded(records.filter(is_here), source.topic))
-            found = taken(stocks, source, arrived, context)
-            if self.is_handed_all:
-                found = {kind: Taken(stock, stock.is_there, stock.present) for kind, stock in stocks.items()}
-            known = {kind: one.rows for kind, one in found.items()}
-            done = settled(arrived, self.job, source, self.registry, known, context)
-            for kind, schema in source.kept.items():
-                assert done.state[kind].schema == schema, f"{self.job.name}: state {kind}"
-            for change in changed(done.state, found, source, f"{topic}-{partition}"):
-                stocks[change.kind] = replace(change.stock, files=(*change.stock.files, "a file"))
-            for name, frame in done.tables.items():
+            parts = [
+                Part(f"{topic}-{number}", number, arrived.oldest.get(number), self.stocks[topic, number])
+                for number in partitions
+            ]
+            found = [
+                taken(part, source, arrived, replace(context, close_all=close_all or self.is_handed_all))
+                for part in parts
+            ]
+            out = done(parts, found, arrived, self.job, source, self.registry, context)
+            for change in out.changes:
+                place = topic, int(change.partition.rpartition("-")[2])
+                self.stocks[place][change.kind] = replace(change.stock, files=(*change.stock.files, "a file"))
+                assert change.new.schema == source.kept[change.kind], f"{self.job.name}: state {change.kind}"
+            for name, frame in out.settled.tables.items():
                 tables[name].append(frame)
-            tables[ACCOUNTING].append(done.accounting)
+            tables[ACCOUNTING].append(out.settled.accounting)
         whole = {name: pl.concat(tables[name]) if tables[name] else _none(name) for name in self.job.tables}
         whole[ACCOUNTING] = pl.concat([LINES.to_frame(), *tables[ACCOUNTING]])
         for name, current in self.job.current.items():

@@ -22,7 +22,7 @@ SAMPLE = pl.Schema({"meter_id": pl.String(), "observed_at": STAMP, **dict.fromke
 def deltas(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """Energy of each step of one register; within a batch readings are sorted, older ones are out of order."""
     at, wh, meter = pl.col("observed_at"), pl.col("wh"), pl.col("meter")
-    readings = rows.select("meter_id", "observed_at", "offset", wh=f"{REGISTER}_wh")
+    readings = rows.select("meter_id", "observed_at", "partition", "offset", wh=f"{REGISTER}_wh")
     known = readings.select(pl.col("meter_id").unique()).join(state["last"], on="meter_id", how="left")
     ordered = (
         readings.join(known.with_row_index("meter"), on="meter_id", how="left", maintain_order="left")

@@ -86,6 +86,11 @@ def is_over(watermarks: pl.DataFrame, column: str = "watermark") -> pl.Expr:
     return (window_start() + WINDOW <= watermark_of(watermarks, column)).fill_null(False)
 
 
+def is_past(watermarks: pl.DataFrame) -> pl.Expr:
+    """True of a window, by its window_start, whose end the watermark of its run has reached."""
+    return (pl.col("window_start") + WINDOW <= watermark_of(watermarks)).fill_null(False)
+
+
 def close_windows(
     readings: pl.DataFrame,
     samples: pl.DataFrame,
@@ -102,7 +107,7 @@ def close_windows(
         readings: meter_id, observed_at, run_id, topic, partition, offset, voltages; `seen`, of those that repeat one.
         samples: the state so far, without `seen`: at least those of a reading's meter and time, and of windows that
             are over.
-        closed: the state so far: meter_id, run_id, window_start.
+        closed: the state so far, meter_id, run_id, window_start: at least of the meters of the readings.
         watermarks: per run_id `watermark`, up to which windows are over now.
         registry: meter_id, nominal_mv, jurisdiction: what a window is judged by when it is over.
         close_all: at the end of a run: every window is over.
@@ -121,7 +126,7 @@ def close_windows(
     ends = pl.lit(True) if close_all else is_over(watermarks)
     closing = held.filter(ends)
     newly_early = closing.select(window).unique() if close_all else closed.clear()
-    still_early = closed.filter(~(pl.col("window_start") + WINDOW <= watermark_of(watermarks)).fill_null(False))
+    still_early = closed.filter(~is_past(watermarks))
     return ClosedWindows(
         windows(closing.join(registry, on="meter_id", how="left")),
         marked.join(late, on=PLACE, how="left").with_columns(

@@ -87,7 +87,7 @@ def test_what_a_message_says_makes_it_the_same_not_when_it_came() -> None:
     ],
 )
 def test_a_verdict_puts_a_record_into_its_bucket_and_apart(reason: str, bucket: str, table: str | None) -> None:
-    verdict = pl.DataFrame({"offset": [1], "reason": [reason]}, schema=VERDICTS)
+    verdict = pl.DataFrame({"partition": [0], "offset": [1], "reason": [reason]}, schema=VERDICTS)
     found = settling(Output({}, verdicts=pl.concat([verdict, verdict]))).batch(
         kafka_table([reading(0, 0), reading(1, 1), reading(2, 2)])
     )
@@ -97,7 +97,7 @@ def test_a_verdict_puts_a_record_into_its_bucket_and_apart(reason: str, bucket: 
 
 
 def test_the_engines_verdict_comes_before_the_rules() -> None:
-    verdicts = pl.DataFrame({"offset": [1, 77], "reason": ["out_of_order"] * 2}, schema=VERDICTS)
+    verdicts = pl.DataFrame({"partition": [0, 0], "offset": [1, 77], "reason": ["out_of_order"] * 2}, schema=VERDICTS)
     job = settling(Output({}, verdicts=verdicts), deduplicate_on=("meter_id", "observed_at"))
     assert accounting(job.batch(kafka_table([reading(0, 0), reading(1, 0)]))) == {"stored": 1, "duplicate": 1}
 
@@ -182,7 +182,9 @@ def test_columns_that_are_not_the_declared_ones_are_refused(gives: Output, compl
 
 
 def test_a_verdict_without_a_reason_is_none() -> None:
-    verdicts = pl.DataFrame({"offset": [0, 0, 1], "reason": [None, "out_of_order", None]}, schema=VERDICTS)
+    verdicts = pl.DataFrame(
+        {"partition": [0, 0, 0], "offset": [0, 0, 1], "reason": [None, "out_of_order", None]}, schema=VERDICTS
+    )
     found = settling(Output({}, verdicts=verdicts)).batch(kafka_table([reading(0, 0), reading(1, 1)]))
     assert accounting(found) == {"stored": 1, "late": 1}
 

@@ -1,0 +1,156 @@
+"""A lot: partitions of a topic that a rule is applied to at once, each with state of its own.
+
+A partition with a handful of records costs what the steps of the rules cost, however few rows they have; so of a small
+micro-batch all partitions of a topic are one lot. Of the state a rule is handed what the records ask for, and what is
+due (`engine/state.py`); what it gives goes back to the partition that it came from.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from engine.batch import Arrived, Settled, forgotten, settled
+from engine.job import CLOCKS, MEMORY, BatchContext, Source, StreamingJob
+from engine.state import Changed, Stock, changed
+from engine.watermark import clock
+
+
+class Part(NamedTuple):
+    """A partition of a lot.
+
+    Attributes:
+        name: as state and files name it.
+        partition: its number.
+        begin: the first offset that came; None where nothing did.
+        stocks: its state, by kind.
+    """
+
+    name: str
+    partition: int
+    begin: int | None
+    stocks: Mapping[str, Stock]
+
+
+class Taken(NamedTuple):
+    """What a rule is handed of a kind of state of a partition.
+
+    Attributes:
+        which: rows of the chain.
+        rows: these.
+    """
+
+    which: NDArray[np.bool_]
+    rows: pl.DataFrame
+
+
+class Done(NamedTuple):
+    """What has become of a lot.
+
+    Attributes:
+        settled: of its records.
+        changes: of its state.
+        clocks: name of a partition → its clock, of a job that closes windows.
+    """
+
+    settled: Settled
+    changes: list[Changed]
+    clocks: dict[str, pl.DataFrame]
+
+
+def taken(part: Part, source: Source, arrived: Arrived, context: BatchContext) -> dict[str, Taken]:
+    """The state that a rule is handed of a partition, by kind."""
+    found = {}
+    for kind, stock in part.stocks.items():
+        is_all = kind not in source.keys or context.close_all or (context.is_anew and kind in source.due)
+        which = (
+            stock.is_there
+            if is_all
+            else stock.found(arrived.hashes(source.keys[kind]), _due(kind, part, source, arrived, context))
+        )
+        rows = stock.present if which is stock.is_there else stock.rows.filter(pl.Series(which))
+        if kind == MEMORY and part.begin is not None:  # originals there or behind were of a topic that was made anew
+            rows = rows.filter(pl.col("offset") < part.begin)
+        found[kind] = Taken(which, rows)
+    return found
+
+
+def _due(kind: str, part: Part, source: Source, arrived: Arrived, context: BatchContext) -> pl.Expr | None:
+    """Which rows of a kind are due."""
+    if kind == MEMORY:
+        newest = {number: offset for number, offset in arrived.newest.items() if number == part.partition}
+        return forgotten(newest, context.settings.recent_records) if newest else None
+    return source.due[kind](context) if kind in source.due else None
+
+
+def done(
+    parts: Sequence[Part],
+    handed: Sequence[Mapping[str, Taken]],
+    arrived: Arrived,
+    job: StreamingJob,
+    source: Source,
+    registry: pl.DataFrame,
+    context: BatchContext,
+) -> Done:
+    """Applies a job's rule to a lot.
+
+    Args:
+        parts: partitions.
+        handed: of `taken`, of each of them.
+        arrived: their records.
+        job: whose.
+        source: the rule, and what is to be done for it.
+        registry: the newest row of each meter, at least of those in records and state.
+        context: of the batch.
+    """
+    whole = {kind: together([each[kind].rows for each in handed]) for kind in source.kept}
+    out = settled(arrived, job, source, registry, whole, context)
+    owners = _owners(parts, handed, arrived) if len(parts) > 1 else None
+    changes, clocks = [], {}
+    for part, mine in zip(parts, handed, strict=True):
+        after = {
+            kind: mine[kind].rows if out.state[kind] is whole[kind] else _of(part, out.state[kind], owners)
+            for kind in source.kept
+        }
+        if CLOCKS in source.kept:
+            rows = arrived.valid if len(parts) == 1 else arrived.valid.filter(pl.col("partition") == part.partition)
+            after[CLOCKS] = clocks[part.name] = clock(rows, mine[CLOCKS].rows, context.watermarks)
+        changes += [
+            changed(part.stocks[kind], mine[kind].which, frame, part.name, kind, source.keys.get(kind, ()))
+            for kind, frame in after.items()
+            if _has_changed(frame, mine[kind].rows, part.stocks[kind], mine[kind].which)
+        ]
+    return Done(out, changes, clocks)
+
+
+def _has_changed(after: pl.DataFrame, before: pl.DataFrame, stock: Stock, which: NDArray[np.bool_]) -> bool:
+    """Whether there is something to write: other rows, or fewer than were taken."""
+    if after is before:
+        return len(before) < int(which.sum())
+    return not (after.is_empty() and not which.any())
+
+
+def together(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """All rows; of one frame the frame itself."""
+    return frames[0] if len(frames) == 1 else pl.concat(frames)
+
+
+def _owners(parts: Sequence[Part], handed: Sequence[Mapping[str, Taken]], arrived: Arrived) -> pl.DataFrame:
+    """Meter → number of its partition: of all meters of records and state."""
+    found = [arrived.valid.select("meter_id", "partition")] if "meter_id" in arrived.valid.columns else []
+    for part, mine in zip(parts, handed, strict=True):
+        number = pl.lit(part.partition, pl.Int64).alias("partition")
+        found += [one.rows.select("meter_id", number) for one in mine.values() if "meter_id" in one.rows.columns]
+    return pl.concat(found).unique("meter_id")
+
+
+def _of(part: Part, rows: pl.DataFrame, owners: pl.DataFrame | None) -> pl.DataFrame:
+    """The rows of a kind of state that belong to a partition."""
+    if owners is None:
+        return rows
+    if "partition" in rows.columns:
+        return rows.filter(pl.col("partition") == part.partition)
+    mine = owners.filter(pl.col("partition") == part.partition)
+    return rows.join(mine, on="meter_id", how="semi", maintain_order="left")

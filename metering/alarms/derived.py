@@ -182,14 +182,19 @@ def _held(rows: pl.DataFrame, levels: pl.DataFrame) -> tuple[pl.DataFrame, list[
     """The conditions after the readings, and the changes of alarms: only of meters of which one holds or held."""
     state = {(row["meter_id"], row["alarm_type"]): row for row in levels.iter_rows(named=True)}
     changes: list[dict[str, Any]] = []
-    for alarm_type, condition in conditions().items():
-        measured = rows.select(
-            "meter_id", "observed_at", "arrival_at", "run_id",
-            is_out=condition.is_out.fill_null(False), is_back=condition.is_back.fill_null(False),
-        )  # fmt: skip
+    known = conditions()
+    out = rows.select(**{name: condition.is_out.fill_null(False) for name, condition in known.items()})
+    for alarm_type, condition in known.items():
         holding = levels.filter(pl.col("alarm_type") == alarm_type).get_column("meter_id")
-        concerned = pl.concat([holding, measured.filter("is_out").get_column("meter_id")]).unique()
-        for row in measured.filter(pl.col("meter_id").is_in(concerned.implode())).iter_rows(named=True):
+        is_out = out.get_column(alarm_type)
+        if holding.is_empty() and not is_out.any():
+            continue
+        concerned = pl.concat([holding, rows.get_column("meter_id").filter(is_out)]).unique()
+        measured = rows.with_columns(is_out).filter(pl.col("meter_id").is_in(concerned.implode())).select(
+            "meter_id", "observed_at", "arrival_at", "run_id",
+            is_out=alarm_type, is_back=condition.is_back.fill_null(False),
+        )  # fmt: skip
+        for row in measured.iter_rows(named=True):
             key = (row["meter_id"], alarm_type)
             level = state.get(key)
             if row["is_back"]:

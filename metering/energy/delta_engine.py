@@ -228,9 +228,12 @@ def steps(readings: pl.DataFrame, baseline: pl.DataFrame) -> Result:
         )
     )  # fmt: skip
     broken = ordered.filter(~plain).get_column("series").unique()
-    is_broken = pl.col("series").is_in(broken.implode())
-    easy = _easy(ordered.filter(~is_broken))
-    walked = [_walked(group) for group in ordered.filter(is_broken).partition_by("series", maintain_order=True)]
+    easy, walked = ordered, []
+    if len(broken):
+        is_broken = ordered.get_column("series").is_in(broken.implode())
+        easy = ordered.filter(~is_broken)
+        walked = [_walked(group) for group in ordered.filter(is_broken).partition_by("series", maintain_order=True)]
+    easy = _easy(easy)
     last_of_series = (pl.col("series") != pl.col("series").shift(-1)).fill_null(True)
     ends = pl.concat([easy.filter(last_of_series), *[_end(group) for group in walked]], how="diagonal")
     newest = ends.select(
@@ -276,7 +279,12 @@ def _easy(ordered: pl.DataFrame) -> pl.DataFrame:
     is_gap = (pl.col("span_s") > GAP_FACTOR * pl.col("interval_s")).fill_null(False)
     start = pl.format("{}/{}/{}", "meter_id", "register", pl.col("observed_at").dt.strftime("%Y%m%dT%H%M%S%.6fZ"))
     begun = ordered.filter(is_first).select("series", start=start)  # as segment_id()
-    return ordered.join(begun, on="series", how="left", maintain_order="left").with_columns(
+    named = (
+        ordered.join(begun, on="series", how="left", maintain_order="left")
+        if len(begun)
+        else ordered.with_columns(start=pl.lit(None, pl.String))
+    )
+    return named.with_columns(
         reason=pl.when(is_first)
         .then(pl.lit(DeltaReason.FIRST.value))
         .when(is_gap)
@@ -348,6 +356,8 @@ def with_why(readings: pl.DataFrame, done: pl.DataFrame) -> pl.DataFrame:
     place = ["partition", "offset"]
     wild = pl.col("reason").is_in([DeltaReason.IMPLAUSIBLE.value, DeltaReason.CONFLICT.value])
     doubtful = done.filter(pl.col("reason").is_in(list(BUCKETS))).select(place).unique()
+    if doubtful.is_empty():
+        return readings.with_columns(why="seen")
     each = (
         done.join(doubtful, on=place, how="semi", maintain_order="left")
         .group_by(place)

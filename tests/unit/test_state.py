@@ -50,7 +50,7 @@ def held(folder: Path, manifest: state.Manifest) -> dict[str, int]:
     return dict(state.stock(folder, manifest, "p", "k", SCHEMA, BY).present.iter_rows())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(
         st.tuples(
@@ -125,9 +125,9 @@ def test_a_file_that_is_gone_or_cut_is_told_with_its_name(tmp_path: Path) -> Non
         held(folder, manifest)
 
 
-def records(seed: int) -> list[tuple[Any, ...]]:
+def records() -> list[tuple[Any, ...]]:
     """Two hours of disturbed readings and events in two partitions; meters fall silent and come back."""
-    drawn = random.Random(seed)
+    drawn = random.Random(1)
     made: list[tuple[Any, ...]] = []
     offsets = {topic: [0, 0] for topic in (READINGS.name, EVENTS.name)}
 
@@ -137,7 +137,7 @@ def records(seed: int) -> list[tuple[Any, ...]]:
         made.append((f"m{meter}".encode(), value, topic.name, partition, offsets[topic.name][partition], START))
         offsets[topic.name][partition] += 1
 
-    for minute in range(0, 240, 3):
+    for minute in range(0, 240, 5):
         at = START + timedelta(minutes=minute)
         for meter in range(9):
             if meter > 5 and 30 < minute < 30 + meter * 12:
@@ -159,9 +159,8 @@ def records(seed: int) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("job", discovered(), ids=lambda job: job.name)
-@pytest.mark.parametrize("seed", [1, 2])
 def test_a_rule_gives_the_same_of_all_state_of_what_it_asked_for_and_of_two_partitions_at_once(
-    job: StreamingJob, seed: int
+    job: StreamingJob,
 ) -> None:
     columns = polars_schema(TABLES["registry"])
     known = [{"meter_id": f"m{n}", "phases": "L1", "fuse_a": 25, "interval_s": 180 * (1 + n % 3), "nominal_mv": 230_000,
@@ -173,15 +172,15 @@ def test_a_rule_gives_the_same_of_all_state_of_what_it_asked_for_and_of_two_part
     if not all(source.is_by_meter for source in job.sources):
         asked.pop()
     topics = {topic.name for topic in job.topics}
-    came = [record for record in records(seed) if record[2] in topics]
-    for begin in range(0, len(came) + 29, 29):
-        table, is_flush = kafka_table(came[begin : begin + 29]), begin >= len(came)
+    came = [record for record in records() if record[2] in topics]
+    for begin in range(0, len(came) + 47, 47):
+        table, is_flush = kafka_table(came[begin : begin + 47]), begin >= len(came)
         expected = whole.batch(table, close_all=is_flush)
         for some in asked:
             found = some.batch(table, close_all=is_flush)
             for name in expected:
                 both = [_counted(one[name]) if name == "accounting" else one[name] for one in (found, expected)]
-                assert both[0].sort(pl.all()).equals(both[1].sort(pl.all())), f"{name}, batch {begin // 29}"
+                assert both[0].sort(pl.all()).equals(both[1].sort(pl.all())), f"{name}, batch {begin // 47}"
     chains = [len(stock.files) for stocks in asked[0].stocks.values() for stock in stocks.values()]
     assert max(chains) > 1, "no chain has grown"
 

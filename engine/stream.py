@@ -184,6 +184,7 @@ class Stream:
         """Spark has planned a micro-batch; its records are not asked of Spark, the tasks fetch them."""
         self._is_busy, began = True, time.monotonic()
         ends = offsets_after(self._plans, number)
+        self._begin_anew({at for at, offset in self._place().items() if ends.get(at, offset) < offset})
         if self._end is not None:
             ends = {at: min(offset, self._end.get(at, 0)) for at, offset in ends.items()}
         records = self.process(ends, planned_at(self._plans, number))
@@ -191,6 +192,12 @@ class Stream:
         if records < BACKLOG * self.settings.max_offsets_per_trigger:
             took_s = time.monotonic() - began
             self._hurry.wait(min(self.settings.trigger_s, took_s * (1 / SHARE - 1)))
+
+    def _begin_anew(self, made_anew: set[tuple[str, int]]) -> None:
+        """Reads partitions from their begin whose topic was made anew meanwhile: Spark lets that pass where loss is."""
+        for runner in self.runners if made_anew else []:
+            log.warning("records are gone", job=runner.job.name, made_anew=sorted(made_anew))
+            runner.stand({at: 0 if at in made_anew else offset for at, offset in runner.place.items()})
 
     def process(self, ends: Offsets, at: datetime) -> int:
         """Does a micro-batch, in batches of at most so many records a topic. Returns how many records came.

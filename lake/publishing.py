@@ -72,6 +72,8 @@ def rename_in(table: str, key: BatchKey) -> list[Path]:
         key: the batch; its earlier parts have been removed by `remove_parts`.
     """
     staged, folders = key.staging / table, list[Path]()
+    if not staged.exists():
+        return folders
     with files_kept(table):
         for day in sorted(staged.glob("date=*")):
             target = table_path(table) / day.name

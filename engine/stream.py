@@ -51,7 +51,7 @@ from settings import home, load
 log = structlog.get_logger()
 JAVA_OPTIONS = "-XX:TieredStopAtLevel=1"
 """No record goes through the JVM, so its best compiler takes longer than it saves (docs/bench.md)."""
-LOOK_S = 0.5
+LOOK_S = 1.0
 """How often Spark asks Kafka whether something came: both spend some milliseconds of CPU on it."""
 SHARE = 1 / 10
 """Of the time, when little comes, that micro-batches take: the rest they wait, so that the next one carries more."""

@@ -43,7 +43,8 @@ Mode = Annotated[str, typer.Option(envvar="MODE", help="docker, native, or auto:
 Cluster = Annotated[bool, typer.Option(envvar="CLUSTER", help="The jobs on a Spark master and two workers.")]
 Critical = Annotated[bool, typer.Option(envvar="CRITICAL", help="Critical events too, published within milliseconds.")]
 FOLLOW_EVERY_S = 0.3
-LEGEND = """lag: records in Kafka that are not taken · took s: seconds of the last batch, ended: how long ago
+LEGEND = """lag: records in Kafka that are not taken · took: seconds of the last batch, ended: how long ago
+p50, p99: seconds from Kafka to the tables, of the last five minutes' records
 state: rows kept · late, bad: records kept apart since the start · watermark: windows up to then are closed"""
 COLOURS = {"running": "green", "starting": "yellow", "died": "red", "stopped": "dim"}
 

@@ -103,7 +103,7 @@ def jobs_table(found: list[JobMetrics]) -> Table:
     """
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("job", no_wrap=True)
-    for column in ("lag", "rec/s", "took s", "p50", "p99", "ended", "state", "late", "bad", "watermark"):
+    for column in ("lag", "rec/s", "took", "p50", "p99", "ended", "state", "late", "bad", "watermark"):
         table.add_column(column, justify="right", no_wrap=True)
     for job in found:
         rate, lag = job.records_per_second or 0.0, job.lag_records or 0
@@ -112,9 +112,9 @@ def jobs_table(found: list[JobMetrics]) -> Table:
             job.job,
             "-" if job.lag_records is None else f"[{'red' if is_behind else 'green'}]{lag:,}[/]",
             f"{rate:,.0f}",
-            "-" if job.batch_seconds is None else f"{job.batch_seconds:.2f}",
-            *["-" if latency is None else f"{latency:.1f} s" for latency in (job.latency_p50, job.latency_p99)],
-            "-" if job.batch_ended is None else f"{max(0.0, time.time() - job.batch_ended):.0f} s ago",
+            "-" if job.batch_seconds is None else f"{job.batch_seconds:.1f}",
+            *["-" if latency is None else f"{latency:.1f}" for latency in (job.latency_p50, job.latency_p99)],
+            "-" if job.batch_ended is None else f"{max(0.0, time.time() - job.batch_ended):.0f} s",
             "-" if job.state_rows is None else f"{job.state_rows:,}",
             f"{job.late:,}",
             f"{job.quarantined:,}",

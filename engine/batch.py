@@ -38,6 +38,7 @@ class BatchPlan:
         number: of the batch.
         before: what the batch before left.
         states: folder of the state's files.
+        attempt: of the batch.
         staging: where rows wait.
     """
 
@@ -46,6 +47,7 @@ class BatchPlan:
     number: int
     before: Manifest
     states: Path
+    attempt: str
     staging: Path
 
 

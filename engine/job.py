@@ -122,6 +122,8 @@ class Source:
                 wrong.append(f"by: {kind} and the records do not both have {', '.join(unknown)}")
         if unknown := sorted(set(self.due) - set(self.by)):
             wrong.append(f"due is of kinds in by, not of {', '.join(unknown)}")
+        if self.due and not self.closes_windows:
+            wrong.append("due needs closes_windows: without it nobody knows the time")
         if (self.compares or self.hands_duplicates) and not self.deduplicate_on:
             wrong.append("compares and hands_duplicates need deduplicate_on")
         if self.refuses_impossible_clocks and "observed_at" not in self._columns:

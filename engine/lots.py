@@ -81,7 +81,8 @@ def _due(kind: str, part: Part, source: Source, arrived: Arrived, context: Batch
     """Which rows of a kind are due."""
     if kind == MEMORY:
         newest = {number: offset for number, offset in arrived.newest.items() if number == part.partition}
-        return forgotten(newest, context.settings.recent_records) if newest else None
+        made_anew = pl.lit(False) if part.begin is None else pl.col("offset") >= part.begin
+        return forgotten(newest, context.settings.recent_records) | made_anew
     return source.due[kind](context) if kind in source.due else None
 
 
@@ -143,7 +144,7 @@ def _owners(parts: Sequence[Part], handed: Sequence[Mapping[str, Taken]], arrive
     for part, mine in zip(parts, handed, strict=True):
         number = pl.lit(part.partition, pl.Int64).alias("partition")
         found += [one.rows.select("meter_id", number) for one in mine.values() if "meter_id" in one.rows.columns]
-    return pl.concat(found).unique("meter_id")
+    return pl.concat(found).unique("meter_id", keep="first", maintain_order=True)
 
 
 def _of(part: Part, rows: pl.DataFrame, owners: pl.DataFrame | None) -> pl.DataFrame:

@@ -212,7 +212,7 @@ def _done(plan: BatchPlan, places: list[Place], arrived: Arrived, registry: Regi
         for place in places
     ]
     handed = [lots.taken(part, source, arrived, plan.context) for part in parts]
-    known = {kind: lots.together([each[kind].rows for each in handed]) for kind in source.due}
+    known = {kind: lots.together([each[kind].rows for each in handed]) for kind in source.state}
     meters = _registry_of(registry, plan.context, source, arrived, known)
     return lots.done(parts, handed, arrived, plan.job, source, meters, plan.context)
 
@@ -233,8 +233,8 @@ def _registry_of(
     if context.close_all or context.is_anew or "meter_id" not in arrived.valid.columns:
         return _registry(files)[0]
     meters = arrived.hashes(METER)
-    due = [known[kind].select("meter_id") for kind in source.due if "meter_id" in known[kind].columns]
-    further = hashes_of(pl.concat(due), METER) if due else meters.clear()
+    kept = [frame.select("meter_id") for frame in known.values() if "meter_id" in frame.columns]
+    further = hashes_of(pl.concat(kept), METER) if kept else meters.clear()
     if (is_further := ~further.is_in(meters.implode())).any():
         return _rows_of(files, pl.concat([meters, further.filter(is_further)]))
     if arrived.registry is None or arrived.registry[0] != files:

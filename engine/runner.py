@@ -7,6 +7,7 @@ again gives the same rows in the same files, whenever the process died.
 import json
 import shutil
 import time
+import uuid
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -132,12 +133,11 @@ class Runner:
         return self._plan(f"{number:08d}", registry)
 
     def _plan(self, batch: str, registry: RegistryFiles, close_all: bool = False) -> BatchPlan:
-        key = BatchKey(self.job.name, self.query_id, batch)
+        key = BatchKey(self.job.name, self.query_id, batch, f".{uuid.uuid4().hex[:8]}")
         planned_at = checkpoints.planned_at(self.checkpoint, key.number)
         over = watermarks(self._clocks.values(), self.settings.allowed_lateness_s, planned_at)
-        shutil.rmtree(key.staging, ignore_errors=True)
         context = BatchContext(self.settings, over, close_all, is_anew=registry != self._registry)
-        return BatchPlan(self.job, context, key.number, self._before, self._states, key.staging)
+        return BatchPlan(self.job, context, key.number, self._before, self._states, key.attempt, key.staging)
 
     def finish(self, plan: BatchPlan, done: list[Done], registry: RegistryFiles, began: float) -> None:
         """Makes a batch visible whose partitions are done, and commits it.
@@ -148,7 +148,7 @@ class Runner:
             registry: files of the registry.
             began: when the tasks began, on the monotonic clock.
         """
-        key = BatchKey(self.job.name, self.query_id, f"{plan.number:08d}")
+        key = BatchKey(self.job.name, self.query_id, f"{plan.number:08d}", plan.attempt)
         buckets, after = self._published(plan, key, done, registry)
         checkpoints.commit(self.checkpoint, plan.number, after)
         state.forget(self._states, self._before, after)
@@ -244,7 +244,7 @@ class Runner:
 
     def finish_flush(self, plan: BatchPlan, done: list[Done], registry: RegistryFiles) -> None:
         """Makes visible what a flush has closed."""
-        key = BatchKey(self.job.name, self.query_id, f"{plan.number:08d}f")
+        key = BatchKey(self.job.name, self.query_id, f"{plan.number:08d}f", plan.attempt)
         _, after = self._published(plan, key, done, registry)
         checkpoints.write(self._flushed(plan.number), json.dumps(after))
         self.resume()

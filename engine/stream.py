@@ -24,6 +24,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
 from engine import metrics
+from engine.batch import BatchPlan
 from engine.checkpoint import (
     KAFKA_IS_AWAY,
     LOST_IN_KAFKA,
@@ -118,6 +119,7 @@ class Stream:
             StateLost: Kafka no longer has what a job has not read.
         """
         for runner in self.runners:
+            metrics.alive(runner.job.name, self._alive)
             if left := runner.unfinished():
                 self._batch([runner], left, datetime.now(UTC))
             runner.stand(self._begin(runner, oldest, newest))
@@ -138,9 +140,10 @@ class Stream:
             StateLost: Kafka no longer has what comes next.
         """
         begin = {at: offset for at, offset in oldest.items() if at[0] in runner.topics}
+        made_anew = {at[0] for at, offset in runner.place.items() if offset > newest.get(at, -1)}
         for at, offset in runner.place.items():
             low, high = oldest.get(at, 0), newest.get(at, 0)
-            if low <= offset <= high:
+            if at in newest and low <= offset and at[0] not in made_anew:
                 begin[at] = offset
             elif not self.settings.accept_loss:
                 msg = f"KAFKA_DATA_LOSS {at[0]}-{at[1]}: offset {offset} comes next, and Kafka has {low} to {high}"
@@ -166,8 +169,6 @@ class Stream:
             .option("failOnDataLoss", str(not settings.accept_loss).lower())
             .load()
         )
-        for runner in self.runners:
-            metrics.alive(runner.job.name, self._alive)
         return (
             records.writeStream.queryName("-".join(runner.job.name for runner in self.runners))
             .option("checkpointLocation", uri(self._plans))
@@ -182,22 +183,21 @@ class Stream:
 
     def _take(self, _: DataFrame, number: int) -> None:
         """Spark has planned a micro-batch; its records are not asked of Spark, the tasks fetch them."""
-        self._is_busy, began = True, time.monotonic()
+        began = time.monotonic()
         ends = offsets_after(self._plans, number)
-        self._begin_anew({at for at, offset in self._place().items() if ends.get(at, offset) < offset})
+        self._begin_anew({at[0] for at, offset in self._place().items() if ends.get(at, offset) < offset})
         if self._end is not None:
             ends = {at: min(offset, self._end.get(at, 0)) for at, offset in ends.items()}
         records = self.process(ends, planned_at(self._plans, number))
-        self._seen, self._is_busy = time.time(), False
         if records < BACKLOG * self.settings.max_offsets_per_trigger:
             took_s = time.monotonic() - began
             self._hurry.wait(min(self.settings.trigger_s, took_s * (1 / SHARE - 1)))
 
-    def _begin_anew(self, made_anew: set[tuple[str, int]]) -> None:
-        """Reads partitions from their begin whose topic was made anew meanwhile: Spark lets that pass where loss is."""
+    def _begin_anew(self, made_anew: set[str]) -> None:
+        """Reads topics from their begin that were made anew meanwhile: Spark lets that pass where loss is accepted."""
         for runner in self.runners if made_anew else []:
             log.warning("records are gone", job=runner.job.name, made_anew=sorted(made_anew))
-            runner.stand({at: 0 if at in made_anew else offset for at, offset in runner.place.items()})
+            runner.stand({at: 0 if at[0] in made_anew else offset for at, offset in runner.place.items()})
 
     def process(self, ends: Offsets, at: datetime) -> int:
         """Does a micro-batch, in batches of at most so many records a topic. Returns how many records came.
@@ -236,9 +236,11 @@ class Stream:
         if not runners or not came:
             return
         began, registry = time.monotonic(), registry_files()
+        plans: list[BatchPlan] = []
         self._turn.acquire()
+        self._is_busy = True
         try:
-            plans = [runner.begin(came, at, registry) for runner in runners]
+            plans += [runner.begin(came, at, registry) for runner in runners]
             planned = planned_at(runners[0].checkpoint, plans[0].number).timestamp()
             done = self._tasks(MicroBatch(tuple(plans), tuple(came), self._fetch, registry, planned))
             for runner, plan in zip(runners, plans, strict=True):
@@ -246,8 +248,9 @@ class Stream:
                 runner.finish(plan, mine, registry, began)
         finally:
             self._turn.release()
-            for runner in runners:
-                runner.tidy()
+            self._seen, self._is_busy = time.time(), False
+            for plan in plans:
+                shutil.rmtree(plan.staging, ignore_errors=True)
         self.write_current()
 
     def flush(self, runner: Runner) -> None:
@@ -423,6 +426,8 @@ def _run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
         log.info("streaming", jobs=[job.name for job in jobs], kafka=settings.kafka_bootstrap)
         oldest, newest = (ask(settings.kafka_bootstrap, topics) for ask in (oldest_offsets, newest_offsets))
         stream.catch_up(oldest, newest)
+        if flush.is_set():  # that may have come after a stop had cut it short
+            stream.catch_up(oldest, newest)
         if flush.is_set() or not stop.is_set():
             queries.append(stream.start())
         stay(queries, stop, meanwhile=stream.write_current)

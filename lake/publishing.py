@@ -36,11 +36,13 @@ class BatchKey:
         query: the job's module name.
         query_id: of the checkpoint; a new checkpoint is a new id.
         batch: number of the batch, with a suffix where it is not Spark's own (`12f`: what was closed after 12).
+        attempt: of it: what an earlier one still writes lies elsewhere.
     """
 
     query: str
     query_id: str
     batch: str
+    attempt: str = ""
 
     def __str__(self) -> str:
         return f"{self.query}-{self.query_id}-{self.batch}"
@@ -53,7 +55,7 @@ class BatchKey:
     @property
     def staging(self) -> Path:
         """Folder for files that are not published yet."""
-        return home() / "staging" / str(self)
+        return home() / "staging" / f"{self}{self.attempt}"
 
 
 def remove_parts(key: BatchKey, tables: list[str]) -> None:

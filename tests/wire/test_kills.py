@@ -182,7 +182,7 @@ class Driver:
             return "accounting"
         if glob(f"{self.home}/lake/*/date=*/{key}-*.parquet"):
             return "table"
-        if glob(f"{self.home}/staging/{key}/*/date=*/*.parquet"):
+        if glob(f"{self.home}/staging/{key}.*/*/date=*/*.parquet"):
             return "staged"
         if glob(f"{self.home}/state/{job}/*/{batch:08d}-*.zip"):
             return "state"

@@ -81,8 +81,9 @@ def _due(kind: str, part: Part, source: Source, arrived: Arrived, context: Batch
     """Which rows of a kind are due."""
     if kind == MEMORY:
         newest = {number: offset for number, offset in arrived.newest.items() if number == part.partition}
-        made_anew = pl.lit(False) if part.begin is None else pl.col("offset") >= part.begin
-        return forgotten(newest, context.settings.recent_records) | made_anew
+        if part.begin is None or not newest:
+            return None
+        return forgotten(newest, context.settings.recent_records) | (pl.col("offset") >= part.begin)
     return source.due[kind](context) if kind in source.due else None
 
 

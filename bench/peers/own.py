@@ -11,7 +11,6 @@ it has done so many, and writes its results under OUT.
 import os
 import sys
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,10 @@ import polars as pl
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
+    from engine.batch import BatchPlan
     from engine.job import StreamingJob
+    from engine.partition_tasks import Done
+    from lake.reading import RegistryFiles
 
 PASSES = 3
 """Polars reads the file so often: it has no stream, and a single pass would be over before it is warm."""
@@ -45,22 +47,21 @@ def jobs(what: str, work: str, topic: str) -> None:
     from engine.session import spark_session
     from engine.settings import StreamSettings
     from engine.stream import JAVA_OPTIONS, Stream
-    from kafka_io.offsets import Offsets, newest_offsets, oldest_offsets
+    from kafka_io.offsets import newest_offsets, oldest_offsets
     from settings import load
     from streaming_jobs import consumption_deltas, voltage_deviation
 
     whole = {"deltas": consumption_deltas.JOB, "windows": voltage_deviation.JOB}
     job = core.JOBS[work] if what == "core" else whole[work]
 
-    class Told(Stream):
-        def process(self, ends: Offsets, at: datetime) -> int:
-            records = super().process(ends, at)
-            say(sum(runner.place.values()))
-            return records
+    class Told(Runner):
+        def finish(self, plan: "BatchPlan", done: "list[Done]", registry: "RegistryFiles", began: float) -> None:
+            super().finish(plan, done, registry, began)
+            say(sum(self.place.values()))
 
     session = spark_session(f"bench-{work}", JAVA_OPTIONS)
-    runner = Runner(of_topic(job, topic), load(StreamSettings))
-    stream = Told(session, [runner])
+    runner = Told(of_topic(job, topic), load(StreamSettings))
+    stream = Stream(session, [runner])
     stream.resume()
     kafka, topics = runner.settings.kafka_bootstrap, runner.job.topics
     stream.catch_up(oldest_offsets(kafka, topics), newest_offsets(kafka, topics))

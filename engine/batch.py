@@ -6,6 +6,7 @@ verdict, so the accounting closes whatever a rule does.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from polars import selectors
 from engine.job import MEMORY, SAID, BatchContext, Frames, Output, Source, StreamingJob
 from engine.settings import ClockSettings
 from engine.state import Manifest, hashes_of
-from lake.reading import RegistryFiles
+from lake.publishing import BatchKey
 from metering import accounting
 from metering.clocks import is_impossible
 from metering.deduplication import FIRST, PLACE, originals, with_seen
@@ -35,19 +36,19 @@ class BatchPlan:
     Attributes:
         job: its rules and what the engine does for it.
         context: what is the same for all partitions.
-        number: of the batch.
+        key: of the batch.
+        planned_at: when it was planned.
         before: what the batch before left.
         states: folder of the state's files.
-        attempt: of the batch.
-        staging: where rows wait.
+        staging: where rows wait: the key's on the driver, for tasks on other machines.
     """
 
     job: StreamingJob
     context: BatchContext
-    number: int
+    key: BatchKey
+    planned_at: datetime
     before: Manifest
     states: Path
-    attempt: str
     staging: Path
 
 
@@ -56,12 +57,12 @@ class Arrived:
 
     Attributes:
         rows: of `engine.decoding.decoded`.
-        registry: rows of the registry of its meters, and of which files, where somebody has looked.
+        registry: rows of the registry of its meters, where somebody has looked.
     """
 
     def __init__(self, rows: pl.DataFrame) -> None:
         self.rows = rows
-        self.registry: tuple[RegistryFiles, pl.DataFrame] | None = None
+        self.registry: pl.DataFrame | None = None
         self._hashes: dict[tuple[str, ...], pl.Series] = {}
         self._possible: dict[tuple[int, int], tuple[pl.DataFrame, pl.DataFrame]] = {}
 
@@ -79,11 +80,6 @@ class Arrived:
     def newest(self) -> dict[int, int]:
         """Partition → offset of its last record; without those of which none came."""
         return dict(self.rows.group_by("partition").agg(pl.col("offset").max()).iter_rows())
-
-    @cached_property
-    def oldest(self) -> dict[int, int]:
-        """Partition → offset of its first record; without those of which none came."""
-        return dict(self.rows.group_by("partition").agg(pl.col("offset").min()).iter_rows())
 
     def hashes(self, by: tuple[str, ...]) -> pl.Series:
         """The keys of the valid rows, each once, as `engine.state` finds rows by."""

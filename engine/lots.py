@@ -8,13 +8,11 @@ due (`engine/state.py`); what it gives goes back to the partition that it came f
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from engine.batch import Arrived, Settled, forgotten, settled
-from engine.job import CLOCKS, MEMORY, BatchContext, Source, StreamingJob
-from engine.state import Changed, Stock, changed
+from engine.job import CLOCKS, MEMORY, BatchContext, Frames, Source, StreamingJob
+from engine.state import Changed, Stock, Taken, changes
 from engine.watermark import clock
 
 
@@ -34,29 +32,17 @@ class Part(NamedTuple):
     stocks: Mapping[str, Stock]
 
 
-class Taken(NamedTuple):
-    """What a rule is handed of a kind of state of a partition.
-
-    Attributes:
-        which: rows of the chain.
-        rows: these.
-    """
-
-    which: NDArray[np.bool_]
-    rows: pl.DataFrame
-
-
-class Done(NamedTuple):
+class Applied(NamedTuple):
     """What has become of a lot.
 
     Attributes:
         settled: of its records.
-        changes: of its state.
+        changed: of its state.
         clocks: name of a partition → its clock, of a job that closes windows.
     """
 
     settled: Settled
-    changes: list[Changed]
+    changed: list[Changed]
     clocks: dict[str, pl.DataFrame]
 
 
@@ -65,12 +51,11 @@ def taken(part: Part, source: Source, arrived: Arrived, context: BatchContext) -
     found = {}
     for kind, stock in part.stocks.items():
         is_all = kind not in source.keys or context.close_all or (context.is_anew and kind in source.due)
-        which = (
-            stock.is_there
-            if is_all
-            else stock.found(arrived.hashes(source.keys[kind]), _due(kind, part, source, arrived, context))
-        )
-        rows = stock.present if which is stock.is_there else stock.rows.filter(pl.Series(which))
+        if is_all:
+            which, rows = stock.is_there, stock.present
+        else:
+            which = stock.found(arrived.hashes(source.keys[kind]), _due(kind, part, source, arrived, context))
+            rows = stock.rows.filter(pl.Series(which))
         if kind == MEMORY and part.begin is not None:  # originals there or behind were of a topic that was made anew
             rows = rows.filter(pl.col("offset") < part.begin)
         found[kind] = Taken(which, rows)
@@ -87,56 +72,49 @@ def _due(kind: str, part: Part, source: Source, arrived: Arrived, context: Batch
     return source.due[kind](context) if kind in source.due else None
 
 
-def done(
+def together(source: Source, handed: Sequence[Mapping[str, Taken]]) -> dict[str, pl.DataFrame]:
+    """The state that a rule is handed of all partitions, by kind; of one partition the frames themselves."""
+    return {
+        kind: handed[0][kind].rows if len(handed) == 1 else pl.concat([each[kind].rows for each in handed])
+        for kind in source.kept
+    }
+
+
+def applied(
     parts: Sequence[Part],
     handed: Sequence[Mapping[str, Taken]],
+    known: Frames,
     arrived: Arrived,
     job: StreamingJob,
     source: Source,
     registry: pl.DataFrame,
     context: BatchContext,
-) -> Done:
+) -> Applied:
     """Applies a job's rule to a lot.
 
     Args:
         parts: partitions.
         handed: of `taken`, of each of them.
+        known: of `together`.
         arrived: their records.
         job: whose.
         source: the rule, and what is to be done for it.
         registry: the newest row of each meter, at least of those in records and state.
         context: of the batch.
     """
-    whole = {kind: together([each[kind].rows for each in handed]) for kind in source.kept}
-    out = settled(arrived, job, source, registry, whole, context)
+    out = settled(arrived, job, source, registry, known, context)
     owners = _owners(parts, handed, arrived) if len(parts) > 1 else None
-    changes, clocks = [], {}
+    changed, clocks = [], {}
     for part, mine in zip(parts, handed, strict=True):
         after = {
-            kind: mine[kind].rows if out.state[kind] is whole[kind] else _of(part, out.state[kind], owners)
+            kind: mine[kind].rows if out.state[kind] is known[kind] else _of(part, out.state[kind], owners)
             for kind in source.kept
         }
         if CLOCKS in source.kept:
             rows = arrived.valid if len(parts) == 1 else arrived.valid.filter(pl.col("partition") == part.partition)
             after[CLOCKS] = clocks[part.name] = clock(rows, mine[CLOCKS].rows, context.watermarks)
-        changes += [
-            changed(part.stocks[kind], mine[kind].which, frame, part.name, kind, source.keys.get(kind, ()))
-            for kind, frame in after.items()
-            if _has_changed(frame, mine[kind].rows, part.stocks[kind], mine[kind].which)
-        ]
-    return Done(out, changes, clocks)
-
-
-def _has_changed(after: pl.DataFrame, before: pl.DataFrame, stock: Stock, which: NDArray[np.bool_]) -> bool:
-    """Whether there is something to write: other rows, or fewer than were taken."""
-    if after is before:
-        return len(before) < int(which.sum())
-    return not (after.is_empty() and not which.any())
-
-
-def together(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
-    """All rows; of one frame the frame itself."""
-    return frames[0] if len(frames) == 1 else pl.concat(frames)
+        changed += changes(part.name, part.stocks, mine, after, source.keys)
+    return Applied(out, changed, clocks)
 
 
 def _owners(parts: Sequence[Part], handed: Sequence[Mapping[str, Taken]], arrived: Arrived) -> pl.DataFrame:

@@ -47,20 +47,10 @@ RECORDS = Counter(
 )
 
 
-def stands(job: str, number: int, state_rows: int, place: Offsets) -> None:
-    """Tells where a job stands.
-
-    Args:
-        job: name of the job.
-        number: of its last batch; −1 before the first.
-        state_rows: what the next batch will read.
-        place: topic and partition → the offset that comes next.
-    """
-    if number >= 0:
-        BATCH.labels(job).set(number)
-        STATE.labels(job).set(state_rows)
-    if _lag and place:
-        LAG.labels(job).set_function(partial(_lag[0].behind, dict(place)))
+def stands(job: str, number: int, state_rows: int) -> None:
+    """Tells where a job stands after its batch of this number: how many rows the next one will read."""
+    BATCH.labels(job).set(number)
+    STATE.labels(job).set(state_rows)
 
 
 def batch(job: str, seconds: float, buckets: Mapping[str, int], watermark: datetime | None) -> None:
@@ -139,8 +129,12 @@ class Lag:
         self._asked = 0.0
         self._lock = Lock()
 
-    def behind(self, taken: Offsets) -> float:
-        """Records that Kafka has and a job has not taken; not a number where Kafka does not answer."""
+    def watch(self, job: str, place: Callable[[], Offsets]) -> None:
+        """From now on a job has a lag: topic and partition → the offset that it takes next is asked of it."""
+        LAG.labels(job).set_function(lambda: self._behind(place()))
+
+    def _behind(self, taken: Offsets) -> float:
+        """Records that Kafka has and a job has not taken; not a number where one of them does not say."""
         with self._lock:
             if time.monotonic() - self._asked > FRESH_S or not set(taken) <= set(self._newest):
                 wanted = set(taken) | set(self._newest)
@@ -149,15 +143,8 @@ class Lag:
                 except KafkaException:
                     return nan
                 self._asked = time.monotonic()
-        return float(sum(max(0, self._newest[place] - offset) for place, offset in taken.items()))
-
-
-_lag: list[Lag] = []
-
-
-def watch_lag(bootstrap: str) -> None:
-    """From now on a job that says where it stands has a lag."""
-    _lag[:] = [Lag(bootstrap)]
+            lag = float(sum(max(0, self._newest[place] - offset) for place, offset in taken.items()))
+        return lag if taken else nan
 
 
 def serve(port: int, listen: str) -> None:

@@ -10,7 +10,6 @@ renames them in; what a batch has no rows of keeps its state.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -23,7 +22,7 @@ from engine.decoding import decoded
 from engine.job import BatchContext, Frames, Source
 from engine.state import hashes_of
 from kafka_io.ranges import KAFKA, Range
-from lake.publishing import COMPRESSION
+from lake.publishing import written
 from lake.reading import RegistryFiles, newest_registry
 from schemas.tables import DATED_BY, TABLES, polars_schema
 
@@ -33,7 +32,6 @@ NO_DATE = "__HIVE_DEFAULT_PARTITION__"  # as Spark names it
 RECORDS_OF_A_TASK = 20_000
 """Fewer go into one task: a second one costs what a few thousand records cost."""
 METER = ("meter_id",)
-OF_A_TASK = "t{}"
 AGES_S = [0.0, *(0.01 * 1.25**step for step in range(73))]  # 10 ms to a day, each a quarter more
 Fetch = Callable[[Range], pa.Table]
 
@@ -47,14 +45,17 @@ class MicroBatch:
         ranges: what came; each of the jobs reads all of its topics.
         fetch: gives the records of a range, columns `KAFKA`.
         registry: files of the registry.
-        at: when it was planned, seconds since 1970.
     """
 
     plans: tuple[BatchPlan, ...]
     ranges: tuple[Range, ...]
     fetch: Fetch
     registry: RegistryFiles
-    at: float
+
+    @property
+    def planned_at(self) -> float:
+        """When it was planned, seconds since 1970: all of its batches are of one plan."""
+        return self.plans[0].planned_at.timestamp()
 
 
 @dataclass
@@ -92,7 +93,7 @@ class Place:
     @property
     def records(self) -> int:
         """How many came."""
-        return self.came.end_offset - self.came.start_offset if self.came else 0
+        return self.came.records if self.came else 0
 
 
 def run(session: SparkSession | None, micro_batch: MicroBatch) -> list[Done]:
@@ -156,24 +157,24 @@ def _task(micro_batch: MicroBatch, number: int, places: list[Place]) -> list[Don
     kept: dict[str, list[state.Changed]] = {name: [] for name in done}
     for lot in _lots(micro_batch, places):
         arrived = _arrived(lot, micro_batch)
-        ages = _ages(arrived.rows, micro_batch.at)
+        ages = _ages(arrived.rows, micro_batch.planned_at)
         for plan in micro_batch.plans:
             called = [place for place in lot if _is_called(plan, place)]
             if not called:
                 continue
-            out, mine = _done(plan, called, arrived, micro_batch.registry), done[plan.job.name]
+            out, mine = _applied(plan, called, arrived, micro_batch.registry), done[plan.job.name]
             mine.lines += out.settled.accounting.rows()
             mine.ages = [one + other for one, other in zip(mine.ages, ages, strict=True)]
             mine.clocks |= out.clocks
-            kept[plan.job.name] += out.changes
+            kept[plan.job.name] += out.changed
             for table, frame in out.settled.tables.items():
                 if len(frame):
                     rows.setdefault((plan.job.name, table), []).append(frame)
     for plan in micro_batch.plans:
         mine = done[plan.job.name]
-        mine.kept = state.write(plan.states, plan.number, kept[plan.job.name])
+        mine.kept = state.write(plan.states, plan.key.number, kept[plan.job.name])
         for table in plan.job.tables:
-            keep_rows(rows.pop((plan.job.name, table), []), table, plan, OF_A_TASK.format(number))
+            _keep_rows(rows.pop((plan.job.name, table), []), table, plan, f"t{number}")
     return list(done.values())
 
 
@@ -196,25 +197,22 @@ def _arrived(lot: list[Place], micro_batch: MicroBatch) -> Arrived:
     return Arrived(decoded(pa.concat_tables([KAFKA.empty_table(), *came]), topics[lot[0].topic]))
 
 
-def _done(plan: BatchPlan, places: list[Place], arrived: Arrived, registry: RegistryFiles) -> lots.Done:
+def _applied(plan: BatchPlan, places: list[Place], arrived: Arrived, registry: RegistryFiles) -> lots.Applied:
     """A job's rule applied to partitions of a topic."""
-    source = plan.job.source(places[0].topic)
+    source, context = plan.job.source(places[0].topic), plan.context
     parts = [
         lots.Part(
             place.name,
             place.partition,
             place.came.start_offset if place.came else None,
-            {
-                kind: state.stock(plan.states, plan.before, place.name, kind, schema, source.keys.get(kind, ()))
-                for kind, schema in source.kept.items()
-            },
+            state.stocks(plan.states, plan.before, place.name, source.kept, source.keys),
         )
         for place in places
     ]
-    handed = [lots.taken(part, source, arrived, plan.context) for part in parts]
-    known = {kind: lots.together([each[kind].rows for each in handed]) for kind in source.state}
-    meters = _registry_of(registry, plan.context, source, arrived, known)
-    return lots.done(parts, handed, arrived, plan.job, source, meters, plan.context)
+    handed = [lots.taken(part, source, arrived, context) for part in parts]
+    known = lots.together(source, handed)
+    meters = _registry_of(registry, context, source, arrived, known)
+    return lots.applied(parts, handed, known, arrived, plan.job, source, meters, context)
 
 
 def _ages(rows: pl.DataFrame, at: float) -> list[int]:
@@ -229,17 +227,21 @@ def _ages(rows: pl.DataFrame, at: float) -> list[int]:
 def _registry_of(
     files: RegistryFiles, context: BatchContext, source: Source, arrived: Arrived, known: Frames
 ) -> pl.DataFrame:
-    """The registry's rows of the meters that a rule meets."""
+    """The registry's rows of the meters that a rule meets.
+
+    State that is found by its meter is of the records' meters, but for what is due.
+    """
     if context.close_all or context.is_anew or "meter_id" not in arrived.valid.columns:
         return _registry(files)[0]
     meters = arrived.hashes(METER)
-    kept = [frame.select("meter_id") for frame in known.values() if "meter_id" in frame.columns]
+    others = [kind for kind in source.state if kind in source.due or "meter_id" not in source.by.get(kind, ())]
+    kept = [known[kind].select("meter_id") for kind in others if "meter_id" in source.state[kind]]
     further = hashes_of(pl.concat(kept), METER) if kept else meters.clear()
     if (is_further := ~further.is_in(meters.implode())).any():
         return _rows_of(files, pl.concat([meters, further.filter(is_further)]))
-    if arrived.registry is None or arrived.registry[0] != files:
-        arrived.registry = files, _rows_of(files, meters)
-    return arrived.registry[1]
+    if arrived.registry is None:
+        arrived.registry = _rows_of(files, meters)
+    return arrived.registry
 
 
 def _rows_of(files: RegistryFiles, meters: pl.Series) -> pl.DataFrame:
@@ -262,20 +264,15 @@ def across(plan: BatchPlan, registry: pl.DataFrame) -> list[state.Change]:
     """
     assert plan.job.cross_partition
     kinds = plan.job.cross_partition_state
-    stocks = {
-        kind: state.stock(plan.states, plan.before, CROSS_PARTITION, kind, schema, ()) for kind, schema in kinds.items()
-    }
-    known = {kind: stock.present for kind, stock in stocks.items()}
+    stocks = state.stocks(plan.states, plan.before, CROSS_PARTITION, kinds, {})
+    known = {kind: state.Taken(stock.is_there, stock.present) for kind, stock in stocks.items()}
     handed = {table: staged(plan, table) for table in plan.job.hands}
-    output = declared(plan.job.cross_partition(handed, registry, known, plan.context), plan.job, kinds)
+    given = plan.job.cross_partition(handed, registry, {kind: one.rows for kind, one in known.items()}, plan.context)
+    output = declared(given, plan.job, kinds)
     for table, frame in output.tables.items():
-        keep_rows([frame], table, plan, CROSS_PARTITION)
-    changes = [
-        state.changed(stocks[kind], stocks[kind].is_there, frame, CROSS_PARTITION, kind, ())
-        for kind, frame in output.state.items()
-        if frame is not known[kind] and not (frame.is_empty() and known[kind].is_empty())
-    ]
-    return state.write(plan.states, plan.number, changes)
+        _keep_rows([frame], table, plan, CROSS_PARTITION)
+    changed = state.changes(CROSS_PARTITION, stocks, known, output.state, {})
+    return state.write(plan.states, plan.key.number, changed)
 
 
 def staged(plan: BatchPlan, table: str) -> pl.DataFrame:
@@ -285,7 +282,7 @@ def staged(plan: BatchPlan, table: str) -> pl.DataFrame:
     return pl.concat([schema.to_frame(), *[pl.read_parquet(part, hive_partitioning=False) for part in parts]])
 
 
-def keep_rows(frames: list[pl.DataFrame], table: str, plan: BatchPlan, name: str) -> None:
+def _keep_rows(frames: list[pl.DataFrame], table: str, plan: BatchPlan, name: str) -> None:
     """Writes rows of a table to staging, a file per date."""
     if not any(len(frame) for frame in frames):
         return
@@ -295,11 +292,3 @@ def keep_rows(frames: list[pl.DataFrame], table: str, plan: BatchPlan, name: str
     for date in days:
         those = rows if len(days) == 1 else rows.filter(dates.is_null() if date is None else dates == date)
         written(those, plan.staging / table / f"date={date or NO_DATE}" / f"{name}.parquet")
-
-
-def written(frame: pl.DataFrame, path: Path) -> None:
-    """Writes a file of rows in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    frame.write_parquet(part, compression=COMPRESSION)
-    part.rename(path)

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 
 import polars as pl
@@ -62,10 +63,9 @@ class Runner:
         self._clocks: dict[str, pl.DataFrame] = {}
         self._registry: RegistryFiles | None = None
         self._current: dict[tuple[str, str], state.Kept] = {}
-        last = checkpoints.last_commit(self.checkpoint)
-        self._last = -1 if last is None else last
+        self._last = -1
 
-    @property
+    @cached_property
     def query_id(self) -> str:
         """The id in the names of its files."""
         return checkpoints.query_id(self.checkpoint)
@@ -96,7 +96,12 @@ class Runner:
                 for name in self._partitions(source.topic):
                     self._clocks[name] = self._kind(name, CLOCKS, source).present
         self.tidy()
-        metrics.stands(self.job.name, self._last, state.rows_of(self._before), self.place)
+        if last is not None:
+            metrics.stands(self.job.name, last, state.rows_of(self._before))
+
+    def where(self) -> Offsets:
+        """Its place, for who asks now and then."""
+        return self.place
 
     def _partitions(self, topic: Topic) -> list[str]:
         """Names of the partitions that have state."""
@@ -105,11 +110,6 @@ class Runner:
     def _kind(self, partition: str, kind: str, source: Source) -> state.Stock:
         by = source.keys.get(kind, ())
         return state.stock(self._states, self._before, partition, kind, source.kept[kind], by)
-
-    def stand(self, place: Offsets) -> None:
-        """Goes on from another place: what it has never read begins there, or what it has not read is gone."""
-        self.place = place
-        metrics.stands(self.job.name, self._last, state.rows_of(self._before), place)
 
     def unfinished(self) -> list[Range]:
         """What a batch that was begun and is not done takes: it comes first; nothing where there is none."""
@@ -137,7 +137,7 @@ class Runner:
         planned_at = checkpoints.planned_at(self.checkpoint, key.number)
         over = watermarks(self._clocks.values(), self.settings.allowed_lateness_s, planned_at)
         context = BatchContext(self.settings, over, close_all, is_anew=registry != self._registry)
-        return BatchPlan(self.job, context, key.number, self._before, self._states, key.attempt, key.staging)
+        return BatchPlan(self.job, context, key, planned_at, self._before, self._states, key.staging)
 
     def finish(self, plan: BatchPlan, done: list[Done], registry: RegistryFiles, began: float) -> None:
         """Makes a batch visible whose partitions are done, and commits it.
@@ -148,32 +148,31 @@ class Runner:
             registry: files of the registry.
             began: when the tasks began, on the monotonic clock.
         """
-        key = BatchKey(self.job.name, self.query_id, f"{plan.number:08d}", plan.attempt)
-        buckets, after = self._published(plan, key, done, registry)
-        checkpoints.commit(self.checkpoint, plan.number, after)
+        number = plan.key.number
+        buckets, after = self._published(plan, done, registry)
+        checkpoints.commit(self.checkpoint, number, after)
         state.forget(self._states, self._before, after)
-        self._before, self._last, self._registry = after, plan.number, registry
-        self.place = checkpoints.offsets_after(self.checkpoint, plan.number)
+        self._before, self._last, self._registry = after, number, registry
         for each in done:
             self._clocks |= each.clocks
         seconds = round(time.monotonic() - began, 2)
         newest = plan.context.watermarks.get_column("watermark").max()
-        watermark = newest if isinstance(newest, datetime) else None
-        metrics.stands(self.job.name, plan.number, state.rows_of(after), self.place)
-        metrics.batch(self.job.name, seconds, buckets, watermark)
-        since_s = time.time() - checkpoints.planned_at(self.checkpoint, plan.number).timestamp()
+        metrics.stands(self.job.name, number, state.rows_of(after))
+        metrics.batch(self.job.name, seconds, buckets, newest if isinstance(newest, datetime) else None)
+        self.place = checkpoints.offsets_after(self.checkpoint, number)  # counted first: then it is no longer behind
+        since_s = time.time() - plan.planned_at.timestamp()
         counts = [sum(each) for each in zip(*[one.ages for one in done], strict=True)]
         metrics.visible(self.job.name, [age_s + since_s for age_s in AGES_S], counts)
-        log.info("batch", job=self.job.name, batch=plan.number, received=sum(buckets.values()), seconds=seconds)
+        log.info("batch", job=self.job.name, batch=number, received=sum(buckets.values()), seconds=seconds)
         if self._merger:
-            self._merger.merge(before=plan.number - 1)  # whose commit may be damaged, and is then done again
-        self._forget_flushes(plan.number - 1)
+            self._merger.merge(before=number - 1)  # whose commit may be damaged, and is then done again
+        self._forget_flushes(number - 1)
 
     def _published(
-        self, plan: BatchPlan, key: BatchKey, done: list[Done], registry: RegistryFiles
+        self, plan: BatchPlan, done: list[Done], registry: RegistryFiles
     ) -> tuple[dict[str, int], state.Manifest]:
         """Renames rows into their tables. Returns the records by bucket, and what the batch leaves."""
-        job = self.job
+        job, key = self.job, plan.key
         changed = [change for each in done for change in each.kept]
         if job.cross_partition:
             changed += across(plan, newest_registry(registry))
@@ -185,8 +184,8 @@ class Runner:
         for table in job.tables:
             folders += rename_in(table, key)
         lines = [line for each in done for line in each.lines]
-        folders += self._publish_accounting(lines, key)
-        shutil.rmtree(key.staging, ignore_errors=True)
+        folders += self._publish_accounting(lines, plan)
+        shutil.rmtree(plan.staging, ignore_errors=True)
         self._is_first = False
         if self._merger is None:  # finds what is there, these too
             tables = [*job.tables, "accounting"]
@@ -198,7 +197,7 @@ class Runner:
             buckets[bucket] = buckets.get(bucket, 0) + records
         return buckets, state.merged(plan.before, changed)
 
-    def _publish_accounting(self, lines: list[tuple[str | None, str, int]], key: BatchKey) -> list[Path]:
+    def _publish_accounting(self, lines: list[tuple[str | None, str, int]], plan: BatchPlan) -> list[Path]:
         """Writes the batch's lines. Returns their folder."""
         runs: dict[str | None, dict[str, int]] = {}
         for run_id, bucket, records in lines:
@@ -206,11 +205,17 @@ class Runner:
         if not runs:
             return []
         rows = [
-            {"run_id": run, "stage": self.job.name, "batch": str(key), "received": sum(buckets.values()), **buckets}
+            {
+                "run_id": run,
+                "stage": self.job.name,
+                "batch": str(plan.key),
+                "received": sum(buckets.values()),
+                **buckets,
+            }
             for run, buckets in sorted(runs.items(), key=lambda item: item[0] or "")
         ]
-        day = checkpoints.planned_at(self.checkpoint, key.number).date()
-        return publish_small(pa.Table.from_pylist(rows, ACCOUNTING), "accounting", key, day.isoformat())
+        day = plan.planned_at.date().isoformat()
+        return publish_small(pa.Table.from_pylist(rows, ACCOUNTING), "accounting", plan.key, day)
 
     def write_current(self) -> None:
         """Writes the tables that have their newest version only, of the partitions whose state has changed since."""
@@ -244,9 +249,8 @@ class Runner:
 
     def finish_flush(self, plan: BatchPlan, done: list[Done], registry: RegistryFiles) -> None:
         """Makes visible what a flush has closed."""
-        key = BatchKey(self.job.name, self.query_id, f"{plan.number:08d}f", plan.attempt)
-        _, after = self._published(plan, key, done, registry)
-        checkpoints.write(self._flushed(plan.number), json.dumps(after))
+        _, after = self._published(plan, done, registry)
+        checkpoints.write(self._flushed(plan.key.number), json.dumps(after))
         self.resume()
 
     @property

@@ -84,12 +84,23 @@ class Stock:
 
     def found(self, hashes: pl.Series, due: pl.Expr | None) -> NDArray[np.bool_]:
         """Which rows are there and have one of these keys, or are due."""
-        if self.hashes is None:
-            return self.is_there
+        assert self.hashes is not None
         found = self.hashes.is_in(hashes.implode())
         if due is not None:
             found |= self.rows.select(due.fill_null(False)).to_series()
         return found.to_numpy() & self.is_there
+
+
+class Taken(NamedTuple):
+    """What a rule is handed of a kind of state of a partition.
+
+    Attributes:
+        which: rows of the chain.
+        rows: these, or some of them: the others are gone.
+    """
+
+    which: NDArray[np.bool_]
+    rows: pl.DataFrame
 
 
 class Changed(NamedTuple):
@@ -149,6 +160,15 @@ def stock(folder: Path, manifest: Manifest, partition: str, kind: str, schema: p
     return found
 
 
+def stocks(
+    folder: Path, manifest: Manifest, partition: str, kinds: Mapping[str, pl.Schema], keys: Mapping[str, Sequence[str]]
+) -> dict[str, Stock]:
+    """All kinds of state of a partition; see `stock`."""
+    return {
+        kind: stock(folder, manifest, partition, kind, schema, keys.get(kind, ())) for kind, schema in kinds.items()
+    }
+
+
 def _entry(file: Path, partition: str, kind: str) -> tuple[NDArray[np.uint32] | None, pl.DataFrame]:
     with zipfile.ZipFile(file) as members:
         gone, rows = (f"{partition}/{kind}/{member}" for member in (GONE, ROWS))
@@ -156,45 +176,61 @@ def _entry(file: Path, partition: str, kind: str) -> tuple[NDArray[np.uint32] | 
         return places, pl.read_ipc(members.read(rows))
 
 
-def changed(
-    before: Stock, taken: NDArray[np.bool_], given: pl.DataFrame, partition: str, kind: str, by: Sequence[str]
-) -> Changed:
-    """A kind of state in which rows were replaced.
+def changes(
+    partition: str,
+    before: Mapping[str, Stock],
+    handed: Mapping[str, Taken],
+    after: Mapping[str, pl.DataFrame],
+    keys: Mapping[str, Sequence[str]],
+) -> list[Changed]:
+    """The kinds of state of a partition that are not what they were.
 
     Args:
-        before: what was there.
-        taken: which rows of the chain were.
-        given: what came for them.
         partition: whose.
-        kind: which.
-        by: columns of its key.
+        before: what was there, by kind.
+        handed: what of it.
+        after: what came for that; where it is the same frame nothing did, and what is not there stays.
+        keys: columns of the keys.
     """
+    found = []
+    for kind, given in after.items():
+        stock, (which, rows), by = before[kind], handed[kind], keys.get(kind, ())
+        taken = int(which.sum())
+        is_same = len(rows) == taken if given is rows else not taken and given.is_empty()
+        if not is_same:
+            gone, new = _replaced(stock, which, given, by)
+            grown = Stock.anew(new, by) if gone is None else stock.grown(gone, new, by)
+            found.append(Changed(partition, kind, gone, new, grown))
+    return found
+
+
+def _replaced(
+    before: Stock, taken: NDArray[np.bool_], given: pl.DataFrame, by: Sequence[str]
+) -> tuple[NDArray[np.uint32] | None, pl.DataFrame]:
+    """What a file says of a chain in which rows were replaced: what is gone, and the new rows."""
     present = int(before.is_there.sum()) - int(taken.sum()) + len(given)
     is_long = len(before.files) >= LONGEST_CHAIN or len(before.rows) + len(given) > MOST_ROWS * present
-    if not by or not before.files or is_long or present <= SMALL_ROWS:
-        rest = before.rows.filter(pl.Series(before.is_there & ~taken))
-        rows = pl.concat([rest, given], rechunk=True) if len(rest) else given.rechunk()
-        return Changed(partition, kind, None, rows, Stock.anew(rows, by))
-    gone = np.flatnonzero(taken).astype(np.uint32)
-    new = given.rechunk()
-    return Changed(partition, kind, gone, new, before.grown(gone, new, by))
+    if by and before.files and not is_long and present > SMALL_ROWS:
+        return np.flatnonzero(taken).astype(np.uint32), given.rechunk()
+    rest = before.rows.filter(pl.Series(before.is_there & ~taken))
+    return None, pl.concat([rest, given], rechunk=True) if len(rest) else given.rechunk()
 
 
-def write(folder: Path, batch: int, changes: Sequence[Changed]) -> list[Change]:
+def write(folder: Path, batch: int, changed: Sequence[Changed]) -> list[Change]:
     """Writes a file of a batch's state, where something changed. Returns what lies where now.
 
     Args:
         folder: of the query's state.
         batch: its number.
-        changes: of the partitions of a task.
+        changed: of the partitions of a task.
     """
-    if not changes:
+    if not changed:
         return []
     name = f"{batch:08d}-{uuid.uuid4().hex[:12]}.zip"
     folder.mkdir(parents=True, exist_ok=True)
     part, written = folder / f"{name}.part", []
     with zipfile.ZipFile(part, "w") as members:
-        for change in changes:
+        for change in changed:
             after = replace(change.stock, files=(*change.stock.files, name))
             _known[folder, change.partition, change.kind] = after
             place = f"{change.partition}/{change.kind}"

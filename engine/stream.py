@@ -34,7 +34,6 @@ from engine.checkpoint import (
     offsets_after,
     planned_at,
     ranges,
-    require_whole,
 )
 from engine.job import StreamingJob
 from engine.partition_tasks import Done, Fetch, MicroBatch
@@ -60,9 +59,8 @@ BACKLOG = 1 / 2
 """Of the most records of a micro-batch; when so many came, the next one does not wait."""
 
 
-CURRENT = 20
-"""Times as long as it took, a table of the newest rows only is left as it is: its rows are written a twentieth of the
-time, however many they are."""
+CURRENT_SHARE = 1 / 20
+"""Of the time that tables of the newest rows only are written, however many rows they have."""
 
 
 class Stream:
@@ -87,7 +85,7 @@ class Stream:
         self.runners = list(runners)
         self.settings = settings = runners[0].settings
         self._fetch = fetch or partial(fetched, bootstrap=settings.kafka_bootstrap, accept_loss=settings.accept_loss)
-        self._plans = home() / "state" / "queries" / "-".join(sorted(runner.job.name for runner in runners))
+        self._checkpoint = home() / "state" / "queries" / "-".join(sorted(runner.job.name for runner in runners))
         self._is_over = is_over
         self._end: Offsets | None = None
         self._hurry = threading.Event()
@@ -101,10 +99,9 @@ class Stream:
         """Names of all that is read."""
         return {topic for runner in self.runners for topic in runner.topics}
 
-    def resume(self) -> None:
-        """Every job stands where it was; a flush that an earlier process began and did not end is done."""
+    def finish_flushes(self) -> None:
+        """Does the flushes that an earlier process began and did not end; the jobs have resumed."""
         for runner in self.runners:
-            runner.resume()
             if runner.is_flush_begun:
                 self.flush(runner)
 
@@ -122,13 +119,13 @@ class Stream:
             metrics.alive(runner.job.name, self._alive)
             if left := runner.unfinished():
                 self._batch([runner], left, datetime.now(UTC))
-            runner.stand(self._begin(runner, oldest, newest))
+            runner.place = self._begin(runner, oldest, newest)
         furthest: Offsets = {}
         for runner in self.runners:
             furthest |= {at: max(offset, furthest.get(at, 0)) for at, offset in runner.place.items()}
         for runner in self.runners:
             goal = {at: offset for at, offset in furthest.items() if at[0] in runner.topics}
-            if behind := sum(each.end_offset - each.start_offset for each in ranges(runner.place, goal)):
+            if behind := sum(each.records for each in ranges(runner.place, goal)):
                 log.info("catches up", job=runner.job.name, records=behind)
             while (left := ranges(runner.place, goal)) and not self._is_over():
                 self._batch([runner], bounded(left, self.settings.max_offsets_per_trigger), datetime.now(UTC))
@@ -159,7 +156,7 @@ class Stream:
         """
         assert self.session
         settings = self.settings
-        shutil.rmtree(self._plans, ignore_errors=True)
+        shutil.rmtree(self._checkpoint, ignore_errors=True)
         place = {at: offset for runner in self.runners for at, offset in runner.place.items()}
         records = (
             self.session.readStream.format("kafka")
@@ -171,7 +168,7 @@ class Stream:
         )
         return (
             records.writeStream.queryName("-".join(runner.job.name for runner in self.runners))
-            .option("checkpointLocation", uri(self._plans))
+            .option("checkpointLocation", uri(self._checkpoint))
             .trigger(processingTime=f"{min(LOOK_S, settings.trigger_s)} seconds")
             .foreachBatch(self._take)
             .start()
@@ -184,11 +181,11 @@ class Stream:
     def _take(self, _: DataFrame, number: int) -> None:
         """Spark has planned a micro-batch; its records are not asked of Spark, the tasks fetch them."""
         began = time.monotonic()
-        ends = offsets_after(self._plans, number)
+        ends = offsets_after(self._checkpoint, number)
         self._begin_anew({at[0] for at, offset in self._place().items() if ends.get(at, offset) < offset})
         if self._end is not None:
             ends = {at: min(offset, self._end.get(at, 0)) for at, offset in ends.items()}
-        records = self.process(ends, planned_at(self._plans, number))
+        records = self.process(ends, planned_at(self._checkpoint, number))
         if records < BACKLOG * self.settings.max_offsets_per_trigger:
             took_s = time.monotonic() - began
             self._hurry.wait(min(self.settings.trigger_s, took_s * (1 / SHARE - 1)))
@@ -197,7 +194,7 @@ class Stream:
         """Reads topics from their begin that were made anew meanwhile: Spark lets that pass where loss is accepted."""
         for runner in self.runners if made_anew else []:
             log.warning("records are gone", job=runner.job.name, made_anew=sorted(made_anew))
-            runner.stand({at: 0 if at[0] in made_anew else offset for at, offset in runner.place.items()})
+            runner.place = {at: 0 if at[0] in made_anew else offset for at, offset in runner.place.items()}
 
     def process(self, ends: Offsets, at: datetime) -> int:
         """Does a micro-batch, in batches of at most so many records a topic. Returns how many records came.
@@ -215,7 +212,7 @@ class Stream:
             came = bounded(left, self.settings.max_offsets_per_trigger)
             topics = {each.topic for each in came}
             self._batch([runner for runner in self.runners if runner.topics & topics], came, at)
-            records += sum(each.end_offset - each.start_offset for each in came)
+            records += sum(each.records for each in came)
         return records
 
     def _place(self) -> Offsets:
@@ -241,8 +238,7 @@ class Stream:
         self._is_busy = True
         try:
             plans += [runner.begin(came, at, registry) for runner in runners]
-            planned = planned_at(runners[0].checkpoint, plans[0].number).timestamp()
-            done = self._tasks(MicroBatch(tuple(plans), tuple(came), self._fetch, registry, planned))
+            done = self._tasks(MicroBatch(tuple(plans), tuple(came), self._fetch, registry))
             for runner, plan in zip(runners, plans, strict=True):
                 mine = [each for each in done if each.job == runner.job.name]
                 runner.finish(plan, mine, registry, began)
@@ -259,11 +255,7 @@ class Stream:
         plan = runner.flush_plan(registry)
         if plan is None:
             return
-        try:
-            done = self._tasks(MicroBatch((plan,), (), self._fetch, registry, time.time()))
-            runner.finish_flush(plan, done, registry)
-        finally:
-            runner.tidy()
+        runner.finish_flush(plan, self._tasks(MicroBatch((plan,), (), self._fetch, registry)), registry)
 
     def _tasks(self, micro_batch: MicroBatch) -> list[Done]:
         try:
@@ -282,7 +274,7 @@ class Stream:
             for runner in self.runners:
                 runner.write_current()
             now = time.monotonic()
-            self._current_due = now + (now - began) * CURRENT
+            self._current_due = now + (now - began) * (1 / CURRENT_SHARE - 1)
         finally:
             self._turn.release()
 
@@ -310,9 +302,8 @@ def bounded(left: list[Range], most: int) -> list[Range]:
     """The first of these records: of each topic so many, of each of its partitions a share, at least one."""
     found = []
     for each in left:
-        records = each.end_offset - each.start_offset
-        of_topic = sum(other.end_offset - other.start_offset for other in left if other.topic == each.topic)
-        share = records if of_topic <= most else max(1, records * most // of_topic)
+        of_topic = sum(other.records for other in left if other.topic == each.topic)
+        share = each.records if of_topic <= most else max(1, each.records * most // of_topic)
         found.append(each._replace(end_offset=each.start_offset + share))
     return found
 
@@ -408,17 +399,19 @@ def only_one(*jobs: str) -> Iterator[None]:
 def _run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
     runners = [Runner(job, settings) for job in jobs]
     for runner in runners:
-        require_whole(runner.job.name, runner.job.version, runner.checkpoint)
+        runner.resume()
     stop, flush = asked_to_end(), threading.Event()
     if settings.flush:
         flush.set()
     signal.signal(signal.SIGUSR1, lambda *_: flush.set())
     session = spark_session("meterstream-" + "-".join(job.name for job in jobs), JAVA_OPTIONS)
-    metrics.watch_lag(settings.kafka_bootstrap)
+    lag = metrics.Lag(settings.kafka_bootstrap)
+    for runner in runners:
+        lag.watch(runner.job.name, runner.where)
     if settings.metrics_port:
         metrics.serve(settings.metrics_port, settings.listen)
     stream = Stream(session, runners, is_over=lambda: stop.is_set() and not flush.is_set())
-    stream.resume()
+    stream.finish_flushes()
     flushed_mark().unlink(missing_ok=True)
     topics = {topic for job in jobs for topic in job.topics}
     queries: list[StreamingQuery] = []

@@ -12,6 +12,7 @@ from schemas.topics import Topic
 
 NO_LEADER_S = 30.0
 ANSWER_S = 10.0
+OLDEST, NEWEST = OffsetSpec.earliest(), OffsetSpec.latest()  # type: ignore[no-untyped-call]
 Offsets = dict[tuple[str, int], int]
 """Topic and partition → the offset that its next record gets."""
 
@@ -27,12 +28,12 @@ def newest_offsets(kafka: str | AdminClient, topics: Iterable[Topic], patience_s
     Raises:
         RetryLater: Kafka does not say. Just started, it may not know a partition's leader: it is asked for a while.
     """
-    return _asked(kafka, topics, patience_s, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+    return _asked(kafka, topics, patience_s, NEWEST)
 
 
 def oldest_offsets(kafka: str | AdminClient, topics: Iterable[Topic], patience_s: float | None = None) -> Offsets:
     """The first offset that Kafka still has of every partition; arguments and errors of `newest_offsets`."""
-    return _asked(kafka, topics, patience_s, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
+    return _asked(kafka, topics, patience_s, OLDEST)
 
 
 def _asked(kafka: str | AdminClient, topics: Iterable[Topic], patience_s: float | None, spec: OffsetSpec) -> Offsets:
@@ -63,7 +64,7 @@ def ends_of(client: AdminClient, places: Iterable[tuple[str, int]], timeout_s: f
     Raises:
         KafkaException: Kafka does not say.
     """
-    return _offsets(client, places, OffsetSpec.latest(), timeout_s)  # type: ignore[no-untyped-call]
+    return _offsets(client, places, NEWEST, timeout_s)
 
 
 def _offsets(client: AdminClient, places: Iterable[tuple[str, int]], spec: OffsetSpec, timeout_s: float) -> Offsets:

@@ -71,6 +71,11 @@ class Range(NamedTuple):
     start_offset: int
     end_offset: int
 
+    @property
+    def records(self) -> int:
+        """How many there are, where no offset is left out."""
+        return self.end_offset - self.start_offset
+
 
 def fetched(place: Range, bootstrap: str, accept_loss: bool) -> pa.Table:
     """The records of a range, columns `KAFKA`, in the order of their offsets.

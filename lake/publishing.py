@@ -97,11 +97,15 @@ def publish_small(rows: pa.Table, table: str, key: BatchKey, date: str) -> list[
 
 def replace(table: str, name: str, rows: pl.DataFrame) -> None:
     """Replaces a file of a table that has its newest version only, in one step."""
-    staged = home() / "staging" / f"{table}-{name}"
-    for path in (staged, table_path(table) / name):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    rows.write_parquet(staged, compression=COMPRESSION)
-    staged.rename(table_path(table) / name)
+    written(rows, table_path(table) / name)
+
+
+def written(rows: pl.DataFrame, path: Path) -> None:
+    """Writes a file of rows: whoever looks for it finds all of it, or what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    rows.write_parquet(part, compression=COMPRESSION)
+    part.rename(path)
 
 
 def exchange(one: Path, other: Path) -> None:

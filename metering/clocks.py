@@ -15,14 +15,13 @@ def is_impossible(max_ahead_s: int, max_behind_s: int) -> pl.Expr:
     return (ahead_us > max_ahead_s * 1_000_000) | (ahead_us < -max_behind_s * 1_000_000)
 
 
-def watermark_of(watermarks: pl.DataFrame, column: str = "watermark") -> pl.Expr:
+def watermark_of(watermarks: pl.DataFrame) -> pl.Expr:
     """The watermark of a row's run_id; null where its run has none.
 
     Args:
-        watermarks: run_id, and the column that is wanted.
-        column: which.
+        watermarks: run_id, watermark.
     """
-    known = watermarks.select("run_id", column).drop_nulls(column)
+    known = watermarks.select("run_id", "watermark").drop_nulls("watermark")
     runs, ends = (known.get_column(name).to_list() for name in known.columns)
     if len(runs) > FEW_RUNS:
         return pl.col("run_id").replace_strict(runs, ends, default=None, return_dtype=STAMP)

@@ -74,7 +74,8 @@ def jobs(text: str) -> list[JobMetrics]:
         return found[name] if isfinite(found.get(name, nan)) else None
 
     def whole(found: dict[str, float], name: str) -> int | None:
-        return int(found[name]) if isfinite(found.get(name, nan)) else None
+        value = finite(found, name)
+        return None if value is None else int(value)
 
     return [
         JobMetrics(

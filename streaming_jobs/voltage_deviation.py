@@ -54,12 +54,12 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context
 
 def over(context: BatchContext) -> pl.Expr:
     """Samples of windows that are over now."""
-    return windows.is_over(context.watermarks)
+    return windows.is_over(context.watermarks, windows.window_start())
 
 
-def forgotten(context: BatchContext) -> pl.Expr:
+def no_longer_early(context: BatchContext) -> pl.Expr:
     """Windows closed by a flush that would be over by now."""
-    return windows.is_past(context.watermarks)
+    return windows.is_over(context.watermarks, pl.col("window_start"))
 
 
 def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
@@ -89,7 +89,7 @@ JOB = StreamingJob(
             columns=(*SAMPLED, "equipment_id", *windows.COUNTERS),
             state={"sample": SAMPLE, "closed": CLOSED, "counter": windows.COUNTER},
             by={"sample": IDENTITY, "closed": ("meter_id",), "counter": ("meter_id",)},
-            due={"sample": over, "closed": forgotten},
+            due={"sample": over, "closed": no_longer_early},
             refuses_impossible_clocks=True,
             deduplicate_on=IDENTITY,
             compares=tuple(windows.VOLTAGES),

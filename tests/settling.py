@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from engine.batch import Arrived, contract, declared
 from engine.decoding import decoded
 from engine.job import CLOCKS, BatchContext, StreamingJob
-from engine.lots import Part, done, taken
+from engine.lots import Part, applied, taken, together
 from engine.settings import StreamSettings
 from engine.state import Stock
 from engine.watermark import watermarks
@@ -86,16 +86,18 @@ class Settling:
             source = self.job.source(topic)
             is_here = (pc.field("topic") == topic) & pc.field("partition").isin(partitions)
             arrived = Arrived(decoded(records.filter(is_here), source.topic))
+            begin = dict(arrived.rows.group_by("partition").agg(pl.col("offset").min()).iter_rows())
             parts = [
-                Part(f"{topic}-{number}", number, arrived.oldest.get(number), self.stocks[topic, number])
+                Part(f"{topic}-{number}", number, begin.get(number), self.stocks[topic, number])
                 for number in partitions
             ]
             found = [
                 taken(part, source, arrived, replace(context, close_all=close_all or self.is_handed_all))
                 for part in parts
             ]
-            out = done(parts, found, arrived, self.job, source, self.registry, context)
-            for change in out.changes:
+            known = together(source, found)
+            out = applied(parts, found, known, arrived, self.job, source, self.registry, context)
+            for change in out.changed:
                 place = topic, int(change.partition.rpartition("-")[2])
                 self.stocks[place][change.kind] = replace(change.stock, files=(*change.stock.files, "a file"))
                 assert change.new.schema == source.kept[change.kind], f"{self.job.name}: state {change.kind}"

@@ -62,7 +62,7 @@ def jobs(what: str, work: str, topic: str) -> None:
     session = spark_session(f"bench-{work}", JAVA_OPTIONS)
     runner = Told(of_topic(job, topic), load(StreamSettings))
     stream = Stream(session, [runner])
-    stream.resume()
+    runner.resume()
     kafka, topics = runner.settings.kafka_bootstrap, runner.job.topics
     stream.catch_up(oldest_offsets(kafka, topics), newest_offsets(kafka, topics))
     query = stream.start()

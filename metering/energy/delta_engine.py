@@ -228,12 +228,12 @@ def steps(readings: pl.DataFrame, baseline: pl.DataFrame) -> Result:
         )
     )  # fmt: skip
     broken = ordered.filter(~plain).get_column("series").unique()
-    easy, walked = ordered, []
+    whole, walked = ordered, []
     if len(broken):
         is_broken = ordered.get_column("series").is_in(broken.implode())
-        easy = ordered.filter(~is_broken)
+        whole = ordered.filter(~is_broken)
         walked = [_walked(group) for group in ordered.filter(is_broken).partition_by("series", maintain_order=True)]
-    easy = _easy(easy)
+    easy = _easy(whole)
     last_of_series = (pl.col("series") != pl.col("series").shift(-1)).fill_null(True)
     ends = pl.concat([easy.filter(last_of_series), *[_end(group) for group in walked]], how="diagonal")
     newest = ends.select(

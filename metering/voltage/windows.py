@@ -76,19 +76,14 @@ class ClosedWindows(NamedTuple):
     closed: pl.DataFrame
 
 
-def is_over(watermarks: pl.DataFrame, column: str = "watermark") -> pl.Expr:
-    """True of a sample or window whose end a watermark has reached.
+def is_over(watermarks: pl.DataFrame, start: pl.Expr) -> pl.Expr:
+    """True of a window whose end the watermark of its run has reached.
 
     Args:
-        watermarks: per run_id.
-        column: which of its watermarks.
+        watermarks: per run_id `watermark`.
+        start: begin of the window: of a sample `window_start()`.
     """
-    return (window_start() + WINDOW <= watermark_of(watermarks, column)).fill_null(False)
-
-
-def is_past(watermarks: pl.DataFrame) -> pl.Expr:
-    """True of a window, by its window_start, whose end the watermark of its run has reached."""
-    return (pl.col("window_start") + WINDOW <= watermark_of(watermarks)).fill_null(False)
+    return (start + WINDOW <= watermark_of(watermarks)).fill_null(False)
 
 
 def close_windows(
@@ -116,17 +111,18 @@ def close_windows(
     again = with_seen(readings.select(samples.columns), samples, ["meter_id", "observed_at"], VOLTAGES)
     marked = readings.with_columns(seen=pl.coalesce("seen", again.get_column("seen")))
     fresh = marked.filter(pl.col("seen").is_null()).select(*samples.columns, window_start=window_start())
-    was_over = fresh.select(is_over(watermarks)).to_series()
+    is_past = is_over(watermarks, pl.col("window_start"))
+    was_over = fresh.select(is_past).to_series()
     if len(closed):
         early = fresh.join(closed.select(*window, is_early=pl.lit(True)), on=window, how="left", nulls_equal=True,
                            maintain_order="left")  # fmt: skip
         was_over |= early.get_column("is_early").fill_null(False)
     late = fresh.filter(was_over).select(*PLACE, is_late=pl.lit(True))
     held = pl.concat([samples.with_columns(window_start=window_start()), fresh.filter(~was_over)])
-    ends = pl.lit(True) if close_all else is_over(watermarks)
+    ends = pl.lit(True) if close_all else is_past
     closing = held.filter(ends)
     newly_early = closing.select(window).unique() if close_all else closed.clear()
-    still_early = closed.filter(~is_past(watermarks))
+    still_early = closed.filter(~is_past)
     return ClosedWindows(
         windows(closing.join(registry, on="meter_id", how="left")),
         marked.join(late, on=PLACE, how="left").with_columns(

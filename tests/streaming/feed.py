@@ -131,7 +131,9 @@ def run(session: SparkSession, feed: Feed, *jobs: StreamingJob) -> Runner:
 def take(session: SparkSession | None, feed: Feed, *runners: Runner) -> None:
     """Takes what there is: what only some of the jobs have taken first, then batch by batch."""
     stream = Stream(session, runners, feed.fetch)
-    stream.resume()
+    for runner in runners:
+        runner.resume()
+    stream.finish_flushes()
     stream.catch_up({}, feed.ends[-1])
     for ends in feed.ends:
         stream.process(ends, PLANNED_AT)

@@ -14,7 +14,7 @@ def metrics_of(name: str) -> JobMetrics:
 
 
 def test_a_batch_tells_how_much_it_took_and_how_fast() -> None:
-    metrics.stands("one", 7, 30, {})
+    metrics.stands("one", 7, 30)
     metrics.batch("one", 0.5, {"stored": 90, "late": 10}, datetime(2024, 3, 31, tzinfo=UTC))
     found = metrics_of("one")
     assert (found.batch, found.state_rows, found.records, found.late) == (7, 30, 100, 10)
@@ -22,7 +22,6 @@ def test_a_batch_tells_how_much_it_took_and_how_fast() -> None:
 
 
 def test_before_its_first_batch_a_job_has_no_latency() -> None:
-    metrics.stands("new", -1, 0, {})
     metrics.alive("new", lambda: 1.0)
     assert (metrics_of("new").latency_p50, metrics_of("new").batch) == (None, None)
 

@@ -42,8 +42,9 @@ def batch(folder: Path, number: int, before: state.Manifest, values: dict[str, i
     stock = state.stock(folder, before, "p", "k", SCHEMA, BY)
     touched = pl.Series([*values, *gone], dtype=pl.String).to_frame("key")
     which = stock.found(state.hashes_of(touched, BY), None)
-    change = state.changed(stock, which, rows(values), "p", "k", BY)
-    return state.merged(before, state.write(folder, number, [change]))
+    taken = state.Taken(which, stock.rows.filter(pl.Series(which)))
+    changed = state.changes("p", {"k": stock}, {"k": taken}, {"k": rows(values)}, {"k": BY})
+    return state.merged(before, state.write(folder, number, changed))
 
 
 def held(folder: Path, manifest: state.Manifest) -> dict[str, int]:

@@ -104,7 +104,7 @@ def run(session: SparkSession | None, micro_batch: MicroBatch) -> list[Done]:
         micro_batch: what.
 
     Raises:
-        Py4JJavaError: a task failed.
+        PySparkException, Py4JJavaError: a task failed.
     """
     places = _places(micro_batch)
     if session is None or not places:

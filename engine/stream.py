@@ -20,6 +20,7 @@ from typing import Annotated
 import structlog
 import typer
 from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
@@ -260,7 +261,7 @@ class Stream:
     def _tasks(self, micro_batch: MicroBatch) -> list[Done]:
         try:
             return run_tasks(self.session, micro_batch)
-        except Py4JJavaError as error:
+        except (Py4JJavaError, PySparkException) as error:  # whichever PySpark makes of it
             raise ended(", ".join(plan.job.name for plan in micro_batch.plans), str(error)) from error
 
     def write_current(self, is_last: bool = False) -> None:

@@ -1,9 +1,11 @@
 """However a query dies, it ends with the same rows in the same files as one that was never disturbed."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
@@ -12,13 +14,15 @@ from engine.checkpoint import commit, last_plan, require_whole
 from engine.job import StreamingJob
 from engine.runner import Runner
 from engine.state import _known
+from engine.stream import Stream
+from kafka_io.ranges import Range
 from lake import publishing
 from schemas.codec import encode
-from schemas.errors import StateLost
+from schemas.errors import MeterstreamError, RetryLater, StateLost
 from schemas.tables import ACCOUNTING
 from schemas.topics import DEAD_LETTERS
 from streaming_jobs import consumption_deltas, readings_lake, voltage_deviation
-from tests.streaming.feed import SETTINGS, Feed, at, batches, lake, pair, rows, run, take
+from tests.streaming.feed import PLANNED_AT, SETTINGS, Feed, at, batches, lake, pair, rows, run, take
 
 JOBS = [consumption_deltas.JOB, voltage_deviation.JOB, readings_lake.JOB]
 DIED = "the power is gone"
@@ -47,6 +51,10 @@ def undisturbed(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -
         return found[job.name]
 
     return tables
+
+
+def failing(error: MeterstreamError, _: Range) -> pa.Table:
+    raise error
 
 
 class Mortal:
@@ -122,6 +130,28 @@ def test_a_lost_state_stops_the_job_and_names_the_repair(spark: SparkSession, ho
     with pytest.raises(StateLost, match=rf"^{job.name}: the state in .*{file.name} cannot be read .* Repair: from the"):
         take(None, feed, Runner(job, SETTINGS))
     assert rows("readings") == before
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        (StateLost("one: the state in x cannot be read. Repair: y"), "^one: the state in x cannot be read. Repair: y$"),
+        (StateLost("KAFKA_DATA_LOSS t-0 at offset 7"), "^readings_lake: Kafka no longer has .* KAFKA_DATA_LOSS t-0 at"),
+        (RetryLater("Kafka gives nothing of t-0"), "Kafka gives nothing of t-0"),
+    ],
+    ids=["state", "records", "Kafka"],
+)
+def test_what_a_spark_task_fails_of_is_said_as_what_it_is(
+    spark: SparkSession, home: Path, said: MeterstreamError, sentence: str
+) -> None:
+    feed, job = Feed(), readings_lake.JOB
+    feed.add(batches()[0])
+    one = Runner(job, SETTINGS)
+    one.resume()
+    stream = Stream(spark, [one], partial(failing, said))
+    with pytest.raises(type(said), match=sentence):
+        stream.process(feed.ends[0], PLANNED_AT)
+    assert rows("readings") == []
 
 
 def test_what_comes_twice_is_known_though_the_topic_was_made_anew_between(spark: SparkSession, home: Path) -> None:

@@ -7,6 +7,7 @@ deduplicates, keeps late and quarantined records apart, and counts where each re
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import polars as pl
 import pyarrow as pa
@@ -139,7 +140,7 @@ class Source:
         """What a record of the topic has, and its place in Kafka."""
         return polars_schema(pa.schema([*arrow_schema(self.topic.entity), *KAFKA_PLACE]))
 
-    @property
+    @cached_property
     def kept(self) -> dict[str, pl.Schema]:
         """All kinds of state: the rule's, and the engine's own."""
         own: dict[str, pl.Schema] = {}
@@ -156,7 +157,7 @@ class Source:
         """Whether all that the rule keeps belongs to a meter: then several partitions can be done at once."""
         return all("meter_id" in schema for schema in self.state.values())
 
-    @property
+    @cached_property
     def keys(self) -> dict[str, tuple[str, ...]]:
         """Kind → columns by which rows are found, the engine's own kinds too."""
         return {**self.by, **({MEMORY: self.deduplicate_on} if self.deduplicate_on else {})}

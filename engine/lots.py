@@ -46,15 +46,25 @@ class Applied(NamedTuple):
     clocks: dict[str, pl.DataFrame]
 
 
-def taken(part: Part, source: Source, arrived: Arrived, context: BatchContext) -> dict[str, Taken]:
-    """The state that a rule is handed of a partition, by kind."""
+def taken(parts: Sequence[Part], source: Source, arrived: Arrived, context: BatchContext) -> list[dict[str, Taken]]:
+    """The state that a rule is handed of each partition of a lot, by kind."""
+    due = {kind: is_due(context) for kind, is_due in source.due.items()}
+    return [_taken(part, source, arrived, due, context) for part in parts]
+
+
+def _taken(
+    part: Part, source: Source, arrived: Arrived, due: Mapping[str, pl.Expr], context: BatchContext
+) -> dict[str, Taken]:
+    """The state that a rule is handed of a partition; `due` says kind → rows of which the time has come."""
     found = {}
     for kind, stock in part.stocks.items():
         is_all = kind not in source.keys or context.close_all or (context.is_anew and kind in source.due)
-        if is_all:
+        is_small = part.begin is not None and stock.is_small
+        if is_all or is_small:
             which, rows = stock.is_there, stock.present
         else:
-            which = stock.found(arrived.hashes(source.keys[kind]), _due(kind, part, source, arrived, context))
+            expired = _expired(part, arrived, context) if kind == MEMORY else due.get(kind)
+            which = stock.found(arrived.hashes(source.keys[kind]), expired)
             rows = stock.rows.filter(pl.Series(which))
         if kind == MEMORY and part.begin is not None:  # originals there or behind were of a topic that was made anew
             rows = rows.filter(pl.col("offset") < part.begin)
@@ -62,14 +72,12 @@ def taken(part: Part, source: Source, arrived: Arrived, context: BatchContext) -
     return found
 
 
-def _due(kind: str, part: Part, source: Source, arrived: Arrived, context: BatchContext) -> pl.Expr | None:
-    """Which rows of a kind are due."""
-    if kind == MEMORY:
-        newest = {number: offset for number, offset in arrived.newest.items() if number == part.partition}
-        if part.begin is None or not newest:
-            return None
-        return forgotten(newest, context.settings.recent_records) | (pl.col("offset") >= part.begin)
-    return source.due[kind](context) if kind in source.due else None
+def _expired(part: Part, arrived: Arrived, context: BatchContext) -> pl.Expr | None:
+    """Originals that are remembered no longer."""
+    newest = {number: offset for number, offset in arrived.newest.items() if number == part.partition}
+    if part.begin is None or not newest:
+        return None
+    return forgotten(newest, context.settings.recent_records) | (pl.col("offset") >= part.begin)
 
 
 def together(source: Source, handed: Sequence[Mapping[str, Taken]]) -> dict[str, pl.DataFrame]:

@@ -209,7 +209,7 @@ def _applied(plan: BatchPlan, places: list[Place], arrived: Arrived, registry: R
         )
         for place in places
     ]
-    handed = [lots.taken(part, source, arrived, context) for part in parts]
+    handed = lots.taken(parts, source, arrived, context)
     known = lots.together(source, handed)
     meters = _registry_of(registry, context, source, arrived, known)
     return lots.applied(parts, handed, known, arrived, plan.job, source, meters, context)

@@ -36,7 +36,7 @@ class StreamSettings(ClockSettings):
 
     kafka_bootstrap: str
     trigger_s: float = Field(5, ge=0, le=86_400)
-    max_offsets_per_trigger: int = Field(100_000, ge=1)
+    max_offsets_per_trigger: int = Field(400_000, ge=1)
     allowed_lateness_s: int = Field(1_800, ge=0)
     merge_files: int = Field(64, ge=2)
     recent_records: int = Field(10_000, ge=0)

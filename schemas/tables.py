@@ -6,6 +6,8 @@ newest version only (`latest_readings`) has no days: `lake/<table>/*.parquet`. W
 these columns before it is written.
 """
 
+from functools import cache
+
 import polars as pl
 import pyarrow as pa
 
@@ -24,8 +26,9 @@ def _nullable(entity: str) -> list[pa.Field]:
     return [field.with_nullable(True) for field in arrow_schema(entity)]
 
 
+@cache
 def polars_schema(schema: pa.Schema) -> pl.Schema:
-    """The Polars form of a table's columns."""
+    """The Polars form of a table's columns; the same one each time, to read."""
     return pl.Schema(schema)
 
 

@@ -66,9 +66,11 @@ def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, conte
     """Roll-ups of the windows that are over, and who is out of step."""
     if handed["voltage_windows"].is_empty():
         return Output(tables={})
+    concerned = handed["voltage_windows"].get_column("meter_id").unique()
+    known = registry.filter(pl.col("meter_id").is_in(concerned.implode()))
     members = pl.concat(
         [
-            registry.select("meter_id", level=pl.lit(level.value), group_id=f"{level.value}_id").drop_nulls("group_id")
+            known.select("meter_id", level=pl.lit(level.value), group_id=f"{level.value}_id").drop_nulls("group_id")
             for level in GridLevel
         ]
     ).with_columns(group=pl.format("{}/{}", "level", "group_id"))

@@ -91,10 +91,8 @@ class Settling:
                 Part(f"{topic}-{number}", number, begin.get(number), self.stocks[topic, number])
                 for number in partitions
             ]
-            found = [
-                taken(part, source, arrived, replace(context, close_all=close_all or self.is_handed_all))
-                for part in parts
-            ]
+            asked = replace(context, close_all=close_all or self.is_handed_all)
+            found = taken(parts, source, arrived, asked)
             known = together(source, found)
             out = applied(parts, found, known, arrived, self.job, source, self.registry, context)
             for change in out.changed:

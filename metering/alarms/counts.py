@@ -37,7 +37,8 @@ class Counts(NamedTuple):
 
 def placed(changes: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
     """Changes of alarms, or events, with transformer_id and feeder_id of their meters."""
-    places = registry.select("meter_id", "transformer_id", "feeder_id")
+    concerned = pl.col("meter_id").is_in(changes.get_column("meter_id").implode())  # few of a large registry
+    places = registry.filter(concerned).select("meter_id", "transformer_id", "feeder_id")
     return changes.join(places, on="meter_id", how="left", maintain_order="left")
 
 

@@ -149,33 +149,59 @@ def derived_alarms(
 def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
     """The readings in order, with what the conditions speak of: limits, load, registers before."""
     named = pl.when(pl.col("equipment_id") != "").then("equipment_id")
-    equipment = pl.coalesce(
-        named.forward_fill().over("meter"), "before_equipment", named.drop_nulls().first().over("meter")
-    )
-    said_wh = pl.col("export_wh").forward_fill()
-    same = ["meter", "equipment"]
-    phase_loads = pl.sum_horizontal(LOADS[1:], ignore_nulls=True)
     has_load = pl.any_horizontal(pl.col(LOADS[1:]).is_not_null())
-    measured = (
+    ordered = (
         rows.sort("meter_id", "observed_at")
         .with_columns(meter=pl.col("meter_id").rle_id())  # a number is compared faster than a name
         .with_columns(
             export_wh=pl.when(pl.any_horizontal(pl.col(EXPORTS).is_not_null())).then(pl.sum_horizontal(EXPORTS)),
-            load_w=pl.coalesce("import_w", pl.when(has_load).then(phase_loads)),
-            equipment=equipment,
+            load_w=pl.coalesce("import_w", pl.when(has_load).then(pl.sum_horizontal(LOADS[1:], ignore_nulls=True))),
+            equipment=pl.coalesce(_last_of(named, "meter"), "before_equipment", _next_of(named, "meter")),
         )
         .with_columns(
-            held_wh=pl.when((pl.col("equipment") == pl.col("before_equipment")).fill_null(True)).then("held_wh")
+            held_wh=pl.when((pl.col("equipment") == pl.col("before_equipment")).fill_null(True)).then("held_wh"),
+            is_generator=pl.coalesce("was_generator", _first_of(pl.col("export_wh") > 0, "meter")),
         )
-        .with_columns(
-            before_export_wh=pl.coalesce(said_wh.shift(1).over(same), "held_wh"),
-            held_wh=pl.coalesce(said_wh.over(same), "held_wh"),
-            is_generator=pl.coalesce("was_generator", (pl.col("export_wh") > 0).drop_nulls().first().over("meter")),
+    )
+    is_other = pl.col("equipment").ne_missing(pl.col("equipment").shift(1)) & (pl.col("meter").diff() == 0)
+    is_mixed = ordered.select(is_other.any()).item()
+    by_register = (
+        ordered.sort("meter", "equipment", "observed_at").with_columns(series=pl.struct("meter", "equipment").rle_id())
+        if is_mixed
+        else ordered.with_columns(series="meter")
+    )
+    last_wh = _last_of(pl.col("export_wh"), "series")
+    measured = (
+        by_register.with_columns(
+            before_export_wh=pl.coalesce(_before(last_wh, "series"), "held_wh"), held_wh=pl.coalesce(last_wh, "held_wh")
         )
         .join(registry, on="meter_id", how="left", maintain_order="left")
         .with_columns(max_w=fuses_w())
     )
-    return with_rules(measured)
+    return with_rules(measured.sort("meter", "observed_at") if is_mixed else measured)
+
+
+def _last_of(values: pl.Expr, series: str) -> pl.Expr:
+    """The last known value of a row's series up to the row; rows of a series lie together, its numbers are not null."""
+    is_known = pl.when(values.is_not_null()).then(series).forward_fill() == pl.col(series)
+    return pl.when(is_known).then(values.forward_fill())
+
+
+def _next_of(values: pl.Expr, series: str) -> pl.Expr:
+    """The first known value of a row's series from the row on; see `_last_of`."""
+    is_known = pl.when(values.is_not_null()).then(series).backward_fill() == pl.col(series)
+    return pl.when(is_known).then(values.backward_fill())
+
+
+def _before(values: pl.Expr, series: str) -> pl.Expr:
+    """The value of the row before, of the same series; see `_last_of`."""
+    return pl.when(pl.col(series) == pl.col(series).shift(1)).then(values.shift(1))
+
+
+def _first_of(values: pl.Expr, series: str) -> pl.Expr:
+    """The first known value of a row's series up to the row; see `_last_of`."""
+    is_first = values.is_not_null() & _before(_last_of(values, series), series).is_null()
+    return _last_of(pl.when(is_first).then(values), series)
 
 
 def _held(rows: pl.DataFrame, levels: pl.DataFrame) -> tuple[pl.DataFrame, list[dict[str, Any]]]:

@@ -135,8 +135,9 @@ class Stream:
         """Where a job goes on: its place, and the oldest records of what it has never read.
 
         Raises:
-            StateLost: Kafka no longer has what comes next.
+            StateLost: Kafka no longer has what comes next, or a topic has more partitions than it had.
         """
+        require_same_partitions(runner.place, oldest)
         begin = {at: offset for at, offset in oldest.items() if at[0] in runner.topics}
         made_anew = {at[0] for at, offset in runner.place.items() if offset > newest.get(at, -1)}
         for at, offset in runner.place.items():
@@ -183,6 +184,7 @@ class Stream:
         """Spark has planned a micro-batch; its records are not asked of Spark, the tasks fetch them."""
         began = time.monotonic()
         ends = offsets_after(self._checkpoint, number)
+        require_same_partitions(self._place(), ends)
         self._begin_anew({at[0] for at, offset in self._place().items() if ends.get(at, offset) < offset})
         if self._end is not None:
             ends = {at: min(offset, self._end.get(at, 0)) for at, offset in ends.items()}
@@ -297,6 +299,26 @@ class Stream:
             for at, offset in self._end.items()
             if at[0] in runner.topics
         )
+
+
+def require_same_partitions(place: Offsets, found: Offsets) -> None:
+    """Refuses a topic whose partitions became more: its meters' state lies where their records no longer come.
+
+    Args:
+        place: how far jobs have come.
+        found: what Kafka has.
+
+    Raises:
+        StateLost: it names the partitions.
+    """
+    read = {topic for topic, _ in place}
+    if added := sorted(f"{topic}-{number}" for topic, number in found.keys() - place.keys() if topic in read):
+        msg = (
+            f"{', '.join(added)} came after the jobs began: a topic's number of partitions must not change, since "
+            "a meter's records come to another one then than its state is kept by. Nothing of what came since was "
+            "taken. Repair: docs/operations.md, A topic with more partitions"
+        )
+        raise StateLost(msg)
 
 
 def bounded(left: list[Range], most: int) -> list[Range]:

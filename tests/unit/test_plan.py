@@ -3,9 +3,12 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
+
 from engine.checkpoint import offsets_after, plan, planned, planned_at
-from engine.stream import bounded
+from engine.stream import bounded, require_same_partitions
 from kafka_io.ranges import Range
+from schemas.errors import StateLost
 
 
 def test_a_plan_is_what_a_batch_takes_and_where_it_ends(tmp_path: Path) -> None:
@@ -22,3 +25,11 @@ def test_a_batch_takes_so_many_records_of_a_topic_and_of_each_partition_its_shar
     left = [Range("t", 0, 0, 900), Range("t", 1, 5, 95), Range("t", 2, 7, 8), Range("u", 0, 0, 3)]
     assert bounded(left, 99) == [Range("t", 0, 0, 89), Range("t", 1, 5, 13), Range("t", 2, 7, 8), Range("u", 0, 0, 3)]
     assert bounded(left, 1_000) == left
+
+
+def test_a_topic_that_got_further_partitions_is_refused_by_name() -> None:
+    place = {("t", 0): 5, ("t", 1): 0}
+    require_same_partitions(place, {("t", 0): 9, ("t", 1): 0, ("u", 0): 3})
+    require_same_partitions({}, place)
+    with pytest.raises(StateLost, match=r"^t-2, t-3 came after the jobs began"):
+        require_same_partitions(place, place | {("t", 2): 0, ("t", 3): 1})

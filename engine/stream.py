@@ -316,7 +316,7 @@ def require_same_partitions(place: Offsets, found: Offsets) -> None:
         msg = (
             f"{', '.join(added)} came after the jobs began: a topic's number of partitions must not change, since "
             "a meter's records come to another one then than its state is kept by. Nothing of what came since was "
-            "taken. Repair: docs/operations.md, A topic with more partitions"
+            "taken. Repair (docs/operations.md): a topic that is made anew"
         )
         raise StateLost(msg)
 

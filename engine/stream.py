@@ -37,7 +37,7 @@ from engine.checkpoint import (
     ranges,
 )
 from engine.job import StreamingJob
-from engine.partition_tasks import Done, Fetch, MicroBatch
+from engine.partition_tasks import Done, Fetch, MicroBatch, warm_up
 from engine.partition_tasks import run as run_tasks
 from engine.runner import Runner
 from engine.session import spark_session
@@ -434,6 +434,7 @@ def _run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
     if settings.metrics_port:
         metrics.serve(settings.metrics_port, settings.listen)
     stream = Stream(session, runners, is_over=lambda: stop.is_set() and not flush.is_set())
+    warm_up(session, jobs, settings)
     stream.finish_flushes()
     flushed_mark().unlink(missing_ok=True)
     topics = {topic for job in jobs for topic in job.topics}

@@ -37,6 +37,7 @@ MOVEMENT = pl.Schema(
     }
 )
 """State: how a meter's phase moved, and how the median of its transformer did."""
+EXACT = 1e9  # to so many parts of a per cent, as whole numbers: the same sum in whatever order and batch they come
 OF = ["level", "group_id", "phase", "window_start", "run_id"]
 
 
@@ -86,7 +87,7 @@ def rollups(windows: pl.DataFrame) -> pl.DataFrame:
             min_meter_id=pl.col("meter_id").filter(pl.col("min_mv") == low).min(),
             max_mv=high,
             max_meter_id=pl.col("meter_id").filter(pl.col("max_mv") == high).min(),
-            deviation_pct=pl.col("deviation_pct").sort().mean(),  # the same sum, in whatever order they come
+            deviation_pct=(pl.col("deviation_pct") * EXACT).round().cast(pl.Int64).sum() / pl.len() / EXACT,
             low_count=pl.col("band").is_in(["low", "very_low"]).sum(),
             high_count=pl.col("band").is_in(["high", "very_high"]).sum(),
         )

@@ -77,7 +77,8 @@ class Source:
         columns: what the rule is handed, with topic, partition and offset; all columns where none is named.
         state: kinds of frames that are kept from batch to batch, a partition at a time.
         by: kind → columns: the rule is handed the rows of which a record of the batch has the same, and gives those
-            that stand for them; it may be handed others. Of a kind that is not named here it is handed all rows.
+            that stand for them; it may be handed others, of whose meters the registry may have no row. Of a kind that
+            is not named here it is handed all rows.
         due: kind → which further rows of a kind in `by` it is handed: those of which the time has come. When the
             registry has changed it is handed all of these kinds.
         refuses_impossible_clocks: a record whose clock cannot be right is quarantined and not handed over.

@@ -2,7 +2,7 @@
 
 A partition with a handful of records costs what the steps of the rules cost, however few rows they have; so of a small
 micro-batch all partitions of a topic are one lot. Of the state a rule is handed what the records ask for, and what is
-due (`engine/state.py`); what it gives goes back to the partition that it came from.
+due, or all where that is little (`engine/state.py`); what it gives goes back to the partition that it came from.
 """
 
 from collections.abc import Mapping, Sequence

@@ -122,7 +122,7 @@ def run(session: SparkSession | None, micro_batch: MicroBatch) -> list[Done]:
 
 
 def warm_up(session: SparkSession, jobs: Sequence[StreamingJob], settings: StreamSettings) -> None:
-    """Lets the process of each task slot apply all rules to no rows: the first batch then costs what it carries.
+    """Lets the process of each task slot apply all rules to no rows: what they load is not loaded by the first batch.
 
     Args:
         session: whose.
@@ -262,7 +262,7 @@ def _registry_of(
 ) -> pl.DataFrame:
     """The registry's rows of the meters that a rule meets.
 
-    State that is found by its meter is of the records' meters, but for what is due.
+    Of state that is found by its meter the records' meters count, and what is due; others are not looked up.
     """
     if context.close_all or context.is_anew or "meter_id" not in arrived.valid.columns:
         return _registry(files)[0]

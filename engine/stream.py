@@ -58,8 +58,6 @@ SHARE = 1 / 10
 """Of the time, when little comes, that micro-batches take: the rest they wait, so that the next one carries more."""
 BACKLOG = 1 / 2
 """Of the most records of a micro-batch; when so many came, the next one does not wait."""
-
-
 CURRENT_SHARE = 1 / 20
 """Of the time that tables of the newest rows only are written, however many rows they have."""
 
@@ -261,10 +259,8 @@ class Stream:
         runner.finish_flush(plan, self._tasks(MicroBatch((plan,), (), self._fetch, registry)), registry)
 
     def _tasks(self, micro_batch: MicroBatch) -> list[Done]:
-        try:
+        with _in_one_sentence(", ".join(plan.job.name for plan in micro_batch.plans)):
             return run_tasks(self.session, micro_batch)
-        except (Py4JJavaError, PySparkException) as error:  # whichever PySpark makes of it
-            raise ended(", ".join(plan.job.name for plan in micro_batch.plans), str(error)) from error
 
     def write_current(self, is_last: bool = False) -> None:
         """Writes the tables that have their newest version only, a small share of the time; at the end in any case."""
@@ -301,8 +297,17 @@ class Stream:
         )
 
 
+@contextmanager
+def _in_one_sentence(names: str) -> Iterator[None]:
+    """What a task of these jobs fails of is our error: whichever PySpark makes of it."""
+    try:
+        yield
+    except (Py4JJavaError, PySparkException) as error:
+        raise ended(names, str(error)) from error
+
+
 def require_same_partitions(place: Offsets, found: Offsets) -> None:
-    """Refuses a topic whose partitions became more: its meters' state lies where their records no longer come.
+    """Refuses a topic whose partitions became more, or fewer: its meters' state lies where no record of them comes.
 
     Args:
         place: how far jobs have come.
@@ -311,12 +316,12 @@ def require_same_partitions(place: Offsets, found: Offsets) -> None:
     Raises:
         StateLost: it names the partitions.
     """
-    read = {topic for topic, _ in place}
-    if added := sorted(f"{topic}-{number}" for topic, number in found.keys() - place.keys() if topic in read):
+    both = {topic for topic, _ in place} & {topic for topic, _ in found}
+    if changed := sorted(f"{topic}-{number}" for topic, number in found.keys() ^ place.keys() if topic in both):
         msg = (
-            f"{', '.join(added)} came after the jobs began: a topic's number of partitions must not change, since "
-            "a meter's records come to another one then than its state is kept by. Nothing of what came since was "
-            "taken. Repair (docs/operations.md): a topic that is made anew"
+            f"{', '.join(changed)} came or went after the jobs began: a topic's number of partitions must not change, "
+            "since a meter's records come to another one then than its state is kept by. Nothing of what came since "
+            "was taken. Repair (docs/operations.md): a topic that is made anew"
         )
         raise StateLost(msg)
 
@@ -434,7 +439,8 @@ def _run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
     if settings.metrics_port:
         metrics.serve(settings.metrics_port, settings.listen)
     stream = Stream(session, runners, is_over=lambda: stop.is_set() and not flush.is_set())
-    warm_up(session, jobs, settings)
+    with _in_one_sentence(", ".join(job.name for job in jobs)):
+        warm_up(session, jobs, settings)
     stream.finish_flushes()
     flushed_mark().unlink(missing_ok=True)
     topics = {topic for job in jobs for topic in job.topics}

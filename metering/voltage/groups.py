@@ -37,7 +37,6 @@ MOVEMENT = pl.Schema(
     }
 )
 """State: how a meter's phase moved, and how the median of its transformer did."""
-EXACT = 1e9  # to so many parts of a per cent, as whole numbers: the same sum in whatever order and batch they come
 OF = ["level", "group_id", "phase", "window_start", "run_id"]
 
 
@@ -87,7 +86,10 @@ def rollups(windows: pl.DataFrame) -> pl.DataFrame:
             min_meter_id=pl.col("meter_id").filter(pl.col("min_mv") == low).min(),
             max_mv=high,
             max_meter_id=pl.col("meter_id").filter(pl.col("max_mv") == high).min(),
-            deviation_pct=(pl.col("deviation_pct") * EXACT).round().cast(pl.Int64).sum() / pl.len() / EXACT,
+            deviation_pct=pl.col("deviation_pct")
+            .sort()
+            .mean()
+            .round(9),  # the same, in whatever order and batch they come
             low_count=pl.col("band").is_in(["low", "very_low"]).sum(),
             high_count=pl.col("band").is_in(["high", "very_high"]).sum(),
         )

@@ -8,9 +8,12 @@ import pytest
 from pyspark.sql import SparkSession
 
 from engine.job import StreamingJob
+from engine.partition_tasks import warm_up
 from engine.runner import Runner
 from engine.state import _known
+from engine.stream import Stream
 from schemas.codec import encode
+from schemas.errors import StateLost
 from schemas.topics import EVENTS, READINGS
 from streaming_jobs import alarms, consumption_deltas, discovered
 from tests.streaming.feed import SETTINGS, Feed, at, batches, flush, lake, run, take
@@ -102,6 +105,22 @@ def test_one_that_left_and_went_on_alone_comes_back_further_than_the_others(
     feed.ends = ends
     take(None, feed, *[Runner(job, SETTINGS) for job in JOBS])
     assert whole(*JOBS) == together
+
+
+def test_a_topic_that_grew_is_refused_before_anything_of_it_is_taken(home: Path) -> None:
+    feed, runner = fed(), Runner(consumption_deltas.JOB, SETTINGS)
+    take(None, feed, runner)
+    before = lake(runner)
+    stream = Stream(None, [runner], feed.fetch)
+    places = dict.fromkeys(feed.ends[-1], 0)
+    stream.catch_up(places, feed.ends[-1])
+    with pytest.raises(StateLost, match=f"{READINGS.name}-7 came or went"):
+        stream.catch_up(places | {(READINGS.name, 7): 0}, feed.ends[-1])
+    assert lake(runner) == before
+
+
+def test_a_slots_process_can_apply_every_rule_to_no_rows(spark: SparkSession, home: Path) -> None:
+    warm_up(spark, discovered(), SETTINGS)
 
 
 def test_what_a_job_does_not_read_moves_its_batches_no_further(home: Path) -> None:

@@ -5,13 +5,14 @@ that was silent for longer begins anew); registry (fuse, phases, nominal voltage
 Writes: daily_consumption_v1, a row for each meter with readings and each that the registry expects.
 Key: meter_id, date.
 Energy: the steps of `metering/energy/delta_engine.py` that end in the day, from the last accepted reading at or before
-local midnight. A reading exactly at midnight ends the earlier day; where there is none, the whole step across midnight
+local midnight; disputed series are judged from both sides (`metering/energy/agreement.py`), and the day is not
+`measured` then. A reading exactly at midnight ends the earlier day; where there is none, the whole step across midnight
 counts to the day in which it ends (validated intervals interpolate). The days of a series add up to its register
 exactly.
 `<register>_from_wh` is the value the day is counted from, `<register>_to_wh` the last in it; gaps, resets and the like
 count the times at which any register has such a step.
 Quality: `missing`, no energy known · `measured` · `incomplete`, energy of another time or none for part of the day: no
-reading before the day, a gap across one of its midnights, a reset or a meter exchange.
+reading before the day, a gap across one of its midnights, a reset, a meter exchange or a glitch.
 Lateness: the night sees a late reading in its place; run the date again when readings of it came after its night.
 Duplicates: of one (meter_id, observed_at) the first received counts; impossible clocks are left out.
 Restart: run it again; the date is replaced as a whole.
@@ -31,23 +32,24 @@ from engine.night import BatchJob, command, day_s, per_shard, with_local_day, wi
 from metering.clocks import is_read_in_day, utc_days
 from metering.deduplication import with_seen
 from metering.energy import delta_engine
+from metering.energy.agreement import agreed
 from schemas import tables
 from schemas.closed_lists import ACCEPTED_DELTAS, DeltaReason
 from schemas.codec import TIMESTAMP
 
-KNOWN = ["phases", "nominal_mv", "fuse_a", "interval_s"]
+KNOWN = ["phases", "nominal_mv", "fuse_a", "jurisdiction", "is_unlimited", "interval_s"]
 REGISTERS_WH = [f"{register}_wh" for register in tables.REGISTERS]
 VALUES = [*REGISTERS_WH, "equipment_id"]
 DAYS_BEFORE = 7
 """How long a meter may be silent and its energy still be found: a week without a reading is a broken meter."""
-EVENING_H = 2
-"""Hours before the day that are read whole, so that a wild value at midnight is not what the day is counted from."""
+EDGE_H = 2
+"""Hours before and after the day that are read whole, so that a wild value at midnight is seen from both sides."""
 COUNTS = {
     "gaps": DeltaReason.GAP,
     "resets": DeltaReason.RESET,
     "rollovers": DeltaReason.ROLLOVER,
     "exchanges": DeltaReason.METER_EXCHANGE,
-    "implausible": DeltaReason.IMPLAUSIBLE,
+    "implausible": DeltaReason.GLITCH,
 }
 NUMBERS = ["readings", "duplicates", "conflicts", *COUNTS]
 SPANS = [f"{register}_{end}_wh" for register in tables.REGISTERS for end in ("from", "to")]
@@ -73,12 +75,12 @@ def days(readings: pl.DataFrame) -> pl.DataFrame:
     """Energy and counts per meter, columns `DAYS`.
 
     Args:
-        readings: up to the end of the day, with the columns of the registry, day_start and day_end.
+        readings: of the day and before and after it, with the columns of the registry, day_start and day_end.
     """
     marked = with_seen(
         delta_engine.with_limits(readings), readings.clear(), ["meter_id", "observed_at"], VALUES
     )  # fmt: skip
-    done = delta_engine.steps(marked, pl.DataFrame(schema=delta_engine.BASELINE)).steps
+    done = delta_engine.steps(marked, pl.DataFrame(schema=delta_engine.BASELINE), agreed).steps
     edges = readings.group_by("meter_id").agg(pl.col("day_start", "day_end", "interval_s").first())
     at, reason = pl.col("observed_at"), pl.col("reason")
     in_day = is_read_in_day()
@@ -103,7 +105,7 @@ def days(readings: pl.DataFrame) -> pl.DataFrame:
         *[at.filter(reason == kind.value).n_unique().alias(name) for name, kind in COUNTS.items()],
         from_at=since_at.filter(is_accepted).min(),
         to_at=at.filter(is_accepted).max(),
-        is_whole=~(breaks.any() | ends_early),
+        is_whole=~(breaks.any() | ends_early | (reason == DeltaReason.GLITCH.value).any()),
     )
     seen = pl.col("seen")
     counts = (
@@ -122,10 +124,11 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
     """A day's energy; see the module."""
     columns = ["meter_id", "observed_at", "run_id", "dialect", "topic", "partition", "offset", *VALUES]
     readings = with_local_day(lake["readings"], registry, date, *KNOWN).select(*columns, *KNOWN, "day_start", "day_end")
-    evening = F.col("day_start") - F.expr(f"interval {EVENING_H} hours")
+    edge = F.expr(f"interval {EDGE_H} hours")
+    evening, morning = F.col("day_start") - edge, F.col("day_end") + edge
     earliest = F.lit(utc_days(date)[0].isoformat()).cast("timestamp")  # no local evening is before: files are skipped
     near = readings.where(F.col("observed_at") >= earliest).where(
-        (F.col("observed_at") > evening) & (F.col("observed_at") <= F.col("day_end"))
+        (F.col("observed_at") > evening) & (F.col("observed_at") <= morning)
     )
     results = per_shard(
         near.unionByName(_last_of_each_day(readings.where(F.col("observed_at") <= evening))), days, DAYS

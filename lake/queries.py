@@ -83,7 +83,8 @@ def accounting_lines(lake: duckdb.DuckDBPyConnection, run_id: str | None = None)
 def broken_segments(lake: duckdb.DuckDBPyConnection) -> list[tuple[Any, ...]]:
     """Segments whose deltas do not sum up to last − start; there must be none.
 
-    A segment starts at its first accepted value, or at 0 after a reset; a rollover adds a full register.
+    A segment starts at its first accepted value, less what that had for energy: all of it after a reset near to 0; a
+    rollover adds a full register.
 
     Returns:
         meter_id, register, segment_id, Wh of the deltas, Wh by the registers.
@@ -95,8 +96,8 @@ def broken_segments(lake: duckdb.DuckDBPyConnection) -> list[tuple[Any, ...]]:
             FROM consumption_deltas WHERE reason IN {ACCEPTED})
         SELECT meter_id, register, segment_id, sum(delta_wh) AS deltas_wh,
             max_by(wh, observed_at) + sum(unrolled_wh)
-                - CASE WHEN min_by(reason, observed_at) = '{DeltaReason.RESET}' THEN 0 ELSE min_by(wh, observed_at) END
-                AS registers_wh
+                - min_by(wh, observed_at) + CASE WHEN min_by(reason, observed_at) = '{DeltaReason.RESET}'
+                    THEN min_by(delta_wh, observed_at) ELSE 0 END AS registers_wh
         FROM accepted GROUP BY ALL HAVING deltas_wh <> registers_wh ORDER BY ALL"""
     ).fetchall()
 

@@ -12,8 +12,8 @@ from schemas.closed_lists import DeadLetterReason, DeltaReason, FaultKind, Fault
 MAX_AHEAD, MAX_BEHIND = timedelta(hours=36), timedelta(days=400)
 """Where the alarms job takes the arrival for the meter's own time; the jobs' settings have the same."""
 GAP_FACTOR = 1.5  # a step over more than so many intervals is a gap
-NEAR_WH = 1_000  # how near to 0 a register begins again, where no fuse is known
-NEARLY_FULL_S = 3_600  # a register rolls over from so near to its end, at the most that the fuse lets through
+NEAR_WH = 1_000  # how near to 0 a register begins again, where the fuse lets less through in an hour
+NEARLY_FULL_S = 3_600  # and from so near to its end it rolls over, at the most that the fuse lets through
 UNKNOWN_INTERVAL_S = 3_600  # how late a reading may be reported, where the registry knows no interval
 STEP_SLACK_WH = 100  # the coarsest register counts in such steps: a step may be so much above the fuse's limit
 
@@ -65,6 +65,8 @@ NEAR_LIMIT_WH = LIMIT_WH.fill_null(NEAR_WH)
 NEARLY_FULL_WH = pl.min_horizontal(
     NEAR_LIMIT_WH, pl.col("max_w") * pl.max_horizontal(pl.lit(NEARLY_FULL_S), "interval_s") / 3600
 )
+BECAME_RESET = WILD & (pl.col("became") == DeltaReason.RESET.value) & (pl.col("became_wh") == pl.col("wh"))
+"""It was held, and the next value followed from it."""
 LOST_CLOCK = {
     FaultOutcome.IMPOSSIBLE_CLOCK: ARRIVED
     & (pl.col("quarantine") == QuarantineReason.IMPOSSIBLE_CLOCK.value)
@@ -78,7 +80,7 @@ FAULT_WH = (
 """How much a value was raised by its fault."""
 TOO_MUCH = {
     FaultOutcome.IMPLAUSIBLE: WILD & IS_TOO_FAR,
-    # no fuse known, or little enough to be true
+    # no limit, or little enough to be true
     FaultOutcome.PLAUSIBLE: TAKEN & PLAIN & ~(FAULT_WH > LIMIT_WH + STEP_SLACK_WH).fill_null(False),
 }
 FORWARD = pl.col("amount") > 0
@@ -113,22 +115,21 @@ RULES: dict[FaultKind, dict[FaultOutcome, pl.Expr]] = {
     FaultKind.CLOCK_1970: LOST_CLOCK,
     FaultKind.CLOCK_2099: LOST_CLOCK,
     FaultKind.RESET: {
-        FaultOutcome.RESET: TAKEN
-        & _is(DeltaReason.RESET)
-        & (pl.col("delta_wh") == pl.col("wh"))
-        & (pl.col("previous_wh") == pl.col("amount")),
+        FaultOutcome.RESET: BECAME_RESET & (pl.col("previous_wh") == pl.col("amount")),
         FaultOutcome.NO_CHANGE: TAKEN & PLAIN & (pl.col("previous_wh") == 0) & (pl.col("amount") == 0),
-        FaultOutcome.IMPLAUSIBLE: WILD & ((pl.col("wh") > NEAR_LIMIT_WH) | (pl.col("wh") >= pl.col("previous_wh") / 2)),
+        # it begins nothing: no value follows from it, or it is far from 0
+        FaultOutcome.IMPLAUSIBLE: WILD & pl.col("became").ne_missing(DeltaReason.RESET.value),
     },
     FaultKind.ROLLOVER: {
         FaultOutcome.ROLLOVER: TAKEN
         & _is(DeltaReason.ROLLOVER)
         & (pl.col("delta_wh") == pl.col("amount") - pl.col("previous_wh") + pl.col("wh")),
-        FaultOutcome.RESET: TAKEN
-        & _is(DeltaReason.RESET)
-        & (pl.col("delta_wh") == pl.col("wh"))
-        & (pl.col("amount") - pl.col("previous_wh") > NEARLY_FULL_WH),
-        FaultOutcome.IMPLAUSIBLE: WILD & (pl.col("amount") - pl.col("previous_wh") + pl.col("wh") > NEAR_LIMIT_WH),
+        FaultOutcome.RESET: BECAME_RESET & (pl.col("amount") - pl.col("previous_wh") > NEARLY_FULL_WH),
+        FaultOutcome.IMPLAUSIBLE: WILD
+        & (
+            (pl.col("amount") - pl.col("previous_wh") + pl.col("wh") > NEAR_LIMIT_WH)
+            | (pl.col("amount") - pl.col("previous_wh") > NEARLY_FULL_WH)
+        ),
     },
     FaultKind.METER_EXCHANGE: {
         FaultOutcome.METER_EXCHANGE: TAKEN

@@ -33,7 +33,8 @@ RECENT_RECORDS = 10_000  # offsets within which a record is known again; the job
 UNDECIDED, LOG = "undecided", "log"
 ALL = 1 << 62  # more rows than there are
 VALUE = "meter_id, register, observed_at, wh"
-SCORED = f"({', '.join(repr(each.value) for each in DeltaReason if each not in (DeltaReason.FIRST, DeltaReason.OK))})"
+NOT_SCORED = (DeltaReason.FIRST, DeltaReason.OK, DeltaReason.GLITCH)  # a glitch follows from an implausible one
+SCORED = f"({', '.join(repr(each.value) for each in DeltaReason if each not in NOT_SCORED)})"
 LIMIT_WH = "max_w * (epoch(observed_at) - epoch(previous_at)) / 3600"
 NEARLY_FULL_WH = f"max_w * greatest({NEARLY_FULL_S}, coalesce(interval_s, 0)) / 3600"
 WHY = {
@@ -41,8 +42,8 @@ WHY = {
     FaultKind.REORDER: "came within a batch, in order after all: no reason is due",
     FaultKind.CLOCK_JUMP: "what it and those after it become depends on which of them shared a batch",
     FaultKind.FROZEN: "an empty house looks the same: no reason says it",
-    FaultKind.SPIKE: "no fuse is known, or it is little enough to be true: nothing after it can be decided",
-    FaultKind.UNIT_SLIP: "no fuse is known, or it is little enough to be true: nothing after it can be decided",
+    FaultKind.SPIKE: "there is no limit, or it is little enough to be true: nothing after it can be decided",
+    FaultKind.UNIT_SLIP: "there is no limit, or it is little enough to be true: nothing after it can be decided",
     FaultKind.RESET: "the first value is above what the fuse lets through: nothing after it can be decided",
     FaultKind.ROLLOVER: "the step is above what the fuse lets through, or begins far from the end of the register",
 }
@@ -161,17 +162,22 @@ def _series(lake: duckdb.DuckDBPyConnection) -> None:
     lake.execute(
         f"""CREATE TEMP TABLE reasoned_steps AS
         WITH placed AS (
-            SELECT s.*, max_w, interval_s, lag(observed_at) OVER place AS previous_at, lag(wh) OVER place AS previous_wh
-            FROM series s LEFT JOIN limits l ON l.meter_id = s.meter_id
+            SELECT s.*, max_w, interval_s,
+                lag(observed_at) OVER place AS previous_at, lag(wh) OVER place AS previous_wh,
+                lead(observed_at) OVER place IS NULL AS is_last
+            FROM (SELECT *, coalesce(lead(is_wild) OVER (PARTITION BY meter_id, register ORDER BY observed_at), false)
+                AS is_before_wild FROM values_sent) s
+            SEMI JOIN series USING (meter_id, register, observed_at, wh)
+            LEFT JOIN limits l ON l.meter_id = s.meter_id
             WINDOW place AS (PARTITION BY s.meter_id, register ORDER BY observed_at))
-        SELECT {VALUE}, kind, CASE
+        SELECT {VALUE}, kind, is_last, CASE
                 WHEN kind = '{FaultKind.METER_EXCHANGE}' THEN '{DeltaReason.METER_EXCHANGE}'
                 WHEN kind = '{FaultKind.ROLLOVER}' AND is_labelled THEN CASE
                     WHEN wh < previous_wh AND amount - previous_wh + wh <= coalesce({LIMIT_WH}, {NEAR_WH})
                         AND amount - previous_wh <= coalesce({NEARLY_FULL_WH}, {NEAR_WH})
                     THEN '{DeltaReason.ROLLOVER}' ELSE '{UNDECIDED}' END
                 WHEN kind = '{FaultKind.RESET}' AND wh < previous_wh THEN CASE
-                    WHEN wh <= coalesce({LIMIT_WH}, {NEAR_WH}) AND wh < previous_wh / 2
+                    WHEN wh <= greatest(coalesce(max_w, 0), {NEAR_WH}) AND wh < previous_wh / 2 AND NOT is_before_wild
                     THEN '{DeltaReason.RESET}' ELSE '{UNDECIDED}' END
                 WHEN wh < previous_wh OR wh - previous_wh > {LIMIT_WH} THEN '{UNDECIDED}'
                 WHEN epoch(observed_at) - epoch(previous_at) > {GAP_FACTOR} * interval_s THEN '{DeltaReason.GAP}'
@@ -201,7 +207,9 @@ def _series(lake: duckdb.DuckDBPyConnection) -> None:
     lake.execute(
         f"""CREATE TEMP TABLE due_steps AS
         SELECT {VALUE}, reason FROM (
-            SELECT {VALUE}, reason FROM reasoned_steps
+            SELECT {VALUE}, reason FROM reasoned_steps WHERE NOT (reason = '{DeltaReason.RESET}' AND is_last)
+            UNION ALL SELECT {VALUE}, '{DeltaReason.IMPLAUSIBLE}' FROM reasoned_steps
+            WHERE reason = '{DeltaReason.RESET}'
             UNION ALL SELECT {VALUE}, '{DeltaReason.IMPLAUSIBLE}' FROM wild
             UNION ALL SELECT {VALUE}, '{DeltaReason.OUT_OF_ORDER}' FROM overtaken WHERE NOT is_caught)
         LEFT JOIN undecided_since USING (meter_id, register)

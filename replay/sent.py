@@ -14,6 +14,8 @@ from schemas.tables import PHASES, REGISTERS, polars_schema
 from schemas.topics import KINDS
 from settings import home
 
+UNKNOWN_FUSE_A = 100  # three phases of it, where no fuse is known
+FUSE_FACTOR = 1.1  # a fuse carries a little more than its rating
 DELTAS, VOLTAGE, ALARMS, LAKE = "consumption_deltas", "voltage_deviation", "alarms", "readings_lake"
 """The stages, by the name of their job."""
 REGISTER_LIST = ", ".join(f"{register}_wh" for register in REGISTERS)
@@ -120,9 +122,13 @@ class Run:
         truth = run_folder(self.ledger.run_id) / "truth.parquet"
         lake.execute(f"CREATE VIEW truth AS FROM read_parquet('{truth}')")
         lake.execute(
-            """CREATE TEMP TABLE limits AS SELECT meter_id, interval_s,
-                CAST(fuse_a * len(string_split(phases, ',')) * coalesce(nominal_mv, 230000) / 1000 AS BIGINT) AS max_w
-            FROM newest_registry SEMI JOIN ledger_meters USING (meter_id)"""
+            f"""CREATE TEMP TABLE limits AS SELECT meter_id, interval_s,
+                CASE WHEN is_unlimited THEN NULL ELSE CAST(trunc(
+                    coalesce(fuse_a * coalesce(len(string_split(phases, ',')), 3), {UNKNOWN_FUSE_A} * 3)
+                    * coalesce(nominal_mv, 230000) / 1000
+                    * CASE jurisdiction WHEN 'ANSI-C84.1' THEN 1.058 ELSE 1.1 END * {FUSE_FACTOR}) AS BIGINT)
+                END AS max_w
+            FROM ledger_meters LEFT JOIN newest_registry USING (meter_id)"""
         )
         lake.execute(
             f"""CREATE TEMP TABLE shared AS

@@ -43,6 +43,7 @@ class DeltaReason(StrEnum):
     CONFLICT = "conflict"
     OUT_OF_ORDER = "out_of_order"
     IMPLAUSIBLE = "implausible"
+    GLITCH = "glitch"
 
 
 ACCEPTED_DELTAS = (

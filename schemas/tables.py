@@ -46,14 +46,17 @@ DEAD_LETTERS = pa.schema(_nullable("dead-letter"))
 REGISTRY = _columns(
     meter_id=STRING, usage_point_id=STRING, equipment_id=STRING, valid_from=TIMESTAMP, valid_to=TIMESTAMP,
     phases=STRING, nominal_mv=LONG, fuse_a=LONG, transformer_id=STRING, feeder_id=STRING, community_id=STRING,
-    time_zone=STRING, jurisdiction=STRING, interval_s=LONG,
+    time_zone=STRING, jurisdiction=STRING, interval_s=LONG, is_unlimited=pa.bool_(),
 )  # fmt: skip
 """One row per meter and usage point; `phases` is `L1` or `L1,L2,L3`, `interval_s` the expected seconds between
-readings; null is unknown, and then no rule that needs it applies."""
+readings; null is unknown, and then no rule that needs it applies. `is_unlimited`: no fuse
+bounds what it takes, such as behind current transformers."""
 CONSUMPTION_DELTAS = _columns(
     meter_id=STRING, register=STRING, previous_at=TIMESTAMP, observed_at=TIMESTAMP, previous_wh=LONG, wh=LONG,
-    delta_wh=LONG, reason=STRING, segment_id=STRING, equipment_id=STRING, run_id=STRING,
+    delta_wh=LONG, reason=STRING, segment_id=STRING, equipment_id=STRING, run_id=STRING, inferred=pa.bool_(),
 )  # fmt: skip
+"""A row per reading and register. `inferred`: a further row of a value that did not follow from the one before, when
+the next reading has decided what it was: `glitch`, or the begin of a segment."""
 INTERVAL_READINGS = _columns(
     meter_id=STRING, register=STRING, interval_start=TIMESTAMP, interval_end=TIMESTAMP, energy_wh=LONG,
     covered_s=LONG, quality=STRING, run_id=STRING,

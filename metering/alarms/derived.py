@@ -15,15 +15,14 @@ import polars as pl
 
 from metering.accounting import verdicts
 from metering.alarms.life_cycle import ALARMS, alarm_id
-from metering.clocks import watermark_of
-from metering.energy.delta_engine import STAMP, fuses_w
+from metering.clocks import STAMP, watermark_of
+from metering.energy.delta_engine import FUSE_FACTOR, fuses_w
 from metering.voltage.windows import VOLTAGES, with_rules
 from schemas.closed_lists import AlarmSource, AlarmState, DeltaReason, Severity
 from schemas.tables import PHASES
 
 HYSTERESIS_PCT = 1.0
 SHORTEST = timedelta(minutes=1)
-FUSE_FACTOR = 1.1  # a fuse carries a little more than its rating for hours
 SILENT_INTERVALS = 4
 SILENT_AT_LEAST = timedelta(minutes=15)
 LOADS = ["import_w", *[f"import_{phase.lower()}_w" for phase in PHASES]]

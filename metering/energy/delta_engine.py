@@ -2,13 +2,17 @@
 
 Pure functions over Polars frames, the same for the stream, the night and the tests. Records that were seen before are
 marked already (`metering/deduplication.py`). Where a whole series is plain (times rise, values do not fall, no step is
-too large, the equipment stays) it is differenced by columns; the others go through `walk`, one reading at a time, which
-is the definition.
+too large, the equipment stays) it is differenced by columns; the others are judged one reading at a time, by `walk` in
+the stream, which knows what came before, and by `metering/energy/agreement.py` in the night, which sees both sides.
+
+One value says nothing against another: what does not follow from the baseline is held, and the next one decides which
+of the two it follows from. So a wild value moves no baseline, and costs one true value at most.
 
 The invariant, under every fault: over the accepted readings of a segment, rollovers unrolled, the sum of delta_wh is
 the last value minus the segment's start.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -17,14 +21,17 @@ import polars as pl
 
 from metering.accounting import BUCKETS
 from metering.deduplication import FIRST
-from schemas.closed_lists import ACCEPTED_DELTAS, DeltaReason
+from metering.voltage.windows import highest_pct
+from schemas.closed_lists import DeltaReason
 from schemas.tables import CONFLICTS, CONSUMPTION_DELTAS, REGISTERS, polars_schema
 
 STAMP = pl.Datetime("us", "UTC")
 PHASE_VOLTAGE_V = 230  # the plausible maximum takes the nominal voltage where the registry has none
+DEFAULT_FUSE_A, DEFAULT_PHASES = 100, 3  # of a connection whose fuse is not known
+FUSE_FACTOR = 1.1  # a fuse carries a little more than its rating for hours
 GAP_FACTOR = 1.5  # a span of one and a half expected intervals has lost a reading; jitter stays below
 UNKNOWN_LIMIT_WH = 1_000  # how near to 0 or to a rollover counts as near, where no fuse is known
-NEARLY_FULL_S = 3_600  # a register rolls over from so near to its end: after a long silence a reset is not mistaken
+AN_HOUR_S = 3_600  # near to a register's begin or end is what flows in an hour, however long the silence was
 QUANTA_WH = {"pv-home": 100, "nem13": 1_000}  # dialects whose registers do not count single Wh
 MIN_REGISTER_DIGITS = 6  # no register in Wh is smaller than 1,000 kWh
 
@@ -37,12 +44,22 @@ BASELINE = pl.Schema(
         "segment_id": pl.String(),
         "equipment_id": pl.String(),
         "run_id": pl.String(),
+        "is_alone": pl.Boolean(),
+        "held_at": STAMP,
+        "held_wh": pl.Int64(),
+        "held_equipment": pl.String(),
+        "held_run": pl.String(),
+        "held_segment": pl.String(),
     }
 )
-"""State: the last accepted value of each register."""
+"""State: the last accepted value of each register; whether it is its first and none has followed from it; and what is
+held until the next one decides: a value that came after it and did not follow from it; or, after an exchange, the last
+value of the equipment before, with its segment."""
+HELD = ["held_at", "held_wh", "held_equipment", "held_run", "held_segment"]
 STEPS = pl.Schema({**polars_schema(CONSUMPTION_DELTAS), "partition": pl.Int64(), "offset": pl.Int64()})
 NUMBER = pl.Schema({"series": pl.UInt32()})
 """Numbers the registers of the meters of a batch, so that nobody need compare two strings."""
+STEPS_NUMBER, BASELINE_NUMBER = (pl.Schema({**columns, **NUMBER}) for columns in (STEPS, BASELINE))
 CONFLICT_ROWS = polars_schema(CONFLICTS)
 KEY = ["meter_id", "register"]
 NUMBERS = {register: number for number, register in enumerate(REGISTERS)}
@@ -82,16 +99,28 @@ class Limits:
 
 
 def fuses_w() -> pl.Expr:
-    """The most power by the registry: fuse A × phases × V (docs/domain.md, Register steps); null where not known."""
+    """The power of a connection by the registry: fuse A × phases × nominal V; null where not known."""
     phases = pl.col("phases").str.split(",").list.len()
-    volts = pl.coalesce(pl.col("nominal_mv") / 1000, pl.lit(PHASE_VOLTAGE_V))
-    return pl.col("fuse_a") * phases * volts
+    return pl.col("fuse_a") * phases * _nominal_v()
+
+
+def _nominal_v() -> pl.Expr:
+    return pl.coalesce(pl.col("nominal_mv") / 1000, pl.lit(PHASE_VOLTAGE_V))
 
 
 def with_limits(readings: pl.DataFrame) -> pl.DataFrame:
-    """Adds `max_w` from the registry's columns, null where they are absent, and `quantum_wh` by the dialect."""
+    """Adds `max_w`, the most power that is plausible, and `quantum_wh` by the dialect.
+
+    A fuse carries a little more than its rating for hours, and that at the highest legal voltage. Where no fuse is
+    known it is that of a large house connection; null, no limit, only where the registry says so.
+
+    Args:
+        readings: dialect, and of the registry phases, nominal_mv, fuse_a, jurisdiction, is_unlimited.
+    """
+    known_w = pl.coalesce(fuses_w(), pl.coalesce("fuse_a", pl.lit(DEFAULT_FUSE_A)) * DEFAULT_PHASES * _nominal_v())
+    highest = 1 + highest_pct() / 100
     return readings.with_columns(
-        max_w=fuses_w().cast(pl.Int64),
+        max_w=pl.when(~pl.col("is_unlimited").fill_null(False)).then((known_w * highest * FUSE_FACTOR).cast(pl.Int64)),
         quantum_wh=pl.col("dialect").replace_strict(QUANTA_WH, default=1, return_dtype=pl.Int64),
     )
 
@@ -101,91 +130,198 @@ def segment_id(meter_id: str, register: str, start: datetime) -> str:
     return f"{meter_id}/{register}/{start:%Y%m%dT%H%M%S.%fZ}"
 
 
-def walk(baseline: dict[str, Any] | None, rows: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
+class Walked(NamedTuple):
+    """What `walk` returns.
+
+    Attributes:
+        steps: previous_at, previous_wh, delta_wh, reason, segment_id, inferred, `row`: of each reading once, in
+            order; before the step of a reading that decides about a held value, what became of that: inferred, with
+            its own observed_at, wh, equipment_id and run_id, of no `row`.
+        baseline: columns `BASELINE` without the key; None where nothing was accepted.
+    """
+
+    steps: list[dict[str, Any]]
+    baseline: dict[str, Any] | None
+
+
+def walk(baseline: dict[str, Any] | None, rows: list[dict[str, Any]], limits: Limits) -> Walked:
     """The definition: one register of one meter, originals in the order of observed_at.
 
     Args:
         baseline: `BASELINE` columns, or None where the register has no accepted value.
-        rows: meter_id, register, observed_at, wh, equipment_id.
+        rows: meter_id, register, observed_at, wh, equipment_id, run_id.
         limits: what is known of the meter.
-
-    Returns:
-        For each row previous_at, previous_wh, delta_wh, reason, segment_id; accepted rows become the baseline of the
-        next, the others leave it as it is.
     """
-    out = []
-    last = dict(baseline) if baseline else None
-    for row in rows:
-        delta, segment = None, None
+    out: list[dict[str, Any]] = []
+    last = {**dict.fromkeys(HELD), **baseline} if baseline else None
+    for number, row in enumerate(rows):
         if last is None:
-            reason, delta = DeltaReason.FIRST, 0
-            segment = segment_id(row["meter_id"], row["register"], row["observed_at"])
-        elif row["observed_at"] < last["previous_at"]:
+            last = begun(row, row["equipment_id"], is_alone=True)
+            out.append(step_of(row, number, {}, DeltaReason.FIRST, 0, last["segment_id"]))
+            continue
+        if row["observed_at"] <= last["previous_at"]:
             reason = DeltaReason.OUT_OF_ORDER
-        elif row["observed_at"] == last["previous_at"]:
-            reason = DeltaReason.DUPLICATE if row["wh"] == last["previous_wh"] else DeltaReason.CONFLICT
+            if row["observed_at"] == last["previous_at"]:
+                reason = DeltaReason.DUPLICATE if row["wh"] == last["previous_wh"] else DeltaReason.CONFLICT
+            out.append(step_of(row, number, {}, reason, None, None))
+            continue
+        held, before = _held(last, row), last
+        found = step_between(last, row, limits)
+        if found and found[0] is DeltaReason.METER_EXCHANGE and last["held_segment"]:
+            returned = _before_exchange(last)  # the other equipment's name came for one reading only
+            if (back := step_between(returned, row, limits)) and back[0] is not DeltaReason.METER_EXCHANGE:
+                before, found = returned, back
+        if found:
+            if held:
+                out.append(step_of(held, None, last, DeltaReason.GLITCH, None, last["segment_id"]))
+            reason, delta = found
+            last = _exchanged(row, before) if reason is DeltaReason.METER_EXCHANGE else gone_on(before, row)
+            out.append(step_of(row, number, before, reason, delta, last["segment_id"]))
+        elif held and held["observed_at"] < row["observed_at"] and (
+            found := step_between(begun(held, last["equipment_id"]), row, limits)
+        ) and found[0] is not DeltaReason.METER_EXCHANGE:  # fmt: skip
+            begin_reason, begin_wh = begin_of(last, held, limits)
+            before = last if begin_reason is not DeltaReason.FIRST else {}
+            first = begun(held, last["equipment_id"])
+            out.append(step_of(held, None, before, begin_reason, begin_wh, first["segment_id"]))
+            last = gone_on(first, row)
+            out.append(step_of(row, number, first, *found, last["segment_id"]))
         else:
-            reason, delta = _step(last, row, limits)
-            new_segment = reason in (DeltaReason.METER_EXCHANGE, DeltaReason.RESET)
-            segment = (
-                segment_id(row["meter_id"], row["register"], row["observed_at"]) if new_segment else last["segment_id"]
-            )
-        before = last if last and reason not in UNPLACED else {}  # a record without a place has no step
-        out.append(
-            {
-                "previous_at": before.get("previous_at"),
-                "previous_wh": before.get("previous_wh"),
-                "delta_wh": delta,
-                "reason": reason.value,
-                "segment_id": segment or before.get("segment_id"),
-            }
-        )
-        if reason in ACCEPTED_DELTAS:
-            last = {
-                "previous_at": row["observed_at"],
-                "previous_wh": row["wh"],
-                "segment_id": segment,
-                "equipment_id": row["equipment_id"] or (last or {}).get("equipment_id"),
-            }
-    return out
+            if held:
+                out.append(step_of(held, None, last, DeltaReason.GLITCH, None, last["segment_id"]))
+            out.append(step_of(row, number, last, DeltaReason.IMPLAUSIBLE, None, last["segment_id"]))
+            last |= {
+                "held_at": row["observed_at"], "held_wh": row["wh"],
+                "held_equipment": row["equipment_id"], "held_run": row["run_id"], "held_segment": None,
+            }  # fmt: skip
+    return Walked(out, last)
 
 
-def _step(last: dict[str, Any], row: dict[str, Any], limits: Limits) -> tuple[DeltaReason, int | None]:
-    """Reason and energy of a step forward in time."""
-    if row["equipment_id"] and last["equipment_id"] and row["equipment_id"] != last["equipment_id"]:
-        return DeltaReason.METER_EXCHANGE, 0
+def _held(last: dict[str, Any], row: dict[str, Any]) -> dict[str, Any] | None:
+    """The value that is held, as a reading; None where none is."""
+    if last["held_at"] is None or last["held_segment"]:
+        return None
+    named = {"equipment_id": last["held_equipment"], "run_id": last["held_run"]}
+    return {**row, "observed_at": last["held_at"], "wh": last["held_wh"], **named}
+
+
+def _before_exchange(last: dict[str, Any]) -> dict[str, Any]:
+    """The baseline that an exchange took the place of."""
+    return {
+        "previous_at": last["held_at"],
+        "previous_wh": last["held_wh"],
+        "segment_id": last["held_segment"],
+        "equipment_id": last["held_equipment"],
+    }
+
+
+def _exchanged(row: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+    """The baseline where other equipment begins; what it takes the place of is held."""
+    return {
+        **begun(row, row["equipment_id"]),
+        "held_at": last["previous_at"],
+        "held_wh": last["previous_wh"],
+        "held_equipment": last["equipment_id"],
+        "held_run": None,
+        "held_segment": last["segment_id"],
+    }
+
+
+def begun(row: dict[str, Any], equipment_id: str | None, is_alone: bool = False) -> dict[str, Any]:
+    """The baseline where a segment begins with a reading; its equipment is known, where it names none."""
+    return {
+        "previous_at": row["observed_at"],
+        "previous_wh": row["wh"],
+        "segment_id": segment_id(row["meter_id"], row["register"], row["observed_at"]),
+        "equipment_id": row["equipment_id"] or equipment_id,
+        "run_id": row["run_id"],
+        "is_alone": is_alone,
+        **dict.fromkeys(HELD),
+    }
+
+
+def gone_on(last: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """The baseline where a reading goes on with a segment."""
+    return {**begun(row, last["equipment_id"]), "segment_id": last["segment_id"]}
+
+
+def step_of(
+    row: dict[str, Any],
+    number: int | None,
+    before: dict[str, Any],
+    reason: DeltaReason,
+    delta_wh: int | None,
+    segment: str | None,
+) -> dict[str, Any]:
+    """A step as `Walked` has it; without a number it says what became of a value that was held."""
+    return {
+        "row": number,
+        **{name: row[name] for name in ("observed_at", "wh", "equipment_id", "run_id")},
+        "previous_at": before.get("previous_at"),
+        "previous_wh": before.get("previous_wh"),
+        "delta_wh": delta_wh,
+        "reason": reason.value,
+        "segment_id": segment,
+        "inferred": number is None,
+    }
+
+
+def begin_of(last: dict[str, Any], held: dict[str, Any], limits: Limits) -> tuple[DeltaReason, int]:
+    """Reason and energy of the begin of a segment with a value that did not follow, and that the next one followed.
+
+    Near to 0 is what flows in an hour, or 1 kWh: however long the silence was, what a register that began anew shows
+    is taken for energy up to the first.
+    """
+    if last["is_alone"]:
+        return DeltaReason.FIRST, 0
+    an_hour = limits.step_wh(AN_HOUR_S)
+    hour_wh = UNKNOWN_LIMIT_WH if an_hour is None else an_hour
+    if 0 <= held["wh"] <= max(hour_wh, UNKNOWN_LIMIT_WH) and held["wh"] < last["previous_wh"] / 2:
+        return DeltaReason.RESET, held["wh"] if held["wh"] <= hour_wh else 0
+    return DeltaReason.METER_EXCHANGE, 0
+
+
+def step_between(last: dict[str, Any], row: dict[str, Any], limits: Limits) -> tuple[DeltaReason, int] | None:
+    """Reason and energy of a step forward in time; None where the value does not follow."""
     span_s = (row["observed_at"] - last["previous_at"]).total_seconds()
     before, value = last["previous_wh"], row["wh"]
     limit = limits.step_wh(span_s)
+    if row["equipment_id"] and last["equipment_id"] and row["equipment_id"] != last["equipment_id"]:
+        return DeltaReason.METER_EXCHANGE, 0
     if value >= before:
         if limit is not None and value - before > limit:
-            return DeltaReason.IMPLAUSIBLE, None
+            return None
         is_gap = limits.interval_s is not None and span_s > GAP_FACTOR * limits.interval_s
         return (DeltaReason.GAP if is_gap else DeltaReason.OK), value - before
     near = UNKNOWN_LIMIT_WH if limit is None else limit
-    nearly = limits.step_wh(max(NEARLY_FULL_S, limits.interval_s or 0))
+    nearly = limits.step_wh(max(AN_HOUR_S, limits.interval_s or 0))
     full = 10 ** max(len(str(before)), MIN_REGISTER_DIGITS)
     if value >= 0 and full - before + value <= near and full - before <= (near if nearly is None else nearly):
         return DeltaReason.ROLLOVER, full - before + value
-    if 0 <= value <= near and value < before / 2:
-        return DeltaReason.RESET, value
-    return DeltaReason.IMPLAUSIBLE, None
+    return None
 
 
-def steps(readings: pl.DataFrame, baseline: pl.DataFrame) -> Result:
+Judge = Callable[[dict[str, Any] | None, list[dict[str, Any]], Limits], Walked]
+"""What judges a series whose readings do not simply go on: `walk`, or another of its kind."""
+
+
+def steps(readings: pl.DataFrame, baseline: pl.DataFrame, judge: Judge = walk) -> Result:
     """Steps of all registers of all meters.
 
     Args:
         readings: of `with_limits`: meter_id, observed_at, run_id, equipment_id, partition, offset, seen, max_w,
             interval_s, quantum_wh and `<register>_wh` of each register.
         baseline: the state so far, columns `BASELINE`.
+        judge: of series that are disputed.
     """
     meters = readings.select(pl.col("meter_id").unique(maintain_order=True)).with_row_index("meter")
     known = baseline.join(meters, on="meter_id", how="left", maintain_order="left").with_columns(
         series=_series(pl.col("register").replace_strict(NUMBERS, return_dtype=pl.UInt32))
     )
     long = _long(readings.join(meters, on="meter_id", how="left", maintain_order="left")).join(
-        known.select("series", "previous_at", "previous_wh", "segment_id", known_equipment="equipment_id"),
+        known.select(
+            "series", "previous_at", "previous_wh", "segment_id", "is_alone", *HELD, known_equipment="equipment_id"
+        ),
         on="series",
         how="left",
         maintain_order="left",
@@ -205,6 +341,7 @@ def steps(readings: pl.DataFrame, baseline: pl.DataFrame) -> Result:
         previous_at=pl.lit(None, STAMP),
         previous_wh=pl.lit(None, pl.Int64),
         segment_id=pl.lit(None, pl.String),
+        inferred=pl.lit(False),
     )
     ordered = (
         long.filter(~is_unplaced)
@@ -227,28 +364,35 @@ def steps(readings: pl.DataFrame, baseline: pl.DataFrame) -> Result:
             & (pl.col("equipment_id").is_null() == pl.col("before_equipment").is_null())
         )
     )  # fmt: skip
-    broken = ordered.filter(~plain).get_column("series").unique()
-    whole, walked = ordered, []
-    if len(broken):
-        is_broken = ordered.get_column("series").is_in(broken.implode())
-        whole = ordered.filter(~is_broken)
-        walked = [_walked(group) for group in ordered.filter(is_broken).partition_by("series", maintain_order=True)]
+    disputed = ordered.filter(~plain | pl.col("held_at").is_not_null()).get_column("series").unique()
+    whole, judged = ordered, []
+    if len(disputed):
+        is_disputed = ordered.get_column("series").is_in(disputed.implode())
+        whole = ordered.filter(~is_disputed)
+        judged = [
+            _judged(group, judge) for group in ordered.filter(is_disputed).partition_by("series", maintain_order=True)
+        ]
     easy = _easy(whole)
     last_of_series = (pl.col("series") != pl.col("series").shift(-1)).fill_null(True)
-    ends = pl.concat([easy.filter(last_of_series), *[_end(group) for group in walked]], how="diagonal")
-    newest = ends.select(
-        *KEY,
-        "segment_id",
-        "run_id",
-        "series",
-        previous_at="observed_at",
-        previous_wh="wh",
-        equipment_id=pl.coalesce("equipment_id", "known_equipment"),
-    ).select(*BASELINE.keys(), "series")
+    newest = (
+        easy.filter(last_of_series)
+        .with_columns(
+            previous_at="observed_at",
+            previous_wh="wh",
+            equipment_id=pl.coalesce("equipment_id", "known_equipment"),
+            is_alone=pl.col("reason") == DeltaReason.FIRST.value,
+            **{name: pl.lit(None, BASELINE[name]) for name in HELD},
+        )
+        .select(BASELINE_NUMBER.keys())
+    )
+    ends = pl.concat([newest, *[end for _, end in judged]])
     is_new = pl.col("series").is_in(ends.get_column("series").implode()).fill_null(False)
-    kept_baseline = known.filter(~is_new).select(*BASELINE.keys(), "series")
-    done = [frame.select(*STEPS.keys(), "series").cast(STEPS | NUMBER) for frame in [easy, unplaced, *walked]]
-    return Result(pl.concat(done), pl.concat([kept_baseline, newest]).cast(BASELINE | NUMBER))
+    kept_baseline = known.filter(~is_new).select(BASELINE_NUMBER.keys())
+    done = [
+        frame.select(STEPS_NUMBER.keys()).cast(STEPS_NUMBER)
+        for frame in [easy, unplaced, *[each for each, _ in judged]]
+    ]
+    return Result(pl.concat(done), pl.concat([kept_baseline, ends]).cast(BASELINE_NUMBER))
 
 
 def _series(register: pl.Expr) -> pl.Expr:
@@ -291,25 +435,23 @@ def _easy(ordered: pl.DataFrame) -> pl.DataFrame:
         .then(pl.lit(DeltaReason.GAP.value))
         .otherwise(pl.lit(DeltaReason.OK.value)),
         delta_wh=(pl.col("wh") - pl.col("before_wh")).fill_null(0),
+        inferred=pl.lit(False),
         segment_id=pl.coalesce("segment_id", "start"),
         previous_at=pl.col("before_at"),
         previous_wh=pl.col("before_wh"),
     )
 
 
-def _end(walked: pl.DataFrame) -> pl.DataFrame:
-    """The last accepted row of a series, with the equipment that was named last; none where none is."""
-    accepted = walked.filter(pl.col("reason").is_in([reason.value for reason in ACCEPTED_DELTAS]))
-    return accepted.with_columns(pl.col("equipment_id").forward_fill()).tail(1)
-
-
-def _walked(group: pl.DataFrame) -> pl.DataFrame:
-    rows = group.to_dicts()
+def _judged(series: pl.DataFrame, judge: Judge) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Steps of a series by its readings one by one, and its new baseline."""
+    rows = series.to_dicts()
     first = rows[0]
     baseline = {**first, "equipment_id": first["known_equipment"]} if first["previous_at"] else None
-    limits = Limits(first["max_w"], first["interval_s"], first["quantum_wh"])
-    walked = [{**row, **step} for row, step in zip(rows, walk(baseline, rows, limits), strict=True)]
-    return pl.DataFrame(walked, schema=group.schema | STEPS)
+    walked = judge(baseline, rows, Limits(first["max_w"], first["interval_s"], first["quantum_wh"]))
+    nowhere = {**first, "partition": None, "offset": None}
+    done = [{**(nowhere if step["row"] is None else rows[step["row"]]), **step} for step in walked.steps]
+    end = [{**first, **walked.baseline}] if walked.baseline else []
+    return pl.DataFrame(done, schema=STEPS_NUMBER), pl.DataFrame(end, schema=BASELINE_NUMBER)
 
 
 def conflicts(done: pl.DataFrame, readings: pl.DataFrame, baseline: pl.DataFrame) -> pl.DataFrame:

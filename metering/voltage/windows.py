@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import polars as pl
 
-from metering.clocks import watermark_of
+from metering.clocks import STAMP, watermark_of
 from metering.deduplication import PLACE, with_seen
-from metering.energy.delta_engine import STAMP
 from schemas.closed_lists import Band, DeltaReason, VoltageEvent
 from schemas.tables import PHASES, VOLTAGE_EVENTS, VOLTAGE_WINDOWS, polars_schema
 
@@ -223,6 +222,12 @@ def windows(samples: pl.DataFrame) -> pl.DataFrame:
         .cast(WINDOWS)
         .sort("meter_id", "phase", "window_start")
     )
+
+
+def highest_pct() -> pl.Expr:
+    """The highest deviation that a row's jurisdiction allows, %."""
+    known = dict(BANDS.select("jurisdiction", "very_high_pct").iter_rows())
+    return pl.col("jurisdiction").replace_strict(known, default=known[JURISDICTION], return_dtype=pl.Float64)
 
 
 def with_rules(rows: pl.DataFrame) -> pl.DataFrame:

@@ -21,6 +21,9 @@ from replay.tape import Tape, log_schema, registry_of, write_tape
 from schemas.errors import BadLog, ConfigError
 from schemas.tables import REGISTRY
 
+UNLIMITED = "unlimited"
+MOST_FUSE_A = 10_000
+
 
 def formats() -> dict[str, ModuleType]:
     """Format name → its module, whose docstring's first line is the description."""
@@ -38,6 +41,7 @@ def import_log(
     keep_going: bool = False,
     first_at: datetime | None = None,
     ignore_crc: bool = False,
+    fuse: str | None = None,
 ) -> tuple[Tape, list[str]]:
     """Make a tape of one or several logs.
 
@@ -50,15 +54,16 @@ def import_log(
         keep_going: of all logs.
         first_at: of each log.
         ignore_crc: of all logs.
+        fuse: A of each phase of the connections of which the log names none; or `unlimited`.
 
     Returns:
         The tape, and the first refused records of each log.
 
     Raises:
-        ConfigError: no such file, format, time zone or a meter id that is not allowed.
+        ConfigError: no such file, format, time zone or fuse, or a meter id that is not allowed.
         BadLog: a line that the format does not allow.
     """
-    known = formats()
+    known, connection = formats(), _connection(fuse)
     if format not in known:
         msg = f"no format {format}: there are {', '.join(known)}"
         raise ConfigError(msg)
@@ -86,7 +91,7 @@ def import_log(
     if not done:
         raise BadLog(refused[0])
     registries = pl.concat(_registry(imported) for imported in done)
-    registry = registries.unique("meter_id", keep="first", maintain_order=True)
+    registry = registries.unique("meter_id", keep="first", maintain_order=True).with_columns(**connection)
     again = registries.filter(pl.col("meter_id").is_duplicated()).get_column("meter_id").unique()
     defects[Defect.SAME_METER_AGAIN] += len(registries) - len(registry)
     defects.update(_between_logs(done, again))
@@ -131,6 +136,22 @@ def _logs(paths: list[Path], format: str, patterns: Sequence[str]) -> list[Path]
 def stem(path: Path) -> str:
     """A file's name without its endings, as a meter id."""
     return re.sub(r"[^A-Za-z0-9_-]", "-", re.sub(r"(\.(csv|txt|json|gz|log))+$", "", path.name))[:64]
+
+
+def _connection(fuse: str | None) -> dict[str, pl.Expr]:
+    """Columns of the registry that say what a connection bears, as `--fuse` has it.
+
+    Raises:
+        ConfigError: it is neither A nor `unlimited`.
+    """
+    if fuse is None:
+        return {}
+    if fuse == UNLIMITED:
+        return {"is_unlimited": pl.col("fuse_a").is_null()}
+    if not (fuse.isascii() and fuse.isdecimal()) or not 1 <= int(fuse) <= MOST_FUSE_A:
+        msg = f"--fuse is A of each phase, 1 to {MOST_FUSE_A}, or {UNLIMITED}, not {fuse}"
+        raise ConfigError(msg)
+    return {"fuse_a": pl.coalesce("fuse_a", pl.lit(int(fuse), pl.Int64))}
 
 
 def _registry(imported: Imported) -> pl.DataFrame:

@@ -15,10 +15,16 @@ def facts(lake: duckdb.DuckDBPyConnection, run: Run) -> pl.DataFrame:
     lake.execute(
         f"""CREATE TEMP TABLE fault_steps AS
         SELECT meter_id, register, observed_at, wh, previous_at, previous_wh, delta_wh, reason,
-            CASE WHEN reason IN {ACCEPTED} THEN 0 WHEN reason = '{DeltaReason.IMPLAUSIBLE}' THEN 1 ELSE 2 END AS rank
+            CASE WHEN reason IN {ACCEPTED} THEN 0 WHEN reason = '{DeltaReason.IMPLAUSIBLE}' THEN 1 ELSE 2 END AS rank,
+            inferred
         FROM run_deltas SEMI JOIN (SELECT meter_id FROM faults WHERE topic = 'readings') USING (meter_id)"""
     )
     lake.execute("CREATE TEMP TABLE accepted_steps AS FROM fault_steps WHERE rank = 0")
+    lake.execute(
+        """CREATE TEMP TABLE inferred_steps AS
+        SELECT meter_id, register, observed_at, wh, any_value(reason) AS became, any_value(delta_wh) AS became_wh
+        FROM fault_steps WHERE inferred GROUP BY ALL"""
+    )
     lake.execute(
         f"""CREATE TEMP TABLE touched AS
         SELECT f.row, any_value(f.meter_id) AS meter_id, any_value(f.register) AS labelled_register,
@@ -44,9 +50,10 @@ def facts(lake: duckdb.DuckDBPyConnection, run: Run) -> pl.DataFrame:
             FROM (SELECT *, replace(name, '_wh', '') AS register FROM (
                 UNPIVOT (FROM touched JOIN (SELECT row, detail IS NOT NULL AS is_labelled FROM faults) USING (row))
                 ON {REGISTER_LIST} INTO NAME name VALUE wh)) v
-            JOIN fault_steps s ON s.meter_id = v.meter_id AND s.register = v.register
+            JOIN (FROM fault_steps WHERE inferred IS NOT TRUE) s ON s.meter_id = v.meter_id AND s.register = v.register
                 AND s.observed_at = v.observed_at AND s.wh = v.wh)
-        SELECT row, register, wh, reason, delta_wh, previous_wh, previous_at, duplicates FROM each
+        SELECT row, register, wh, reason, delta_wh, previous_wh, previous_at, duplicates, became, became_wh
+        FROM each LEFT JOIN inferred_steps USING (meter_id, register, observed_at, wh)
         QUALIFY row_number() OVER (
             PARTITION BY row
             ORDER BY is_named DESC, is_wild DESC, register = labelled_register DESC, register, rank) = 1"""
@@ -64,7 +71,8 @@ def facts(lake: duckdb.DuckDBPyConnection, run: Run) -> pl.DataFrame:
             coalesce(a.copies, 0) AS copies, coalesce(a.is_reordered, false) AS is_reordered,
             f.meter_id IN (FROM shared) AS is_shared, l.max_w, l.interval_s, o.wh, t.observed_at AS stamped_at,
             coalesce(t.is_late, false) AS is_late, t.quarantine, t.quarantine_voltage,
-            o.reason, o.delta_wh, o.previous_wh, o.previous_at, coalesce(o.duplicates, 0) AS duplicates,
+            o.reason, o.delta_wh, o.previous_wh, o.previous_at, o.became, o.became_wh,
+            coalesce(o.duplicates, 0) AS duplicates,
             before.observed_at AS before_at, before.wh AS before_wh,
             after.observed_at AS next_at, after.wh AS next_wh, after.delta_wh AS next_delta_wh,
             after.reason AS next_reason, after.previous_at AS next_previous_at, after.previous_wh AS next_previous_wh,
@@ -103,7 +111,8 @@ def per_fault(faults: pl.DataFrame) -> pl.DataFrame:
         return pl.DataFrame(schema=schema)
     known = [
         "topic", "seq", "copies", "is_reordered", "is_late", "quarantine", "quarantine_voltage", "reason", "wh",
-        "previous_wh", "delta_wh", "next_reason", "next_delta_wh", "letters", "letter_reason", "change", "is_found",
+        "previous_wh", "delta_wh", "became", "next_reason", "next_delta_wh", "letters", "letter_reason", "change",
+        "is_found",
     ]  # fmt: skip
     is_wrong = pl.col("outcome") == FaultOutcome.UNEXPLAINED.value
     sentence = pl.concat_str(

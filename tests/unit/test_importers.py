@@ -226,6 +226,23 @@ def test_an_imported_log_is_a_tape_with_its_meter_in_the_registry(tmp_path: Path
     assert (tape.info.format, tape.info.source, tape.info.rows_in, tape.info.rows_out) == ("dsmr", "own-lf.txt", 11, 10)
 
 
+@pytest.mark.parametrize(
+    ("fuse", "expected"), [(None, (None, None)), ("35", (35, None)), ("unlimited", (None, True))], ids=str
+)
+def test_the_connections_fuse_is_what_the_operator_says_where_the_log_does_not(
+    tmp_path: Path, fuse: str | None, expected: tuple[int | None, bool | None]
+) -> None:
+    tape, _ = import_log(OWN / "sparkfun.csv", "sparkfun", tmp_path / "tape", fuse=fuse)
+    meter = tape.registry.to_pylist()[0]
+    assert (meter["fuse_a"], meter["is_unlimited"]) == expected
+
+
+@pytest.mark.parametrize("fuse", ["0", "-3", "3x25", "10001", "", "\u0663"])
+def test_a_fuse_that_is_none_is_the_operators_to_mend(tmp_path: Path, fuse: str) -> None:
+    with pytest.raises(ConfigError, match=f"--fuse is A of each phase, 1 to 10000, or unlimited, not {fuse}"):
+        import_log(OWN / "sparkfun.csv", "sparkfun", tmp_path / "tape", fuse=fuse)
+
+
 def test_the_time_zone_goes_by_the_dialect_unless_it_is_named() -> None:
     assert read(OWN / "p1-telegrams" / "own-be.txt", "dsmr").time_zone == "Europe/Brussels"
     assert read(OWN / "p1-telegrams" / "own-be.txt", "dsmr", timezone="UTC").time_zone == "UTC"

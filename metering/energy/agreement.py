@@ -1,0 +1,90 @@
+"""A disputed series, seen from both sides: the readings that agree with the most others are kept. For the night.
+
+Of all ways to leave readings out, the best keeps the most, less a price for each place where a register begins anew: so
+wild values go, two or three that agree with each other too, and what goes on from its second reading on is a register
+that was reset or exchanged. What is left out is a `glitch`.
+"""
+
+from typing import Any
+
+from metering.energy.delta_engine import Limits, Walked, begin_of, begun, gone_on, step_between, step_of
+from schemas.closed_lists import DeltaReason
+
+AT_MOST_OUT = 16
+"""Readings that may be left out in a row, before what comes then must be another segment."""
+BREAK_PRICE = 1.5
+"""Readings that the begin of a segment is worth: two that agree with each other begin one, one alone does not."""
+NAMED_PRICE = 0.75
+"""The same where the equipment is another by its name: one reading is enough."""
+RETURN_PRICE = 4.5
+"""The same where the reading follows from one before those that it does not follow from: they are wild rather."""
+
+
+def agreed(baseline: dict[str, Any] | None, rows: list[dict[str, Any]], limits: Limits) -> Walked:
+    """Judges a series as `delta_engine.walk` does, with its arguments; both sides of each reading are known.
+
+    Args:
+        baseline: none: the night has all readings.
+        rows: of one register, in the order of observed_at.
+        limits: what is known of the meter.
+    """
+    assert baseline is None, "the night begins with the first reading that it has"
+    kept = _kept(rows, limits)
+    out: list[dict[str, Any]] = []
+    last: dict[str, Any] | None = None
+    for number, row in enumerate(rows):
+        if number not in kept:
+            segment = last["segment_id"] if last else None
+            out.append(step_of(row, number, last or {}, DeltaReason.GLITCH, None, segment))
+        elif last is None:
+            last = begun(row, row["equipment_id"])
+            out.append(step_of(row, number, {}, DeltaReason.FIRST, 0, last["segment_id"]))
+        else:
+            before, found = last, step_between(last, row, limits)
+            reason, delta = found or begin_of(last, row, limits)
+            is_begin = reason in (DeltaReason.METER_EXCHANGE, DeltaReason.RESET)
+            last = begun(row, row["equipment_id"] or last["equipment_id"]) if is_begin else gone_on(last, row)
+            step = step_of(row, number, before, reason, delta, last["segment_id"])
+            out.append({**step, "inferred": found is None})
+    return Walked(out, last)
+
+
+def _kept(rows: list[dict[str, Any]], limits: Limits) -> set[int]:
+    """The readings that agree with the most others, by number."""
+    points: list[dict[str, Any]] = []
+    for row in rows:
+        points.append(begun(row, points[-1]["equipment_id"] if points else None))
+    worth: list[float] = []
+    before: list[int | None] = []
+    best_so_far: tuple[float, int | None] = (0.0, None)
+    for number, row in enumerate(rows):
+        best, at, follows = 0.0, None, False  # the first reading that counts
+        for other in range(number - 1, max(number - 2 - AT_MOST_OUT, -1), -1):
+            found = step_between(points[other], row, limits)
+            if found and found[0] is not DeltaReason.METER_EXCHANGE:
+                follows = True
+                if worth[other] > best:
+                    best, at = worth[other], other
+                if worth[other] >= best_so_far[0]:
+                    break  # nothing before it is worth more
+        begin = best_so_far[1]
+        if begin is not None:
+            price = RETURN_PRICE if follows else _price(points[begin], row)
+            if best_so_far[0] - price > best:
+                best, at = best_so_far[0] - price, begin
+        worth.append(best + 1)
+        before.append(at)
+        if worth[-1] > best_so_far[0]:
+            best_so_far = worth[-1], number
+    kept: set[int] = set()
+    at = best_so_far[1]
+    while at is not None:
+        kept.add(at)
+        at = before[at]
+    return kept
+
+
+def _price(before: dict[str, Any], row: dict[str, Any]) -> float:
+    """What it costs that a segment begins with a reading."""
+    is_named = row["equipment_id"] and before["equipment_id"] and row["equipment_id"] != before["equipment_id"]
+    return NAMED_PRICE if is_named else BREAK_PRICE

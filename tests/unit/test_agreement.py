@@ -1,0 +1,112 @@
+"""Wild values in a plausible series: what the stream refuses, and what the night finds of the energy."""
+
+import random
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from metering.energy.agreement import agreed
+from metering.energy.delta_engine import Limits, walk
+
+LIMITS = Limits(max_w=17_250, interval_s=900, quantum_wh=1)
+START = datetime(2024, 1, 1, tzinfo=UTC)
+A_DAY = 96
+DAYS = 3
+SHARE = 0.05
+KINDS = ("zero", "huge", "unit", "more", "negative", "less", "again")
+Case = tuple[list[int], list[dict[str, Any]], set[int]]
+
+
+def row(number: int, wh: int, equipment_id: str | None = None) -> dict[str, Any]:
+    at = START + timedelta(minutes=15 * number)
+    named = {"equipment_id": equipment_id, "run_id": None}
+    return {"meter_id": "m1", "register": "import_t1", "observed_at": at, "wh": wh, **named}
+
+
+def case(seed: int) -> Case:
+    """True values of three days and one more hour, readings of them, and the numbers of the wild ones."""
+    drawn = random.Random(seed)
+    true = [drawn.choice([0, 5_000, 3_432_827, 999_000])]
+    for _ in range(A_DAY * DAYS + 4):
+        true.append(true[-1] + drawn.choice([0, 25, 100, 400, 1_500]))
+    readings: list[dict[str, Any]] = []
+    wild: set[int] = set()
+    for number, wh in enumerate(true):
+        value = wh
+        if 0 < number <= A_DAY * DAYS and drawn.random() < SHARE:
+            wild.add(number)
+            value = {
+                "zero": 0, "huge": wh + 10**7, "unit": wh * 1_000, "more": wh + drawn.randint(1, 4_000),
+                "negative": -5, "less": max(0, wh - drawn.randint(1, 5_000)), "again": readings[-1]["wh"],
+            }[drawn.choice(KINDS)]  # fmt: skip
+        readings.append(row(number, value))
+    return true, readings, wild
+
+
+def of(steps: list[dict[str, Any]], *reasons: str) -> set[int]:
+    return {step["row"] for step in steps if step["reason"] in reasons and step["row"] is not None}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_stream_refuses_at_most_one_true_value_for_a_wild_one(seed: int) -> None:
+    _, readings, wild = case(seed)
+    assert len(of(walk(None, readings, LIMITS).steps, "implausible") - wild) <= len(wild)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_night_gives_each_day_its_energy_unless_a_wild_value_is_next_to_midnight(seed: int) -> None:
+    true, readings, wild = case(seed)
+    steps = agreed(None, readings, LIMITS).steps
+    for day in range(DAYS):
+        begin, end = day * A_DAY, (day + 1) * A_DAY
+        if wild & {begin - 1, begin, begin + 1, end - 1, end, end + 1}:
+            continue
+        found = sum(step["delta_wh"] or 0 for step in steps if begin < step["row"] <= end)
+        assert found == true[end] - true[begin], f"day {day}"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_night_names_only_wild_values_and_their_neighbours(seed: int) -> None:
+    _, readings, wild = case(seed)
+    beside = {number + shift for number in wild for shift in range(-3, 4)}
+    steps = agreed(None, readings, LIMITS).steps
+    assert of(steps, "glitch") <= beside
+    assert not of(steps, "reset", "meter_exchange")
+
+
+def night(*values: int | tuple[int, str]) -> list[tuple[str, int | None]]:
+    """Reasons and energies of values a quarter of an hour apart; (value, equipment id) where it is named."""
+    pairs = [value if isinstance(value, tuple) else (value, None) for value in values]
+    steps = agreed(None, [row(number, *pair) for number, pair in enumerate(pairs)], LIMITS).steps
+    return [(step["reason"], step["delta_wh"]) for step in steps]
+
+
+def test_a_box_that_nobody_named_begins_a_segment_with_its_second_value() -> None:
+    assert night(9_000_000, 9_000_100, 120_000, 120_100) == [
+        ("first", 0), ("ok", 100), ("meter_exchange", 0), ("ok", 100),
+    ]  # fmt: skip
+
+
+def test_a_register_that_begins_anew_near_0_was_reset() -> None:
+    assert night(9_000, 9_100, 7, 9) == [("first", 0), ("ok", 100), ("reset", 7), ("ok", 2)]
+
+
+def test_several_zeros_are_no_reset_where_the_register_comes_back() -> None:
+    assert night(9_000, 9_100, 0, 0, 0, 9_500, 9_600) == [
+        ("first", 0), ("ok", 100), ("glitch", None), ("glitch", None), ("glitch", None), ("gap", 400), ("ok", 100),
+    ]  # fmt: skip
+
+
+def test_a_wild_first_value_is_a_glitch() -> None:
+    assert night(10**9, 9_000, 9_100) == [("glitch", None), ("first", 0), ("ok", 100)]
+
+
+def test_a_named_box_begins_a_segment_with_its_first_value() -> None:
+    assert night((9_000, "a"), (9_100, "a"), (5, "b")) == [("first", 0), ("ok", 100), ("meter_exchange", 0)]
+
+
+def test_a_telegram_of_another_meter_costs_no_energy() -> None:
+    assert night((9_000, "a"), (9_100, "a"), (77_000, "x"), (9_300, "a")) == [
+        ("first", 0), ("ok", 100), ("glitch", None), ("gap", 200),
+    ]  # fmt: skip

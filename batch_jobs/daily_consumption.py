@@ -33,6 +33,7 @@ from metering.clocks import is_read_in_day, utc_days
 from metering.deduplication import with_seen
 from metering.energy import delta_engine
 from metering.energy.agreement import agreed
+from metering.energy.walk import GAP_FACTOR
 from schemas import tables
 from schemas.closed_lists import ACCEPTED_DELTAS, DeltaReason
 from schemas.codec import TIMESTAMP
@@ -98,7 +99,7 @@ def days(readings: pl.DataFrame) -> pl.DataFrame:
     crosses = (reason == DeltaReason.GAP.value) & (pl.col("previous_at") < pl.col("day_start"))
     breaks = is_first | crosses | reason.is_in([DeltaReason.RESET.value, DeltaReason.METER_EXCHANGE.value])
     left_s = (pl.col("day_end").first() - at.filter(is_accepted).max()).dt.total_seconds()
-    ends_early = (left_s > delta_engine.GAP_FACTOR * pl.col("interval_s").first()).fill_null(False)
+    ends_early = (left_s > GAP_FACTOR * pl.col("interval_s").first()).fill_null(False)
     energy = steps_of_day.group_by("meter_id").agg(
         *energies,
         *spans,

@@ -77,18 +77,13 @@ def import_command(
     first_at: Annotated[datetime | None, typer.Option(help="Begin, UTC, of a log whose records have no clock.")] = None,
     ignore_crc: Annotated[bool, typer.Option(help="Take telegrams whose CRC is wrong or absent.")] = False,
     keep_going: Annotated[bool, typer.Option(help="Count damaged records, name the first, and go on.")] = False,
-    fuse: Annotated[
-        str | None,
-        typer.Option(metavar="A", help="Of each phase, where the log names none; unlimited: current transformers."),
-    ] = None,
+    fuse: Annotated[str | None, typer.Option(help="A of each phase, if the log does not say; or: unlimited.")] = None,
 ) -> None:
     """Turns logs into a tape.
 
     For example one log, or a folder of them with what is damaged left out:
 
-    replay import meter.txt --format dsmr --to data/tapes/meter
-
-    replay import meter.csv --format p1mon --fuse 35 --to data/tapes/meter
+    replay import meter.txt --format dsmr --fuse 35 --to data/tapes/meter
 
     replay import telegrams/ --format dsmr --first-at 2024-01-01T00:00:00 --keep-going --to data/tapes/telegrams
     """

@@ -7,7 +7,7 @@ that was reset or exchanged. What is left out is a `glitch`.
 
 from typing import Any
 
-from metering.energy.delta_engine import Limits, Walked, begin_of, begun, gone_on, step_between, step_of
+from metering.energy.walk import Limits, Walked, begin_of, begun, gone_on, step_between, step_of
 from schemas.closed_lists import DeltaReason
 
 AT_MOST_OUT = 16

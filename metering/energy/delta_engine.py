@@ -12,15 +12,13 @@ The invariant, under every fault: over the accepted readings of a segment, rollo
 the last value minus the segment's start.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import polars as pl
 
 from metering.accounting import BUCKETS
 from metering.deduplication import FIRST
+from metering.energy.walk import GAP_FACTOR, HELD, Judge, Limits, walk
 from metering.voltage.windows import highest_pct
 from schemas.closed_lists import DeltaReason
 from schemas.tables import CONFLICTS, CONSUMPTION_DELTAS, REGISTERS, polars_schema
@@ -29,11 +27,7 @@ STAMP = pl.Datetime("us", "UTC")
 PHASE_VOLTAGE_V = 230  # the plausible maximum takes the nominal voltage where the registry has none
 DEFAULT_FUSE_A, DEFAULT_PHASES = 100, 3  # of a connection whose fuse is not known
 FUSE_FACTOR = 1.1  # a fuse carries a little more than its rating for hours
-GAP_FACTOR = 1.5  # a span of one and a half expected intervals has lost a reading; jitter stays below
-UNKNOWN_LIMIT_WH = 1_000  # how near to 0 or to a rollover counts as near, where no fuse is known
-AN_HOUR_S = 3_600  # near to a register's begin or end is what flows in an hour, however long the silence was
 QUANTA_WH = {"pv-home": 100, "nem13": 1_000}  # dialects whose registers do not count single Wh
-MIN_REGISTER_DIGITS = 6  # no register in Wh is smaller than 1,000 kWh
 
 BASELINE = pl.Schema(
     {
@@ -55,7 +49,6 @@ BASELINE = pl.Schema(
 """State: the last accepted value of each register; whether it is its first and none has followed from it; and what is
 held until the next one decides: a value that came after it and did not follow from it; or, after an exchange, the last
 value of the equipment before, with its segment."""
-HELD = ["held_at", "held_wh", "held_equipment", "held_run", "held_segment"]
 STEPS = pl.Schema({**polars_schema(CONSUMPTION_DELTAS), "partition": pl.Int64(), "offset": pl.Int64()})
 NUMBER = pl.Schema({"series": pl.UInt32()})
 """Numbers the registers of the meters of a batch, so that nobody need compare two strings."""
@@ -77,25 +70,6 @@ class Result(NamedTuple):
 
     steps: pl.DataFrame
     baseline: pl.DataFrame
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What is known of one meter.
-
-    Attributes:
-        max_w: the most power that its fuses let through, W; null is unknown, then no step is too large.
-        interval_s: seconds between readings; null is unknown, then no step is a gap.
-        quantum_wh: the register's step: in 0.1 kWh steps it jumps 100 Wh in a moment.
-    """
-
-    max_w: int | None
-    interval_s: int | None
-    quantum_wh: int
-
-    def step_wh(self, span_s: float) -> float | None:
-        """The largest plausible step over a span, Wh."""
-        return None if self.max_w is None else self.max_w * span_s / 3600 + self.quantum_wh
 
 
 def fuses_w() -> pl.Expr:
@@ -123,186 +97,6 @@ def with_limits(readings: pl.DataFrame) -> pl.DataFrame:
         max_w=pl.when(~pl.col("is_unlimited").fill_null(False)).then((known_w * highest * FUSE_FACTOR).cast(pl.Int64)),
         quantum_wh=pl.col("dialect").replace_strict(QUANTA_WH, default=1, return_dtype=pl.Int64),
     )
-
-
-def segment_id(meter_id: str, register: str, start: datetime) -> str:
-    """Name of a segment: its meter, register and begin, so that reprocessing gives the same."""
-    return f"{meter_id}/{register}/{start:%Y%m%dT%H%M%S.%fZ}"
-
-
-class Walked(NamedTuple):
-    """What `walk` returns.
-
-    Attributes:
-        steps: previous_at, previous_wh, delta_wh, reason, segment_id, inferred, `row`: of each reading once, in
-            order; before the step of a reading that decides about a held value, what became of that: inferred, with
-            its own observed_at, wh, equipment_id and run_id, of no `row`.
-        baseline: columns `BASELINE` without the key; None where nothing was accepted.
-    """
-
-    steps: list[dict[str, Any]]
-    baseline: dict[str, Any] | None
-
-
-def walk(baseline: dict[str, Any] | None, rows: list[dict[str, Any]], limits: Limits) -> Walked:
-    """The definition: one register of one meter, originals in the order of observed_at.
-
-    Args:
-        baseline: `BASELINE` columns, or None where the register has no accepted value.
-        rows: meter_id, register, observed_at, wh, equipment_id, run_id.
-        limits: what is known of the meter.
-    """
-    out: list[dict[str, Any]] = []
-    last = {**dict.fromkeys(HELD), **baseline} if baseline else None
-    for number, row in enumerate(rows):
-        if last is None:
-            last = begun(row, row["equipment_id"], is_alone=True)
-            out.append(step_of(row, number, {}, DeltaReason.FIRST, 0, last["segment_id"]))
-            continue
-        if row["observed_at"] <= last["previous_at"]:
-            reason = DeltaReason.OUT_OF_ORDER
-            if row["observed_at"] == last["previous_at"]:
-                reason = DeltaReason.DUPLICATE if row["wh"] == last["previous_wh"] else DeltaReason.CONFLICT
-            out.append(step_of(row, number, {}, reason, None, None))
-            continue
-        held, before = _held(last, row), last
-        found = step_between(last, row, limits)
-        if found and found[0] is DeltaReason.METER_EXCHANGE and last["held_segment"]:
-            returned = _before_exchange(last)  # the other equipment's name came for one reading only
-            if (back := step_between(returned, row, limits)) and back[0] is not DeltaReason.METER_EXCHANGE:
-                before, found = returned, back
-        if found:
-            if held:
-                out.append(step_of(held, None, last, DeltaReason.GLITCH, None, last["segment_id"]))
-            reason, delta = found
-            last = _exchanged(row, before) if reason is DeltaReason.METER_EXCHANGE else gone_on(before, row)
-            out.append(step_of(row, number, before, reason, delta, last["segment_id"]))
-        elif held and held["observed_at"] < row["observed_at"] and (
-            found := step_between(begun(held, last["equipment_id"]), row, limits)
-        ) and found[0] is not DeltaReason.METER_EXCHANGE:  # fmt: skip
-            begin_reason, begin_wh = begin_of(last, held, limits)
-            before = last if begin_reason is not DeltaReason.FIRST else {}
-            first = begun(held, last["equipment_id"])
-            out.append(step_of(held, None, before, begin_reason, begin_wh, first["segment_id"]))
-            last = gone_on(first, row)
-            out.append(step_of(row, number, first, *found, last["segment_id"]))
-        else:
-            if held:
-                out.append(step_of(held, None, last, DeltaReason.GLITCH, None, last["segment_id"]))
-            out.append(step_of(row, number, last, DeltaReason.IMPLAUSIBLE, None, last["segment_id"]))
-            last |= {
-                "held_at": row["observed_at"], "held_wh": row["wh"],
-                "held_equipment": row["equipment_id"], "held_run": row["run_id"], "held_segment": None,
-            }  # fmt: skip
-    return Walked(out, last)
-
-
-def _held(last: dict[str, Any], row: dict[str, Any]) -> dict[str, Any] | None:
-    """The value that is held, as a reading; None where none is."""
-    if last["held_at"] is None or last["held_segment"]:
-        return None
-    named = {"equipment_id": last["held_equipment"], "run_id": last["held_run"]}
-    return {**row, "observed_at": last["held_at"], "wh": last["held_wh"], **named}
-
-
-def _before_exchange(last: dict[str, Any]) -> dict[str, Any]:
-    """The baseline that an exchange took the place of."""
-    return {
-        "previous_at": last["held_at"],
-        "previous_wh": last["held_wh"],
-        "segment_id": last["held_segment"],
-        "equipment_id": last["held_equipment"],
-    }
-
-
-def _exchanged(row: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
-    """The baseline where other equipment begins; what it takes the place of is held."""
-    return {
-        **begun(row, row["equipment_id"]),
-        "held_at": last["previous_at"],
-        "held_wh": last["previous_wh"],
-        "held_equipment": last["equipment_id"],
-        "held_run": None,
-        "held_segment": last["segment_id"],
-    }
-
-
-def begun(row: dict[str, Any], equipment_id: str | None, is_alone: bool = False) -> dict[str, Any]:
-    """The baseline where a segment begins with a reading; its equipment is known, where it names none."""
-    return {
-        "previous_at": row["observed_at"],
-        "previous_wh": row["wh"],
-        "segment_id": segment_id(row["meter_id"], row["register"], row["observed_at"]),
-        "equipment_id": row["equipment_id"] or equipment_id,
-        "run_id": row["run_id"],
-        "is_alone": is_alone,
-        **dict.fromkeys(HELD),
-    }
-
-
-def gone_on(last: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """The baseline where a reading goes on with a segment."""
-    return {**begun(row, last["equipment_id"]), "segment_id": last["segment_id"]}
-
-
-def step_of(
-    row: dict[str, Any],
-    number: int | None,
-    before: dict[str, Any],
-    reason: DeltaReason,
-    delta_wh: int | None,
-    segment: str | None,
-) -> dict[str, Any]:
-    """A step as `Walked` has it; without a number it says what became of a value that was held."""
-    return {
-        "row": number,
-        **{name: row[name] for name in ("observed_at", "wh", "equipment_id", "run_id")},
-        "previous_at": before.get("previous_at"),
-        "previous_wh": before.get("previous_wh"),
-        "delta_wh": delta_wh,
-        "reason": reason.value,
-        "segment_id": segment,
-        "inferred": number is None,
-    }
-
-
-def begin_of(last: dict[str, Any], held: dict[str, Any], limits: Limits) -> tuple[DeltaReason, int]:
-    """Reason and energy of the begin of a segment with a value that did not follow, and that the next one followed.
-
-    Near to 0 is what flows in an hour, or 1 kWh: however long the silence was, what a register that began anew shows
-    is taken for energy up to the first.
-    """
-    if last["is_alone"]:
-        return DeltaReason.FIRST, 0
-    an_hour = limits.step_wh(AN_HOUR_S)
-    hour_wh = UNKNOWN_LIMIT_WH if an_hour is None else an_hour
-    if 0 <= held["wh"] <= max(hour_wh, UNKNOWN_LIMIT_WH) and held["wh"] < last["previous_wh"] / 2:
-        return DeltaReason.RESET, held["wh"] if held["wh"] <= hour_wh else 0
-    return DeltaReason.METER_EXCHANGE, 0
-
-
-def step_between(last: dict[str, Any], row: dict[str, Any], limits: Limits) -> tuple[DeltaReason, int] | None:
-    """Reason and energy of a step forward in time; None where the value does not follow."""
-    span_s = (row["observed_at"] - last["previous_at"]).total_seconds()
-    before, value = last["previous_wh"], row["wh"]
-    limit = limits.step_wh(span_s)
-    if row["equipment_id"] and last["equipment_id"] and row["equipment_id"] != last["equipment_id"]:
-        return DeltaReason.METER_EXCHANGE, 0
-    if value >= before:
-        if limit is not None and value - before > limit:
-            return None
-        is_gap = limits.interval_s is not None and span_s > GAP_FACTOR * limits.interval_s
-        return (DeltaReason.GAP if is_gap else DeltaReason.OK), value - before
-    near = UNKNOWN_LIMIT_WH if limit is None else limit
-    nearly = limits.step_wh(max(AN_HOUR_S, limits.interval_s or 0))
-    full = 10 ** max(len(str(before)), MIN_REGISTER_DIGITS)
-    if value >= 0 and full - before + value <= near and full - before <= (near if nearly is None else nearly):
-        return DeltaReason.ROLLOVER, full - before + value
-    return None
-
-
-Judge = Callable[[dict[str, Any] | None, list[dict[str, Any]], Limits], Walked]
-"""What judges a series whose readings do not simply go on: `walk`, or another of its kind."""
 
 
 def steps(readings: pl.DataFrame, baseline: pl.DataFrame, judge: Judge = walk) -> Result:

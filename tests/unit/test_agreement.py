@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from metering.energy.agreement import agreed
-from metering.energy.delta_engine import Limits, walk
+from metering.energy.walk import Limits, walk
 
 LIMITS = Limits(max_w=17_250, interval_s=900, quantum_wh=1)
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -44,14 +44,14 @@ def case(seed: int) -> Case:
     return true, readings, wild
 
 
-def of(steps: list[dict[str, Any]], *reasons: str) -> set[int]:
+def those(steps: list[dict[str, Any]], *reasons: str) -> set[int]:
     return {step["row"] for step in steps if step["reason"] in reasons and step["row"] is not None}
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_stream_refuses_at_most_one_true_value_for_a_wild_one(seed: int) -> None:
     _, readings, wild = case(seed)
-    assert len(of(walk(None, readings, LIMITS).steps, "implausible") - wild) <= len(wild)
+    assert len(those(walk(None, readings, LIMITS).steps, "implausible") - wild) <= len(wild)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -71,8 +71,8 @@ def test_the_night_names_only_wild_values_and_their_neighbours(seed: int) -> Non
     _, readings, wild = case(seed)
     beside = {number + shift for number in wild for shift in range(-3, 4)}
     steps = agreed(None, readings, LIMITS).steps
-    assert of(steps, "glitch") <= beside
-    assert not of(steps, "reset", "meter_exchange")
+    assert those(steps, "glitch") <= beside
+    assert not those(steps, "reset", "meter_exchange")
 
 
 def night(*values: int | tuple[int, str]) -> list[tuple[str, int | None]]:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from metering.accounting import bucket_of
 from metering.deduplication import PLACE, with_seen
-from metering.energy.delta_engine import BASELINE, STAMP, Limits, steps, walk, with_limits, with_why
+from metering.energy.delta_engine import BASELINE, STAMP, steps, with_limits, with_why
+from metering.energy.walk import Limits, walk
 from schemas.tables import REGISTERS
 
 START = datetime(2024, 1, 1, tzinfo=UTC)

@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from metering.energy import delta_engine
+from metering.energy import delta_engine, walk
 from replay.dirt.entries import Entry
 from replay.pace import Pace
 from replay.verify import verify
@@ -61,8 +61,9 @@ def test_an_engine_that_tells_wrongly_has_low_figures(tmp_path: Path, monkeypatc
     """It takes two intervals for one, never rolls over, and thinks nothing is too much for the fuse."""
     with monkeypatch.context() as wrong:
         wrong.setattr(delta_engine, "GAP_FACTOR", 2.5)
-        wrong.setattr(delta_engine, "MIN_REGISTER_DIGITS", 12)
-        wrong.setattr(delta_engine.Limits, "step_wh", lambda *_: None)
+        wrong.setattr(walk, "GAP_FACTOR", 2.5)
+        wrong.setattr(walk, "MIN_REGISTER_DIGITS", 12)
+        wrong.setattr(walk.Limits, "step_wh", lambda *_: None)
         wrong.setattr(
             delta_engine, "with_limits",
             lambda rows, real=delta_engine.with_limits: real(rows).with_columns(max_w=pl.lit(None, pl.Int64)),

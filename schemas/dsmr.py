@@ -54,14 +54,20 @@ OBJECTS = {f"1-{channel}:{code}": quantity for channel in (0, 1) for code, quant
     "0-0:1.0.0": ("observed_at", "stamp"),
     "0-0:96.1.1": ("equipment_id", "text"),
     "0-0:42.0.0": ("equipment_id", "text"),
+    "1-0:0.0.0": ("equipment_id", "text"),
     "1-3:0.2.8": ("version", "text"),
     "0-0:96.1.4": ("belgian_version", "text"),
 }
 """OBIS code → field and unit: one of `UNITS`, none for a count, or a stamp or text."""
 
-LINE = re.compile(r"\d+-\d+:\d+[.:]\d+[.:]\d+(?:[.:]\d+)?(?:\([^()]*\))+|(?:\([^()]*\))+|")
+WITH_CRC = ("1-3:0.2.8(", "0-0:96.1.4(", "0-0:1.0.0(")
+LINE = re.compile(r"\d+-\d+:\d+[.:]\d+[.:]\d+(?:[.:*]\d+)?(?:\([^()]*\))+|(?:\([^()]*\))+|")
 """An object, the second line of an older gas object, or the blank line after the identification."""
 NUMBER = re.compile(r"\d{1,12}(?:\.\d{1,6})?")
+FINE_NUMBER = re.compile(r"-?\d{1,12}(?:\.\d{1,9})?")
+"""Of a meter with an optical port (IEC 62056-21, mode D): it counts finer than ours, and power has a sign."""
+TARIFF = re.compile(r"TARIFF (\d{1,4})")
+CRC = re.compile(rb"[0-9A-Fa-f]{1,4}")
 STAMP = re.compile(r"(\d{2})(\d{2})(\d{2})(\d{2})(\d{2})(\d{2})([SW])")
 LOG_LINE = re.compile(rb"[^\r\n]*(?:\r\n|\n|\r|$)")
 
@@ -94,6 +100,15 @@ def with_crc(telegram: str) -> bytes:
     """A telegram's text up to `!`, with CRLF line ends and its CRC: what a meter sends."""
     data = telegram.replace("\r\n", "\n").replace("\n", "\r\n").encode("ascii")
     return data + f"{crc16(data):04X}\r\n".encode()
+
+
+def _fine_number(line: str, value: str, unit: str) -> int:
+    """A number with more digits than ours, towards 0 to a whole one: a register never seems to fall."""
+    number, _, written = value.partition("*")
+    factor = UNITS[unit].get(written.lower()) if unit else (None if written else 1)
+    if factor is None or not FINE_NUMBER.fullmatch(number):
+        return _number(line, value, unit)  # says what is wrong
+    return int(Decimal(number) * factor)
 
 
 def _number(line: str, value: str, unit: str) -> int:
@@ -132,6 +147,13 @@ def _equipment(value: str) -> str:
     return text if text.isprintable() else value
 
 
+def _signed(field: str, value: int) -> dict[str, int]:
+    """A power that is below 0 flows the other way."""
+    if value >= 0 or not field.startswith("import_") or not field.endswith("_w"):
+        return {field: value}
+    return {field: 0, field.replace("import_", "export_"): -value}
+
+
 def _dialect(found: dict[str, Any], identification: str, power: str) -> str:
     version = found.pop("version", None)
     belgian = found.pop("belgian_version", None)
@@ -144,7 +166,7 @@ def _dialect(found: dict[str, Any], identification: str, power: str) -> str:
     if belgian:
         return "emucs"
     if "observed_at" in found:
-        raise _bad(None, "has a clock, but no version (1-3:0.2.8 or 0-0:96.1.4)")
+        return "p1"
     return "dsmr-3" if power.find(".") == 3 else "dsmr-2.2"  # 001.19 and 0001.19: nothing else tells them apart
 
 
@@ -161,20 +183,20 @@ def _body(telegram: bytes, check_crc: bool) -> list[str]:
     head, end, tail = data.rpartition(b"\r\n!")
     if not end:
         raise _bad(None, "no end line (!)")
-    written = tail.strip()
+    written = tail.strip(b"\r\n \t\0")  # some ports end with a NUL
     try:
         lines = head.decode("ascii").split("\r\n")
         if written and check_crc:
-            if len(written) != 4:
-                raise _bad(None, f"{len(written)} bytes after ! instead of a CRC of 4 digits")
+            if not CRC.fullmatch(written):  # without its leading zeros in some meters
+                raise _bad(None, f"{written[:20]!r} after ! instead of a CRC of at most 4 hexadecimal digits")
             expected = int(written, 16)
             actual = crc16(head + end)
             if actual != expected:
                 raise _bad(None, f"CRC is {actual:04X}, the telegram says {expected:04X}")
     except ValueError as error:
         raise _bad(None, f"garbled: {error}") from error
-    if not written and check_crc and any(line.startswith(("1-3:0.2.8(", "0-0:96.1.4(")) for line in lines):
-        raise _bad(None, "no CRC, which every telegram with a version has")
+    if not written and check_crc and any(line.startswith(WITH_CRC) for line in lines):
+        raise _bad(None, "no CRC, which every telegram with a version or a clock has")
     return lines
 
 
@@ -193,6 +215,7 @@ def decode_telegram(
         InvalidMessage: `invalid_telegram`: cut off, CRC does not match, a line is garbled or no time.
     """
     identification, *lines = _body(telegram, check_crc)
+    is_fine = any("*255(" in line for line in lines)
     found: dict[str, Any] = {}
     power = ""
     for line in lines:
@@ -203,7 +226,7 @@ def decode_telegram(
                 raise _bad(line, "garbled line")
             # the standards' own examples have a colon for a point, and a sixth group that says nothing
             first, _, others = code.partition(":")
-            known = OBJECTS.get(f"{first}:{others.replace(':', '.').removesuffix('.255')}")
+            known = OBJECTS.get(f"{first}:{others.replace(':', '.').replace('*', '.').removesuffix('.255')}")
             if known is None:
                 continue
         if not opened or not rest.endswith(")") or "(" in rest or rest.count(")") != 1:
@@ -217,13 +240,18 @@ def decode_telegram(
             value = _equipment(text) if field == "equipment_id" else text
         elif unit == "stamp":
             value = _stamp(line, text)
+        elif is_fine:
+            value = _fine_number(line, text, unit)
+        elif field == "tariff" and (named := TARIFF.fullmatch(text)):
+            value = int(named[1])
         else:
             value = _number(line, text, unit)
         if field == "import_w":
             power = text
-        if found.setdefault(field, value) != value:
-            raise _bad(None, f"{field} twice, {found[field]} and {value}")
-    dialect = _dialect(found, identification, power)
+        for name, each in (_signed(field, value) if is_fine and isinstance(value, int) else {field: value}).items():
+            if found.setdefault(name, each) != each:
+                raise _bad(None, f"{name} twice, {found[name]} and {each}")
+    dialect = "iec62056-21" if is_fine else _dialect(found, identification, power)
     for way in ("import", "export"):  # a meter without tariffs has one register, the first
         total = found.pop(f"{way}_wh", None)
         if total is not None and f"{way}_t1_wh" not in found and f"{way}_t2_wh" not in found:
@@ -235,21 +263,21 @@ def decode_telegram(
 
 def split_telegrams(data: bytes) -> Iterator[tuple[int, bytes]]:
     """(number of its first line from 1, bytes) of each telegram in a log, and of each fragment (see `is_whole`)."""
-    start, piece = 1, b""
+    start, lines = 1, list[bytes]()
     for number, match in enumerate(LOG_LINE.finditer(data), 1):
         line = match.group()
-        if line.startswith(b"/") or not piece:
-            if piece:
-                yield start, piece
-            start, piece = number, b""
+        if line.startswith(b"/") or not lines:
+            if lines:
+                yield start, b"".join(lines)
+            start, lines = number, []
             if not line.strip():
                 continue
-        piece += line
+        lines.append(line)
         if line.startswith(b"!"):
-            yield start, piece
-            piece = b""
-    if piece:
-        yield start, piece
+            yield start, b"".join(lines)
+            lines = []
+    if lines:
+        yield start, b"".join(lines)
 
 
 def is_whole(piece: bytes) -> bool:

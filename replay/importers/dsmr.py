@@ -1,4 +1,4 @@
-"""DSMR P1 telegrams one after the other, as a serial port gives them (DSMR 2.2 to 5, eMUCS, Smarty)."""
+"""DSMR P1 telegrams one after the other, as a serial port gives them (DSMR 2.2 to 5, eMUCS, Smarty, P1 of others)."""
 
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -12,7 +12,7 @@ from schemas.errors import InvalidMessage
 FILES = ("*.txt", "*.txt.gz", "*.log", "*.log.gz")
 ZONE = "Europe/Amsterdam"
 TIME_ZONES = {"emucs": "Europe/Brussels", "smarty": "Europe/Luxembourg"}
-WITHOUT_CLOCK = ("dsmr-2.2", "dsmr-3")
+WITHOUT_CLOCK = ("dsmr-2.2", "dsmr-3", "iec62056-21")
 STEP = timedelta(seconds=10)  # DSMR 2.2 and 3 send a telegram every ten seconds and no time
 
 

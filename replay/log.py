@@ -31,7 +31,10 @@ USUAL_COUNT = 10  # steps: so many make a second length usual too
 
 
 class Defect(StrEnum):
-    """What can be wrong with a log. Cut off, refused, other quantity and empty fields are left out; all else stays."""
+    """What can be wrong with a log.
+
+    Cut off, refused, other quantity, superseded and empty fields are left out; all else stays.
+    """
 
     CUT_OFF = "cut_off"
     REFUSED = "refused"
@@ -46,6 +49,7 @@ class Defect(StrEnum):
     EMPTY_FIELDS = "empty_fields"
     SUBSTITUTED = "substituted"
     ESTIMATED = "estimated"
+    SUPERSEDED = "superseded"
     NO_CLOCK = "no_clock"
     SAME_METER_AGAIN = "same_meter_again"
     AMBIGUOUS_LOCAL_TIME = "ambiguous_local_time"

@@ -82,7 +82,8 @@ def import_log(
         if len(imported.readings):
             done.append(imported)
         else:
-            lines = lines or [f"{path}: no reading in it, {imported.rows_in} records cut off"]
+            why = ", ".join(f"{count} {defect}".replace("_", " ") for defect, count in (+imported.defects).items())
+            lines = lines or [f"{path}: no reading in it: {imported.rows_in} records, {why or 'none of energy'}"]
             if not keep_going:
                 raise BadLog(lines[0])
         refused += lines

@@ -4,6 +4,7 @@ import csv
 import io
 from dataclasses import dataclass
 from datetime import MAXYEAR, datetime, timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -49,21 +50,22 @@ class _Channel:
 
 @dataclass
 class _Day:
-    """What a 300 record says, with the qualities that the 400 records after it set."""
+    """What a 300 record says, with the qualities that the 400 records after it set; `updated` is its UpdateDateTime."""
 
     channel: _Channel
     begin: datetime
     energies: list[int | None]
     qualities: list[str]
+    updated: str = ""
 
 
 def read(path: Path, asked: Asked) -> Imported:
     """The registers of the meters (NMI) of a file: summed from a NEM12's intervals, as read of a NEM13.
 
-    An interval is read at its end; each channel's register begins at 0 with its first interval. Intervals without a
-    value, or of quality N, add nothing. Other quantities than energy are left out and counted. A record in is one
-    interval, one NEM13 row, or another line that is refused. The readings of a meter are in the order of time, for a
-    file has channel after channel.
+    Of a day that comes again the version with the newest UpdateDateTime counts. An interval is read at its end; each
+    channel's register begins at 0 with its first interval. Intervals without a value, or of quality N, add nothing.
+    Other quantities than energy are left out and counted. A record in is one interval, one NEM13 row, or another line
+    that is refused. The readings of a meter are in the order of time, for a file has channel after channel.
 
     Raises:
         BadLog: a record that does not fit, or the file is no NEM12 or NEM13.
@@ -71,14 +73,13 @@ def read(path: Path, asked: Asked) -> Imported:
     log = Log(path, asked, ZONE)
     lines = fields_of(io.StringIO(log.text(), newline=""))
     _, header = next(lines, (1, []))
-    if (
-        isinstance(header, csv.Error)
-        or len(header) < 2
-        or (header[0].strip(), header[1].strip()) not in (("100", "NEM12"), ("100", "NEM13"))
-    ):
-        raise log.bad(1, "no header (100,NEM12 or 100,NEM13)")
-    if asked.timezone is None and len(header) > 3:
-        log.zone = ZoneInfo(SENDER_ZONES.get(header[3].strip(), log.zone.key))
+    begin = [] if isinstance(header, csv.Error) else [field.strip() for field in header]
+    if begin[:1] == ["200"]:  # a portal left the header out; what follows is a channel of a NEM12 all the same
+        lines = chain([(1, header)], lines)
+    elif begin[:2] not in (["100", "NEM12"], ["100", "NEM13"]):
+        raise log.bad(1, f"the first record is {','.join(begin[:2])!r}, expected 100,NEM12 or 100,NEM13, or a 200")
+    elif asked.timezone is None and len(begin) > 3:
+        log.zone = ZoneInfo(SENDER_ZONES.get(begin[3], log.zone.key))
     channel: _Channel | None = None
     days: list[_Day] = []
     is_open = False  # the last day was taken, so that 400 records have something to set
@@ -115,7 +116,11 @@ def read(path: Path, asked: Asked) -> Imported:
         except (ValueError, IndexError, KeyError, ArithmeticError) as error:
             records = _intervals_in(record, channel) if kind == "300" else 1
             log.rows_in += records if kind in ("200", "300", "400") else 0  # others have been counted
-            log.refuse(number, f"{type(error).__name__}: {error}", records=records)
+            reason = (
+                str(error) if isinstance(error, ValueError) else f"record {kind} of {len(record)} fields is cut off"
+            )
+            log.refuse(number, reason, records=records)
+    days = _newest(log, days)
     log.defects[Defect.OTHER_QUANTITY] += sum(len(day.energies) for day in days if day.channel.register is None)
     values = [*(_intervals(log, days, register) for register in REGISTERS), _as_read(reads)]
     readings = pl.concat(values, how="diagonal")
@@ -143,9 +148,9 @@ def _meter_id(text: str) -> str:
 
 def _channel(record: list[str]) -> _Channel:
     suffix, serial, unit, minutes = (record[place].strip() for place in (4, 6, 7, 8))
-    length = timedelta(minutes=int(minutes))
+    length = timedelta(minutes=int(minutes)) if minutes.isascii() and minutes.isdecimal() else timedelta(0)
     if not timedelta(0) < length <= DAY or DAY % length:
-        msg = f"no interval length: {minutes!r}"
+        msg = f"field 9: no interval length: {minutes!r}, expected minutes that divide a day"
         raise ValueError(msg)
     factor = MICRO_WH.get(unit.upper())
     return _Channel(_meter_id(record[1]), serial or None, CHANNELS.get(suffix) if factor else None, factor or 0, length)
@@ -155,33 +160,74 @@ def _day(record: list[str], channel: _Channel | None) -> _Day:
     if channel is None:
         msg = "a day without a channel (200)"
         raise ValueError(msg)
-    count = DAY // channel.length
-    begin, quality = datetime.strptime(record[1].strip(), "%Y%m%d"), record[2 + count].strip()  # noqa: DTZ007
-    energies = [exact(field, channel.micro_wh) for field in record[2 : 2 + count]]
+    count, values = DAY // channel.length, _values(record)
+    if values != count:
+        minutes = channel.length // timedelta(minutes=1)
+        found = f"{len(record) - 2} fields after the date and no quality" if values is None else f"{values} values"
+        msg = f"{found}, expected {count} values and a quality: record 200 says {minutes} minutes an interval"
+        raise ValueError(msg)
+    energies = [_energy(place, record[place], channel) for place in range(2, 2 + count)]
+    updated = record[5 + count].strip() if len(record) > 5 + count else ""
+    return _Day(channel, _date(record[1]), energies, [record[2 + count].strip()[0]] * count, updated)
+
+
+def _date(text: str) -> datetime:
+    try:
+        day = datetime.strptime(text.strip(), "%Y%m%d")  # noqa: DTZ007
+    except ValueError:
+        day = None
+    if day is None or day.year == MAXYEAR:
+        msg = f"field 2: no day: {text!r}, expected YYYYMMDD"
+        raise ValueError(msg)
+    return day
+
+
+def _values(record: list[str]) -> int | None:
+    """How many fields are between a day and its quality; None where there is none."""
+    return next((place for place, field in enumerate(record[2:]) if field.strip()[:1].isalpha()), None)
+
+
+def _energy(place: int, text: str, channel: _Channel) -> int | None:
+    try:
+        energy = exact(text, channel.micro_wh)
+    except ValueError as error:
+        msg = f"field {place + 1}: {error}"
+        raise ValueError(msg) from error
     least = 0 if channel.register else -MAX_EXACT
-    if begin.year == MAXYEAR:
-        msg = f"no day: {record[1]!r}"
+    if energy is not None and not least <= energy < MAX_EXACT:
+        msg = f"field {place + 1}: {text.strip()!r} is {'below 0' if energy < 0 else 'too much'}, expected an energy"
         raise ValueError(msg)
-    if not quality[:1].isalpha() or any(energy is not None and not least <= energy < MAX_EXACT for energy in energies):
-        msg = f"not {count} values and a quality"
-        raise ValueError(msg)
-    return _Day(channel, begin, energies, [quality[0]] * count)
+    return energy
+
+
+def _newest(log: Log, days: list[_Day]) -> list[_Day]:
+    """The days without those of which a version with a newer UpdateDateTime is there; those are counted.
+
+    Of versions without one, or with the same, all stay: which of them is right nobody says.
+    """
+    newest: dict[tuple[_Channel, datetime], str] = {}
+    for day in days:
+        place = day.channel, day.begin
+        newest[place] = max(newest.get(place, ""), day.updated)
+    kept = [day for day in days if day.updated == newest[day.channel, day.begin]]
+    log.defects[Defect.SUPERSEDED] += sum(len(day.energies) for day in days) - sum(len(day.energies) for day in kept)
+    return kept
 
 
 def _intervals_in(record: list[str], channel: _Channel | None) -> int:
     """Intervals of a day that is refused; if its channel is unknown, the values before the quality."""
     if channel:
         return DAY // channel.length
-    fields = [field.strip() for field in record[2:]]
-    quality = next((place for place, field in enumerate(fields) if field[:1].isalpha()), None)
-    return max(sum(map(bool, fields)) if quality is None else quality, 1)
+    values = _values(record)
+    return max(sum(bool(field.strip()) for field in record[2:]) if values is None else values, 1)
 
 
 def _set_quality(record: list[str], day: _Day) -> None:
     """Quality of a stretch of intervals, where the day's own is V: mixed."""
-    first, last, quality = int(record[1]), int(record[2]), record[3].strip()
+    places, quality = [field.strip() for field in record[1:3]], record[3].strip()
+    first, last = (int(place) if place.isascii() and place.isdecimal() else 0 for place in places)
     if not 1 <= first <= last <= len(day.qualities) or not quality[:1].isalpha():
-        msg = f"no stretch of {len(day.qualities)} intervals with a quality: {first} to {last}, {quality!r}"
+        msg = f"no stretch of {len(day.qualities)} intervals with a quality: {' to '.join(places)}, {quality!r}"
         raise ValueError(msg)
     day.qualities[first - 1 : last] = [quality[0]] * (last - first + 1)
 
@@ -208,20 +254,32 @@ def _intervals(log: Log, days: list[_Day], register: str) -> pl.DataFrame:
 def _register_reads(log: Log, record: list[str], earlier: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """Previous and current read of one register; a second meter of one NMI has the second register."""
     meter_id, serial, unit = _meter_id(record[1]), record[6].strip() or None, record[19].strip().upper()
-    first, second = NEM13_WAYS[record[7].strip()]
+    way = record[7].strip()
+    if way not in NEM13_WAYS or unit not in MICRO_WH:
+        wrong = f"field 8: {way!r}, expected E or I" if way not in NEM13_WAYS else f"field 20: {unit!r}, expected KWH"
+        raise ValueError(wrong)
+    first, second = NEM13_WAYS[way]
     others = {read[2] for read in earlier if (read[0], read[3]) == (meter_id, first)} - {serial}
     reads = []
     for place in (8, 13):
-        at = datetime.strptime(record[place + 1].strip(), "%Y%m%d%H%M%S")  # noqa: DTZ007
+        at = _stamp(place + 1, record[place + 1])
         wh = exact(record[place], MICRO_WH[unit] // MICRO_WH_PER_WH)
         if wh is None or not 0 <= wh < MAX_EXACT:
-            msg = f"no register: {record[place]!r}"
+            msg = f"field {place + 1}: no register: {record[place]!r}"
             raise ValueError(msg)
         reads.append((meter_id, at, serial, second if others else first, wh))
     for place in (8, 13):
         if defect := QUALITIES.get(record[place + 2].strip()[:1]):
             log.defects[defect] += 1
     return reads
+
+
+def _stamp(place: int, text: str) -> datetime:
+    try:
+        return datetime.strptime(text.strip(), "%Y%m%d%H%M%S")  # noqa: DTZ007
+    except ValueError as error:
+        msg = f"field {place + 1}: no time: {text!r}, expected YYYYMMDDhhmmss"
+        raise ValueError(msg) from error
 
 
 def _as_read(reads: list[tuple[Any, ...]]) -> pl.DataFrame:

@@ -62,6 +62,22 @@ def test_intervals_without_a_value_or_of_quality_n_add_nothing_and_have_no_readi
     assert imported.defects["empty_fields"] == 2
 
 
+def test_of_a_day_that_comes_again_the_newest_update_counts_wherever_it_stands(tmp_path: Path) -> None:
+    old, new = "300,20240201,1,2,S,,,20240202000000,", "300,20240201,3,4,A,,,20240509000000,"
+    for days in ([old, new], [new, old]):
+        imported = read(log(tmp_path / "log.csv", nem12(channel(), *days, day(20240202, 1, 1))), "nem12")
+        assert column(imported, "import_t1_wh") == [0, 3000, 7000, 8000, 9000]
+        assert (imported.defects["superseded"], imported.defects["conflict"], imported.rows_in) == (2, 0, 6)
+
+
+def test_a_file_whose_header_was_left_out_is_a_nem12_all_the_same(tmp_path: Path) -> None:
+    whole = nem12(channel(), day(20240201, 1, 2))
+    imported = read(log(tmp_path / "log.csv", whole.partition("\n")[2]), "nem12")
+    assert column(imported, "import_t1_wh") == [0, 1000, 3000]
+    with pytest.raises(BadLog, match=r"log.csv:1: the first record is 'meter,wh', expected 100,NEM12 or 100,NEM13"):
+        read(log(tmp_path / "log.csv", "meter,wh\n1,2\n"), "nem12")
+
+
 def test_a_day_that_comes_again_is_kept_as_duplicate_or_conflict_and_summed_once(tmp_path: Path) -> None:
     path = log(tmp_path / "log.csv", nem12(channel(), day(20240201, 1, 2), day(20240201, 1, 5), day(20240202, 1, 1)))
     imported = read(path, "nem12")
@@ -77,7 +93,14 @@ def test_a_day_that_comes_again_is_kept_as_duplicate_or_conflict_and_summed_once
         ([channel(minutes=0), day(20240201, 1, 2)], 2, "no interval length"),
         ([channel(nmi="N 1"), day(20240201, 1, 2)], 2, "no NMI"),
         ([channel(), day(20240201, 1, 2, quality="V"), "400,1,3,A,,"], 4, "no stretch of 2 intervals"),
-        ([channel(), day(20240201, -1, 2)], 3, "not 2 values and a quality"),
+        ([channel(), day(20240201, -1, 2)], 3, "field 3: '-1' is below 0, expected an energy"),
+        ([channel(), day(20240201, 1, "x")], 3, "2 values and a quality"),
+        ([channel(), day(20240201, 1, "1,5")], 3, "3 values, expected 2 values and a quality: .* 720 minutes"),
+        ([channel(), day(20240201, 1)], 3, "1 values, expected 2 values"),
+        ([channel(), "300,20240201,1"], 3, "1 fields after the date and no quality, expected 2 values"),
+        ([channel(), day("20240231", 1, 2)], 3, "field 2: no day: '20240231', expected YYYYMMDD"),
+        ([channel(), day(20240201, 1, "1.2.3")], 3, "field 4: not a number: '1.2.3'"),
+        (["200,NMI1,E1"], 2, "record 200 of 3 fields is cut off"),
     ],
 )
 def test_a_nem12_record_that_does_not_follow_is_refused_with_what_hangs_on_it(

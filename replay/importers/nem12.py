@@ -84,6 +84,7 @@ def read(path: Path, asked: Asked) -> Imported:
     days: list[_Day] = []
     is_open = False  # the last day was taken, so that 400 records have something to set
     reads: list[tuple[Any, ...]] = []
+    suffixes: dict[tuple[str, str], list[str]] = {}
     for number, record in lines:
         if isinstance(record, csv.Error):
             channel, is_open = None, False  # it may have been a 200: what follows is of nobody
@@ -106,7 +107,7 @@ def read(path: Path, asked: Asked) -> Imported:
                         _set_quality(record, days[-1])
                 case "250":
                     log.rows_in += 1
-                    reads += _register_reads(log, record, reads)
+                    reads += _register_reads(log, record, suffixes)
                 case "100" | "500" | "550" | "900" | "":
                     continue
                 case _:
@@ -123,13 +124,15 @@ def read(path: Path, asked: Asked) -> Imported:
     days = _newest(log, days)
     log.defects[Defect.OTHER_QUANTITY] += sum(len(day.energies) for day in days if day.channel.register is None)
     values = [*(_intervals(log, days, register) for register in REGISTERS), _as_read(reads)]
-    readings = pl.concat(values, how="diagonal")
+    readings = _boxes(pl.concat(values, how="diagonal"))
     # a value that comes again has a reading of its own
     readings = readings.with_columns(copy=pl.int_range(pl.len()).over("meter_id", "observed_at", "register"))
     readings = (
         readings.group_by("meter_id", "observed_at", "copy", "dialect")
         .agg(
-            pl.col("equipment_id").drop_nulls().first(),
+            pl.when(pl.col("equipment_id").drop_nulls().n_unique() == 1).then(
+                pl.col("equipment_id").drop_nulls().first()
+            ),
             **{name: pl.col("wh").filter(pl.col("register") == name).first() for name in REGISTERS},
         )
         .sort("meter_id", "observed_at", "copy")
@@ -137,6 +140,16 @@ def read(path: Path, asked: Asked) -> Imported:
     )
     registry = readings.select("meter_id", jurisdiction=pl.lit("AS60038")).unique()
     return log.close(log.utc(readings), registry)
+
+
+def _boxes(readings: pl.DataFrame) -> pl.DataFrame:
+    """Readings without the serials of meters whose registers are summed here from several boxes' intervals.
+
+    A register that begins at 0 with the file is of no box; a serial that comes and goes would be an exchange.
+    """
+    several = pl.col("equipment_id").drop_nulls().n_unique().over("meter_id") > 1
+    is_summed = pl.col("dialect") == "nem12"
+    return readings.with_columns(equipment_id=pl.when(~(several & is_summed)).then("equipment_id"))
 
 
 def _meter_id(text: str) -> str:
@@ -251,15 +264,26 @@ def _intervals(log: Log, days: list[_Day], register: str) -> pl.DataFrame:
     return summed(intervals, "wh", MICRO_WH_PER_WH).with_columns(register=pl.lit(register), dialect=pl.lit("nem12"))
 
 
-def _register_reads(log: Log, record: list[str], earlier: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Previous and current read of one register; a second meter of one NMI has the second register."""
+def _register_reads(log: Log, record: list[str], suffixes: dict[tuple[str, str], list[str]]) -> list[tuple[Any, ...]]:
+    """Previous and current read of one register: a NMI's suffixes have the registers, in their order in the file.
+
+    Args:
+        log: counts what is odd.
+        record: 250.
+        suffixes: NMI and direction → those that came; another serial of one suffix is an exchange.
+    """
     meter_id, serial, unit = _meter_id(record[1]), record[6].strip() or None, record[19].strip().upper()
     way = record[7].strip()
     if way not in NEM13_WAYS or unit not in MICRO_WH:
         wrong = f"field 8: {way!r}, expected E or I" if way not in NEM13_WAYS else f"field 20: {unit!r}, expected KWH"
         raise ValueError(wrong)
-    first, second = NEM13_WAYS[way]
-    others = {read[2] for read in earlier if (read[0], read[3]) == (meter_id, first)} - {serial}
+    suffix = record[4].strip() or record[3].strip()
+    known = suffixes.setdefault((meter_id, way), [])
+    if suffix not in known and len(known) == len(NEM13_WAYS[way]):
+        msg = f"field 5: {suffix!r} is a third register beside {', '.join(known)}, and a reading has two a direction"
+        raise ValueError(msg)
+    known += [] if suffix in known else [suffix]
+    register = NEM13_WAYS[way][known.index(suffix)]
     reads = []
     for place in (8, 13):
         at = _stamp(place + 1, record[place + 1])
@@ -267,7 +291,7 @@ def _register_reads(log: Log, record: list[str], earlier: list[tuple[Any, ...]])
         if wh is None or not 0 <= wh < MAX_EXACT:
             msg = f"field {place + 1}: no register: {record[place]!r}"
             raise ValueError(msg)
-        reads.append((meter_id, at, serial, second if others else first, wh))
+        reads.append((meter_id, at, serial, register, wh))
     for place in (8, 13):
         if defect := QUALITIES.get(record[place + 2].strip()[:1]):
             log.defects[defect] += 1

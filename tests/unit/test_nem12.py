@@ -194,3 +194,35 @@ def test_a_nem12_file_in_a_zone_that_changes_its_clock_names_the_intervals_it_ca
     path = log(tmp_path / "log.csv", nem12(channel(minutes=60), day(date, *[1] * 24)))
     assert read(path, "nem12", timezone="Australia/Sydney").defects[defect] == 1
     assert not read(path, "nem12").defects, "market time has no summer time"
+
+
+def test_boxes_under_one_nmi_have_registers_of_their_own_and_no_serial_of_what_is_summed(tmp_path: Path) -> None:
+    second = channel("E2").replace("SER1", "SER2")
+    path = log(tmp_path / "log.csv", nem12(channel(), day(20240201, 1, 2), second, day(20240201, 3, "")))
+    imported = read(path, "nem12")
+    assert (column(imported, "import_t1_wh"), column(imported, "import_t2_wh")) == ([0, 1000, 3000], [0, 3000, None])
+    assert set(column(imported, "equipment_id")) == {None}
+    alone = read(log(tmp_path / "one.csv", nem12(channel(), day(20240201, 1, 2))), "nem12")
+    assert set(column(alone, "equipment_id")) == {"SER1"}
+
+
+def nem13(*reads: tuple[str, str, int, int]) -> str:
+    """(suffix, serial, previous, current), kWh, of one quarter."""
+    rows = [
+        f"250,NMI1,,1,{suffix},1,{serial},E,{old},20240101000000,A,,,{new},20240401000000,A,,,{new - old},KWH,,,"
+        for suffix, serial, old, new in reads
+    ]
+    return "\n".join(["100,NEM13,202405010000,MDA1,Ret1", *rows, "900", ""])
+
+
+def test_a_nem13s_suffixes_are_registers_whichever_box_has_them(tmp_path: Path) -> None:
+    text = nem13(("11", "S1", 27_240, 28_220), ("41", "S1", 19_890, 20_580))
+    imported = read(log(tmp_path / "log.csv", text), "nem12")
+    assert column(imported, "import_t1_wh") == [27_240_000, 28_220_000]
+    assert column(imported, "import_t2_wh") == [19_890_000, 20_580_000]
+    assert imported.defects["conflict"] == 0
+    exchanged = nem13(("11", "S1", 100, 200), ("11", "S2", 5, 60))
+    registers = column(read(log(tmp_path / "exchanged.csv", exchanged), "nem12"), "import_t2_wh")
+    assert set(registers) == {None}
+    with pytest.raises(BadLog, match=r"log3.csv:4: field 5: '61' is a third register beside 11, 41"):
+        read(log(tmp_path / "log3.csv", nem13(("11", "S", 1, 2), ("41", "S", 1, 2), ("61", "S", 1, 2))), "nem12")

@@ -80,6 +80,11 @@ FAULT_WH = (
 """How much a value was raised by its fault."""
 TOO_MUCH = {
     FaultOutcome.IMPLAUSIBLE: WILD & IS_TOO_FAR,
+    # it follows from a value that is as wild: two that agree are a new segment, until the true ones come back
+    FaultOutcome.AGREED: TAKEN
+    & PLAIN
+    & (FAULT_WH > LIMIT_WH + STEP_SLACK_WH)
+    & STEP_WH.is_between(0, LIMIT_WH + STEP_SLACK_WH),
     # no limit, or little enough to be true
     FaultOutcome.PLAUSIBLE: TAKEN & PLAIN & ~(FAULT_WH > LIMIT_WH + STEP_SLACK_WH).fill_null(False),
 }

@@ -42,8 +42,8 @@ WHY = {
     FaultKind.REORDER: "came within a batch, in order after all: no reason is due",
     FaultKind.CLOCK_JUMP: "what it and those after it become depends on which of them shared a batch",
     FaultKind.FROZEN: "an empty house looks the same: no reason says it",
-    FaultKind.SPIKE: "there is no limit, or it is little enough to be true: nothing after it can be decided",
-    FaultKind.UNIT_SLIP: "there is no limit, or it is little enough to be true: nothing after it can be decided",
+    FaultKind.SPIKE: "no limit, little enough to be true, or two that agree: nothing after it can be decided",
+    FaultKind.UNIT_SLIP: "no limit, little enough to be true, or two that agree: nothing after it can be decided",
     FaultKind.RESET: "the first value is above what the fuse lets through: nothing after it can be decided",
     FaultKind.ROLLOVER: "the step is above what the fuse lets through, or begins far from the end of the register",
 }
@@ -199,6 +199,10 @@ def _series(lake: duckdb.DuckDBPyConnection) -> None:
             SELECT meter_id, register, observed_at, coalesce(kind, '{LOG}') AS cause FROM reasoned_steps
             WHERE reason = '{UNDECIDED}'
             UNION ALL SELECT meter_id, register, observed_at, kind FROM wild WHERE NOT is_sure
+            UNION ALL SELECT meter_id, register, before_at, kind FROM (
+                SELECT *, lag(is_wild) OVER place AS is_after_wild, lag(observed_at) OVER place AS before_at
+                FROM values_sent WINDOW place AS (PARTITION BY meter_id, register ORDER BY observed_at))
+            WHERE is_wild AND is_after_wild
             UNION ALL SELECT meter_id, each, least(observed_at, observed_at - to_seconds(amount)), kind
                 FROM faults, (VALUES {registers}) named (each) WHERE kind = '{FaultKind.CLOCK_JUMP}' AND was_sent
             UNION ALL SELECT meter_id, register, TIMESTAMPTZ '-infinity', '{LOG}' FROM truth WHERE begins_anew)

@@ -198,6 +198,7 @@ class FaultOutcome(StrEnum):
     METER_EXCHANGE = "meter_exchange"
     IMPLAUSIBLE = "implausible"
     PLAUSIBLE = "plausible"
+    AGREED = "agreed"
     ZERO_STEP = "zero_step"
     NO_CHANGE = "no_change"
     DEAD_LETTER = "dead_letter"

@@ -16,7 +16,7 @@ BREAK_PRICE = 1.5
 """Readings that the begin of a segment is worth: two that agree with each other begin one, one alone does not."""
 NAMED_PRICE = 0.75
 """The same where the equipment is another by its name: one reading is enough."""
-RETURN_PRICE = 4.5
+RETURN_PRICE = 9.0
 """The same where the reading follows from one before those that it does not follow from: they are wild rather."""
 
 

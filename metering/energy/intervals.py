@@ -57,13 +57,15 @@ def quarter_hours(steps: pl.DataFrame, open_intervals: pl.DataFrame, baseline: p
         open_intervals: the state so far, columns `OPEN`.
         baseline: the last accepted value of each register after the steps, as `delta_engine.steps` gives it.
     """
+    # after an exchange the old equipment may come back, and its next step begins where it was last
+    newest = pl.when(pl.col("held_segment").is_not_null()).then("held_at").otherwise("previous_at")
     before = open_intervals.join(baseline.select(*KEY, "series"), on=KEY, how="left")
     shares = ["series", "interval_start", "energy_wh", "covered_us", "rank", "run_id"]
     known = (
         pl.concat([before.filter(pl.col("series").is_not_null()).select(shares), _shares(steps).select(shares)])
         .group_by("series", "interval_start", maintain_order=True)
         .agg(pl.col("energy_wh", "covered_us").sum(), pl.col("rank").max(), pl.col("run_id").last())
-        .join(baseline.select("series", *KEY, newest_at="previous_at"), on="series", how="left", maintain_order="left")
+        .join(baseline.select("series", *KEY, newest_at=newest), on="series", how="left", maintain_order="left")
     )
     untouched = before.filter(pl.col("series").is_null()).select(OPEN.keys())
     is_over = pl.col("interval_start") + INTERVAL <= pl.col("newest_at")

@@ -80,10 +80,15 @@ def walk(baseline: dict[str, Any] | None, rows: list[dict[str, Any]], limits: Li
             continue
         held, before = _held(last, row), last
         found = step_between(last, row, limits)
-        if found and found[0] is DeltaReason.METER_EXCHANGE and last["held_segment"]:
+        if held and (row["observed_at"], row["wh"]) == (held["observed_at"], held["wh"]):
+            out.append(step_of(row, number, {}, DeltaReason.DUPLICATE, None, None))
+            continue
+        if last["held_segment"] and (found is None or found[0] is DeltaReason.METER_EXCHANGE):
             returned = _before_exchange(last)  # the other equipment's name came for one reading only
             if (back := step_between(returned, row, limits)) and back[0] is not DeltaReason.METER_EXCHANGE:
                 before, found = returned, back
+            elif row["equipment_id"] and row["equipment_id"] == returned["equipment_id"]:
+                last, found = returned, None  # of the old equipment again, and wild
         if found:
             if held:
                 out.append(step_of(held, None, last, DeltaReason.GLITCH, None, last["segment_id"]))
@@ -125,6 +130,9 @@ def _before_exchange(last: dict[str, Any]) -> dict[str, Any]:
         "previous_wh": last["held_wh"],
         "segment_id": last["held_segment"],
         "equipment_id": last["held_equipment"],
+        "run_id": last["held_run"],
+        "is_alone": False,
+        **dict.fromkeys(HELD),
     }
 
 
@@ -135,7 +143,7 @@ def _exchanged(row: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
         "held_at": last["previous_at"],
         "held_wh": last["previous_wh"],
         "held_equipment": last["equipment_id"],
-        "held_run": None,
+        "held_run": last["run_id"],
         "held_segment": last["segment_id"],
     }
 

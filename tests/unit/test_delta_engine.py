@@ -350,6 +350,24 @@ def test_every_record_gets_exactly_one_bucket(delivery: tuple[Limits, pl.DataFra
             id="an equipment id that flickers for one reading costs no energy",
         ),
         pytest.param(
+            FUSED,
+            [(0, 10_000, "a"), (60, 77_000, "x"), (120, 10_020, None), (180, 10_030, "a")],
+            [("first", 0), ("meter_exchange", 0), ("gap", 20), ("ok", 10)],
+            id="nor where the next telegram names none",
+        ),
+        pytest.param(
+            FUSED,
+            [(0, 10_000, "a"), (60, 10_010, "x"), (120, 0, "a"), (180, 10_030, "a")],
+            [("first", 0), ("meter_exchange", 0), ("implausible", None), ("[glitch]", None), ("gap", 30)],
+            id="a wild value of the old equipment is no second exchange",
+        ),
+        pytest.param(
+            FUSED,
+            [(0, 9_000), (60, 9_010), (120, 7), (120, 7), (180, 9_020)],
+            [("first", 0), ("ok", 10), ("implausible", None), ("duplicate", None), ("[glitch]", None), ("gap", 10)],
+            id="a held value that comes again is a duplicate",
+        ),
+        pytest.param(
             FUSED, [(60, 10), (0, 9), (120, 12)], [("first", 0), ("out_of_order", None), ("ok", 2)], id="an older one"
         ),
         pytest.param(FUSED, [(0, 10), (0, 10)], [("first", 0), ("duplicate", None)], id="the same again"),

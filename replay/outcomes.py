@@ -83,6 +83,7 @@ TOO_MUCH = {
     # it follows from a value that is as wild: two that agree are a new segment, until the true ones come back
     FaultOutcome.AGREED: TAKEN
     & PLAIN
+    & pl.col("is_of_inferred")
     & (FAULT_WH > LIMIT_WH + STEP_SLACK_WH)
     & STEP_WH.is_between(0, LIMIT_WH + STEP_SLACK_WH),
     # no limit, or little enough to be true

@@ -16,7 +16,7 @@ def facts(lake: duckdb.DuckDBPyConnection, run: Run) -> pl.DataFrame:
         f"""CREATE TEMP TABLE fault_steps AS
         SELECT meter_id, register, observed_at, wh, previous_at, previous_wh, delta_wh, reason,
             CASE WHEN reason IN {ACCEPTED} THEN 0 WHEN reason = '{DeltaReason.IMPLAUSIBLE}' THEN 1 ELSE 2 END AS rank,
-            inferred
+            inferred, segment_id
         FROM run_deltas SEMI JOIN (SELECT meter_id FROM faults WHERE topic = 'readings') USING (meter_id)"""
     )
     lake.execute("CREATE TEMP TABLE accepted_steps AS FROM fault_steps WHERE rank = 0")
@@ -52,7 +52,7 @@ def facts(lake: duckdb.DuckDBPyConnection, run: Run) -> pl.DataFrame:
                 ON {REGISTER_LIST} INTO NAME name VALUE wh)) v
             JOIN (FROM fault_steps WHERE inferred IS NOT TRUE) s ON s.meter_id = v.meter_id AND s.register = v.register
                 AND s.observed_at = v.observed_at AND s.wh = v.wh)
-        SELECT row, register, wh, reason, delta_wh, previous_wh, previous_at, duplicates, became, became_wh
+        SELECT row, register, wh, reason, delta_wh, previous_wh, previous_at, duplicates, became, became_wh, segment_id
         FROM each LEFT JOIN inferred_steps USING (meter_id, register, observed_at, wh)
         QUALIFY row_number() OVER (
             PARTITION BY row
@@ -72,7 +72,7 @@ def facts(lake: duckdb.DuckDBPyConnection, run: Run) -> pl.DataFrame:
             f.meter_id IN (FROM shared) AS is_shared, l.max_w, l.interval_s, o.wh, t.observed_at AS stamped_at,
             coalesce(t.is_late, false) AS is_late, t.quarantine, t.quarantine_voltage,
             o.reason, o.delta_wh, o.previous_wh, o.previous_at, o.became, o.became_wh,
-            coalesce(o.duplicates, 0) AS duplicates,
+            coalesce(o.duplicates, 0) AS duplicates, begins.segment_id IS NOT NULL AS is_of_inferred,
             before.observed_at AS before_at, before.wh AS before_wh,
             after.observed_at AS next_at, after.wh AS next_wh, after.delta_wh AS next_delta_wh,
             after.reason AS next_reason, after.previous_at AS next_previous_at, after.previous_wh AS next_previous_wh,
@@ -83,6 +83,8 @@ def facts(lake: duckdb.DuckDBPyConnection, run: Run) -> pl.DataFrame:
         LEFT JOIN limits l ON l.meter_id = f.meter_id
         LEFT JOIN touched t ON t.row = f.row
         LEFT JOIN own o ON o.row = f.row
+        LEFT JOIN (SELECT DISTINCT meter_id, register, segment_id FROM accepted_steps WHERE inferred) begins
+            ON begins.meter_id = f.meter_id AND begins.register = o.register AND begins.segment_id = o.segment_id
         ASOF LEFT JOIN accepted_steps before ON before.meter_id = f.meter_id AND before.register = f.register
             AND before.observed_at < f.observed_at
         ASOF LEFT JOIN accepted_steps after ON after.meter_id = f.meter_id AND after.register = f.register

@@ -63,8 +63,8 @@ def _taken(
         if is_all or is_small:
             which, rows = stock.is_there, stock.present
         else:
-            expired = _expired(part, arrived, context) if kind == MEMORY else due.get(kind)
-            which = stock.found(arrived.hashes(source.keys[kind]), expired)
+            further = _expired(part, arrived, context) if kind == MEMORY else due.get(kind)
+            which = stock.found(arrived.hashes(source.keys[kind]), further)
             rows = stock.rows.filter(pl.Series(which))
         if kind == MEMORY and part.begin is not None:  # originals there or behind were of a topic that was made anew
             rows = rows.filter(pl.col("offset") < part.begin)

@@ -12,7 +12,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 
 from lake.paths import table_path
-from metering.registry import MOST, newest, usable
+from metering.registry import MOST, is_among, newest, usable
 from schemas.tables import TABLES, polars_schema
 
 
@@ -64,8 +64,7 @@ def newest_registry(files: RegistryFiles) -> pl.DataFrame:
 
 def registered(meter_ids: pl.Series) -> pl.DataFrame:
     """The newest row of each of these meters as it was registered, with the `file` that has it."""
-    is_one = pl.col("meter_id").is_in(meter_ids.implode())
-    return newest(_registry(registry_files(), with_file=True).filter(is_one).collect())
+    return newest(_registry(registry_files(), with_file=True).filter(is_among(meter_ids)).collect())
 
 
 def _registry(files: RegistryFiles, with_file: bool = False) -> pl.LazyFrame:

@@ -1,9 +1,14 @@
-"""The registry: which of a meter's rows counts."""
+"""The registry: which rows are of a meter, and which of them counts."""
 
 import polars as pl
 
 MOST = {"nominal_mv": 1_000_000_000, "fuse_a": 1_000_000, "interval_s": 366 * 86_400}
 """A number of the registry that is not above 0, or above this, is a slip: it counts as unknown."""
+
+
+def is_among(meter_ids: pl.Series) -> pl.Expr:
+    """True of the rows of these meters: of a large registry a few are found sooner than all are joined."""
+    return pl.col("meter_id").is_in(meter_ids.implode())
 
 
 def newest(rows: pl.DataFrame) -> pl.DataFrame:

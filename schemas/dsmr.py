@@ -102,27 +102,19 @@ def with_crc(telegram: str) -> bytes:
     return data + f"{crc16(data):04X}\r\n".encode()
 
 
-def _fine_number(line: str, value: str, unit: str) -> int:
-    """A number with more digits than ours, towards 0 to a whole one: a register never seems to fall."""
-    number, _, written = value.partition("*")
-    factor = UNITS[unit].get(written.lower()) if unit else (None if written else 1)
-    if factor is None or not FINE_NUMBER.fullmatch(number):
-        return _number(line, value, unit)  # says what is wrong
-    return int(Decimal(number) * factor)
-
-
-def _number(line: str, value: str, unit: str) -> int:
+def _number(line: str, value: str, unit: str, is_fine: bool = False) -> int:
+    """A number of our unit; a fine one may have a sign, and is cut to a whole one: a register never seems to fall."""
     number, _, written = value.partition("*")
     factor = UNITS[unit].get(written.lower()) if unit else (None if written else 1)
     if factor is None:
         raise _bad(line, f"unit {written!r} instead of {' or '.join(UNITS.get(unit, {})) or 'none'}")
-    if not NUMBER.fullmatch(number):
+    if not (FINE_NUMBER if is_fine else NUMBER).fullmatch(number):
         raise _bad(line, "not a number")
     if "." not in number:
         return int(number) * factor
     exact = Decimal(number) * factor
     whole = int(exact)
-    if whole != exact:
+    if whole != exact and not is_fine:
         raise _bad(line, f"not a whole number of {unit or 'counts'}")
     return whole
 
@@ -240,12 +232,10 @@ def decode_telegram(
             value = _equipment(text) if field == "equipment_id" else text
         elif unit == "stamp":
             value = _stamp(line, text)
-        elif is_fine:
-            value = _fine_number(line, text, unit)
-        elif field == "tariff" and (named := TARIFF.fullmatch(text)):
+        elif not is_fine and field == "tariff" and (named := TARIFF.fullmatch(text)):
             value = int(named[1])
         else:
-            value = _number(line, text, unit)
+            value = _number(line, text, unit, is_fine)
         if field == "import_w":
             power = text
         for name, each in (_signed(field, value) if is_fine and isinstance(value, int) else {field: value}).items():

@@ -49,8 +49,8 @@ REGISTRY = _columns(
     time_zone=STRING, jurisdiction=STRING, interval_s=LONG, is_unlimited=pa.bool_(),
 )  # fmt: skip
 """One row per meter and usage point; `phases` is `L1` or `L1,L2,L3`, `interval_s` the expected seconds between
-readings; null is unknown, and then no rule that needs it applies. `is_unlimited`: no fuse
-bounds what it takes, such as behind current transformers."""
+readings; null is unknown, and then no rule that needs it applies, but the plausible maximum takes 3 × 100 A.
+`is_unlimited`: no fuse bounds what it takes, such as behind current transformers."""
 CONSUMPTION_DELTAS = _columns(
     meter_id=STRING, register=STRING, previous_at=TIMESTAMP, observed_at=TIMESTAMP, previous_wh=LONG, wh=LONG,
     delta_wh=LONG, reason=STRING, segment_id=STRING, equipment_id=STRING, run_id=STRING, inferred=pa.bool_(),

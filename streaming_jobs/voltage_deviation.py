@@ -21,6 +21,7 @@ from engine.job import BatchContext, Frames, Output, Source, StreamingJob
 from engine.stream import command
 from metering import accounting
 from metering.deduplication import PLACE
+from metering.registry import is_among
 from metering.voltage import groups, windows
 from schemas import tables
 from schemas.closed_lists import GridLevel
@@ -66,8 +67,7 @@ def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, conte
     """Roll-ups of the windows that are over, and who is out of step."""
     if handed["voltage_windows"].is_empty():
         return Output(tables={})
-    concerned = handed["voltage_windows"].get_column("meter_id").unique()
-    known = registry.filter(pl.col("meter_id").is_in(concerned.implode()))
+    known = registry.filter(is_among(handed["voltage_windows"].get_column("meter_id").unique()))
     members = pl.concat(
         [
             known.select("meter_id", level=pl.lit(level.value), group_id=f"{level.value}_id").drop_nulls("group_id")

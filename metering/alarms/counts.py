@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import polars as pl
 
+from metering.registry import is_among
 from schemas.closed_lists import AlarmState, EventAction
 from schemas.tables import ALARM_COUNTS, EVENT_COUNTS, polars_schema
 
@@ -37,8 +38,8 @@ class Counts(NamedTuple):
 
 def placed(changes: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
     """Changes of alarms, or events, with transformer_id and feeder_id of their meters."""
-    concerned = pl.col("meter_id").is_in(changes.get_column("meter_id").implode())  # few of a large registry
-    places = registry.filter(concerned).select("meter_id", "transformer_id", "feeder_id")
+    concerned = registry.filter(is_among(changes.get_column("meter_id")))
+    places = concerned.select("meter_id", "transformer_id", "feeder_id")
     return changes.join(places, on="meter_id", how="left", maintain_order="left")
 
 

@@ -21,7 +21,7 @@ RETURN_PRICE = 9.0
 
 
 def agreed(baseline: dict[str, Any] | None, rows: list[dict[str, Any]], limits: Limits) -> Walked:
-    """Judges a series as `delta_engine.walk` does, with its arguments; both sides of each reading are known.
+    """Judges a series as `walk.walk` does, with its arguments; both sides of each reading are known.
 
     Args:
         baseline: none: the night has all readings.

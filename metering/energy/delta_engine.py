@@ -5,9 +5,6 @@ marked already (`metering/deduplication.py`). Where a whole series is plain (tim
 too large, the equipment stays) it is differenced by columns; the others are judged one reading at a time, by `walk` in
 the stream, which knows what came before, and by `metering/energy/agreement.py` in the night, which sees both sides.
 
-One value says nothing against another: what does not follow from the baseline is held, and the next one decides which
-of the two it follows from. So a wild value moves no baseline, and costs one true value at most.
-
 The invariant, under every fault: over the accepted readings of a segment, rollovers unrolled, the sum of delta_wh is
 the last value minus the segment's start.
 """

@@ -1,8 +1,8 @@
 """One register of one meter, reading by reading: the definition of what a step is, in plain Python.
 
 One value says nothing against another: what does not follow from the baseline is held, and the next one decides which
-of the two it follows from (docs/domain.md, Register steps). A baseline is a dict of `delta_engine.BASELINE` without its
-key.
+of the two it follows from (docs/domain.md, Register steps): a wild value costs one true one at most. A baseline is a
+dict of `delta_engine.BASELINE` without its key.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from schemas.closed_lists import DeltaReason
 
 GAP_FACTOR = 1.5  # a span of one and a half expected intervals has lost a reading; jitter stays below
-UNKNOWN_LIMIT_WH = 1_000  # how near to 0 or to a rollover counts as near, where no fuse is known
+UNKNOWN_LIMIT_WH = 1_000  # so near to 0 is near in any case; to a rollover, where there is no limit
 AN_HOUR_S = 3_600  # near to a register's begin or end is what flows in an hour, however long the silence was
 MIN_REGISTER_DIGITS = 6  # no register in Wh is smaller than 1,000 kWh
 HELD = ["held_at", "held_wh", "held_equipment", "held_run", "held_segment"]
@@ -24,7 +24,7 @@ class Limits:
     """What is known of one meter.
 
     Attributes:
-        max_w: the most power that its fuses let through, W; null is unknown, then no step is too large.
+        max_w: the most plausible power, W; null is no limit, then no step is too large.
         interval_s: seconds between readings; null is unknown, then no step is a gap.
         quantum_wh: the register's step: in 0.1 kWh steps it jumps 100 Wh in a moment.
     """
@@ -79,10 +79,10 @@ def walk(baseline: dict[str, Any] | None, rows: list[dict[str, Any]], limits: Li
             out.append(step_of(row, number, {}, reason, None, None))
             continue
         held, before = _held(last, row), last
-        found = step_between(last, row, limits)
         if held and (row["observed_at"], row["wh"]) == (held["observed_at"], held["wh"]):
             out.append(step_of(row, number, {}, DeltaReason.DUPLICATE, None, None))
             continue
+        found = step_between(last, row, limits)
         if last["held_segment"] and (found is None or found[0] is DeltaReason.METER_EXCHANGE):
             returned = _before_exchange(last)  # the other equipment's name came for one reading only
             if (back := step_between(returned, row, limits)) and back[0] is not DeltaReason.METER_EXCHANGE:

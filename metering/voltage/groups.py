@@ -75,6 +75,7 @@ def roll_up(windows: pl.DataFrame, movement: pl.DataFrame) -> Rollups:
 def rollups(windows: pl.DataFrame) -> pl.DataFrame:
     """One row per group, phase, window and run; see `roll_up`."""
     low, high = pl.col("min_mv").min(), pl.col("max_mv").max()
+    # a mean is of sorted values and rounded: the same in whatever order and batch they come
     return (
         windows.group_by(OF)
         .agg(
@@ -86,10 +87,7 @@ def rollups(windows: pl.DataFrame) -> pl.DataFrame:
             min_meter_id=pl.col("meter_id").filter(pl.col("min_mv") == low).min(),
             max_mv=high,
             max_meter_id=pl.col("meter_id").filter(pl.col("max_mv") == high).min(),
-            deviation_pct=pl.col("deviation_pct")
-            .sort()
-            .mean()
-            .round(9),  # the same, in whatever order and batch they come
+            deviation_pct=pl.col("deviation_pct").sort().mean().round(9),
             low_count=pl.col("band").is_in(["low", "very_low"]).sum(),
             high_count=pl.col("band").is_in(["high", "very_high"]).sum(),
         )

@@ -6,7 +6,8 @@ Key: meter_id, phase, date.
 Windows: ten minutes, by `metering/voltage/windows.py`; each belongs to the local day in which it begins. `windows`
 have a sample, `valid_windows` had no interruption (no power failure counted across them, no sample below 5 % of
 nominal) and are the ones judged; the voltages and the counts per band are theirs alone. Bands are those of the meter's
-jurisdiction.
+jurisdiction. Without a nominal voltage, or with a jurisdiction that nobody knows, nothing is judged: null. A phase that
+the registry does not have, or that had no voltage in these days, has no windows.
 EN 50160 is a rule over a week, `week_windows` = 1008: `en50160_day_compliant` is its one-day view on the windows there
 are (at least 95 % within ±10 %, all within +10 / −15 %), null where nothing was judged or another standard applies.
 Sags and swells: the rise of the meter's own counters since the last reading before the day; null where it has none.
@@ -28,11 +29,21 @@ from pyspark.sql import functions as F
 from engine.night import BatchJob, command, day_s, per_shard, with_local_day, with_silent
 from metering.clocks import is_begun_in_day, is_read_in_day
 from metering.deduplication import with_seen
-from metering.voltage.windows import JURISDICTION, NOMINAL_MV, VOLTAGES, WINDOW, window_start, windows
+from metering.voltage.windows import (
+    A_VOLTAGE_MV,
+    JURISDICTIONS,
+    LIVE,
+    VOLTAGES,
+    WINDOW,
+    window_start,
+    windows,
+    with_live,
+)
 from schemas import tables
 from schemas.closed_lists import Band
 
-KNOWN = ["nominal_mv", "jurisdiction"]
+KNOWN = ["phases", "nominal_mv", "jurisdiction"]
+EN50160 = "EN50160"
 COUNTERS = {"sags": "sag_count", "swells": "swell_count"}
 COUNTER_COLUMNS = [f"{counter}_{phase.lower()}" for counter in COUNTERS.values() for phase in tables.PHASES]
 BANDS = {f"{band.value}_windows": band for band in (Band.LOW, Band.HIGH, Band.VERY_LOW, Band.VERY_HIGH)}
@@ -59,14 +70,15 @@ def days(readings: pl.DataFrame) -> pl.DataFrame:
         readings: of the day and before it, with the columns of the registry, day_start and day_end.
     """
     marked = with_seen(readings, readings.clear(), ["meter_id", "observed_at"], VOLTAGES)
-    originals = marked.filter(pl.col("seen").is_null()).sort("meter_id", "observed_at")
+    originals, _ = with_live(marked.filter(pl.col("seen").is_null()), LIVE.to_frame())
+    originals = originals.sort("meter_id", "observed_at")
     samples = originals.filter(is_begun_in_day(window_start()))
     failures = _rises(originals, "power_failure_count").filter(pl.col("rise") > 0)
     failed = pl.concat(
         [failures.select("meter_id", window_start=window_start(at)) for at in ("observed_at", "before_at")]
     ).unique()
-    nominal = pl.col("nominal_mv").fill_null(NOMINAL_MV)
-    floors = readings.group_by("meter_id").agg(floor_mv=nominal.first() * INTERRUPTED_BELOW_PCT / 100)
+    floor = (pl.col("nominal_mv").first() * INTERRUPTED_BELOW_PCT / 100).fill_null(A_VOLTAGE_MV)
+    floors = readings.group_by("meter_id").agg(floor_mv=floor)
     found = (
         windows(samples)
         .join(failed.with_columns(has_failed=pl.lit(True)), on=["meter_id", "window_start"], how="left")
@@ -119,26 +131,27 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
     phases = registry.select("meter_id", F.explode(F.split("phases", ",")).alias("phase"))
     within_pct = F.col("within_windows") / F.col("valid_windows") * 100
     is_outside = (F.col("very_low_windows") > 0) | (F.col("very_high_windows") > 0)
-    standard = F.coalesce("jurisdiction", F.lit(JURISDICTION))
-    is_judged = (F.col("valid_windows") > 0) & (standard == JURISDICTION)
+    has_nominal = F.col("nominal_mv").isNotNull()
+    is_judged = (F.col("valid_windows") > 0) & has_nominal & (F.col("jurisdiction") == EN50160)
+    has_bands = has_nominal & F.col("jurisdiction").isin(JURISDICTIONS)
     return (
         with_silent(results, phases, registry, date, *KNOWN, "transformer_id", "feeder_id")
         .fillna(0, NUMBERS)
-        .withColumn("within_10pct_pct", F.when(F.col("valid_windows") > 0, within_pct))
+        .withColumn("within_10pct_pct", F.when((F.col("valid_windows") > 0) & has_nominal, within_pct))
         .select(
             "meter_id",
             "phase",
             "transformer_id",
             "feeder_id",
-            standard.alias("jurisdiction"),
-            F.coalesce("nominal_mv", F.lit(NOMINAL_MV)).alias("nominal_mv"),
+            "jurisdiction",
+            "nominal_mv",
             "day_start",
             "day_end",
             "windows",
             "valid_windows",
             F.floor(day_s() / WINDOW_S).alias("expected_windows"),
             F.lit(WEEK_WINDOWS).cast("long").alias("week_windows"),
-            *BANDS,
+            *[F.when(has_bands, F.col(name)).alias(name) for name in BANDS],
             *VOLTAGES_MV,
             *[_volts(name).alias(name.replace("_mv", "_v")) for name in VOLTAGES_MV],
             "within_10pct_pct",

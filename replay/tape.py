@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,6 +24,8 @@ from schemas.tables import PHASES, REGISTRY
 
 STAMPED_BY_RUN = ("sent_at", "received_at", "run_id", "seq")
 NOMINAL_MV = 230_000
+A_VOLTAGE_MV = 10_000  # what an unconnected terminal reads is less
+NEAR_NOMINAL = 0.15  # what EN 50160 lets a mean deviate at most
 
 
 def log_schema(entity: str) -> pa.Schema:
@@ -84,14 +87,18 @@ def _numbered(table: pa.Table, entity: str) -> pa.Table:
     return rows.add_column(0, TABLES[f"{entity}s"].field("log_row"), numbers)
 
 
-def registry_of(
-    readings: pa.Table, *, time_zone: str, interval_s: int | None, jurisdiction: str = "EN50160"
-) -> pa.Table:
-    """The registry of a log, which names no fleet: one row per meter; what a log cannot tell is null."""
+def registry_of(readings: pa.Table, *, time_zone: str, interval_s: int | None) -> pa.Table:
+    """The registry of a log, which names no fleet: one row per meter; what a log cannot tell is null.
+
+    A phase that never has a voltage is an unconnected terminal. The nominal voltage is that of European low voltage
+    where all phases stand by it, as they do not in a net of 3 × 230 V without neutral; EN 50160 is that of Europe.
+    """
     rows = []
     for meter_id in pc.unique(readings["meter_id"]).to_pylist():
         own = readings.filter(pc.equal(readings["meter_id"], meter_id))
-        measured = [phase for phase in PHASES if own[f"voltage_{phase.lower()}_mv"].null_count < len(own)]
+        volts = {phase: _typical_mv(own[f"voltage_{phase.lower()}_mv"]) for phase in PHASES}
+        measured = {phase: mv for phase, mv in volts.items() if mv is not None}
+        is_usual = measured and all(abs(mv - NOMINAL_MV) <= NOMINAL_MV * NEAR_NOMINAL for mv in measured.values())
         equipment = own["equipment_id"].drop_null()
         rows.append(
             {
@@ -100,13 +107,20 @@ def registry_of(
                 "equipment_id": equipment[0].as_py() if len(equipment) else None,
                 "valid_from": pc.min(own["observed_at"]).as_py(),
                 "phases": ",".join(measured) or None,
-                "nominal_mv": NOMINAL_MV,
+                "nominal_mv": NOMINAL_MV if is_usual else None,
                 "time_zone": time_zone,
-                "jurisdiction": jurisdiction,
+                "jurisdiction": "EN50160" if time_zone.startswith("Europe/") else None,
                 "interval_s": interval_s,
             }
         )
     return pa.Table.from_pylist(rows, REGISTRY)
+
+
+def _typical_mv(voltages: pa.ChunkedArray) -> float | None:
+    """The median of a phase's voltages; None where it never had one."""
+    known = pl.DataFrame({"mv": voltages}).filter(pl.col("mv") >= A_VOLTAGE_MV)
+    median: float | None = known.select(pl.col("mv").median()).item()
+    return median
 
 
 def _iso(stamp: datetime | None) -> str | None:

@@ -105,10 +105,11 @@ EVENT_COUNTS = _columns(
 OUTAGES = _columns(
     outage_id=STRING, transformer_id=STRING, feeder_id=STRING, state=STRING, began_at=TIMESTAMP, restored_at=TIMESTAMP,
     kind=STRING, meter_count=LONG, restored_count=LONG, meter_minutes=DOUBLE, meters=pa.list_(STRING), revision=LONG,
-    run_id=STRING, updated_at=TIMESTAMP,
+    run_id=STRING, updated_at=TIMESTAMP, sustained_count=LONG,
 )  # fmt: skip
-"""One row per change, the highest revision of an outage_id is its state; `meter_minutes` is the sum over the members
-whose interruption was a sustained one, as SAIDI counts it."""
+"""One row per change, the highest revision of an outage_id is its state. `sustained_count` is of the members whose own
+interruption was a sustained one, `meter_minutes` the sum of those, as SAIFI and SAIDI count them; `kind` is sustained
+where one was."""
 QUARANTINED = pa.schema([*READINGS, pa.field("reason", STRING), pa.field("stage", STRING)])
 LATE_READINGS = pa.schema([*READINGS, pa.field("reason", STRING), pa.field("stage", STRING)])
 QUARANTINED_EVENTS = pa.schema([*EVENTS, pa.field("reason", STRING), pa.field("stage", STRING)])

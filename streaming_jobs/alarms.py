@@ -7,7 +7,8 @@ feeder), event_counts (the same of events whose code is counted and raises nothi
 of an alarm counts), dead_letters (commands that cannot be decoded), quarantined_events (no table has the code, or a
 status bit is neither set nor clear), late_events.
 Key: alarm_id = f(meter, type, begin); outage_id = f(transformer, begin).
-Lateness: an event older than the newest change of its alarm is late and changes nothing.
+Lateness: an event older than the newest change of its alarm is late and changes nothing, but a raise whose clear was
+read before it: that is an alarm, raised and cleared at once, with its outage.
 Duplicates: by meter, time, sender's stamp and number, table, code and argument within the last offsets of a
 partition. What a meter sends twice (once_within_s in the table of codes) counts once in event_counts.
 Restart: state (the newest alarm of each meter and type, outages that are not over, counts that were not written) and
@@ -54,7 +55,9 @@ def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, conte
     """Outages per transformer, and counts."""
     changes = counts.placed(handed["alarms"], registry)
     failures = changes.filter(pl.col("alarm_type") == outages.POWER_FAILURE)
-    grouped = outages.group_outages(failures, state["member"], context.watermarks)
+    under = registry.filter(pl.col("transformer_id").is_in(failures.get_column("transformer_id").unique().implode()))
+    served = dict(under.group_by("transformer_id").len().iter_rows())
+    grouped = outages.group_outages(failures, state["member"], context.watermarks, served)
     counted = counts.count_alarms(changes, state["count"], context.watermarks, context.close_all)
     return Output(
         tables={"outages": grouped.rows, "alarm_counts": counted.rows},
@@ -64,7 +67,7 @@ def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, conte
 
 JOB = StreamingJob(
     name=NAME,
-    version=7,
+    version=8,
     sources=(
         Source(
             EVENTS,

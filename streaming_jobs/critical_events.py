@@ -2,12 +2,14 @@
 
 Power failures, last gasps, tampering, voltages far out.
 
-Reads: meter-events-v1, meter-readings-v1; registry (nominal voltage): where that changes the query starts anew.
+Reads: meter-events-v1, meter-readings-v1; registry (nominal voltage, phases): where that changes the query starts anew.
 Writes: critical-events-v1, one record per event, and per phase of a reading whose voltage is far out.
 Key: meter_id; event_id names what the meter said.
 Lateness: nothing is too late: no state is kept.
 Duplicates: what comes twice is sent twice, with the same event_id.
 Restart: from the last checkpoint: what was sent since then is sent again, with the same event_id.
+Voltages are judged of meters whose nominal voltage the registry knows, on the phases that it has. What an unconnected
+terminal reads (below 10 V) is no voltage here: that a phase lost its own, the meter's events and derived_alarms say.
 
 What cannot be decoded is left out here: readings_lake keeps it, with the reason. Real-time mode takes no Python code
 and no shuffle, so Avro is decoded by Spark itself, and each Kafka partition holds a task slot for good.
@@ -32,7 +34,7 @@ from engine.session import spark_session
 from engine.stream import asked_to_end, only_one, served, stay
 from kafka_io.clients import admin
 from lake.reading import RegistryFiles, newest_registry, registry_files, uri
-from metering.voltage.windows import NOMINAL_MV
+from metering.voltage.windows import A_VOLTAGE_MV
 from schemas.closed_lists import Edge
 from schemas.codec import arrow_schema, avro_text, frame_of, latest
 from schemas.errors import ConfigError, RetryLater, exits
@@ -49,6 +51,7 @@ KINDS = {
 }  # fmt: skip
 """Alarm types that are critical."""
 FAR_OUT = "voltage_far_out"
+JUDGED_BY = ["nominal_mv", "phases"]
 SAID = ("meter_id", "observed_at", "sent_at", "received_at", "run_id", "seq", "dialect")
 """What an event and a reading both say."""
 IDENTITY = ("meter_id", "observed_at", "run_id", "seq", "kind", "code", "phase")
@@ -73,18 +76,18 @@ class CriticalSettings(Settings):
     far_out_pct: float = Field(15.0, gt=0, lt=100)
 
 
-def transform(records: DataFrame, nominal: DataFrame, far_out_pct: float) -> DataFrame:
+def transform(records: DataFrame, judged: DataFrame, far_out_pct: float) -> DataFrame:
     """Critical events among records of both topics, read once; see the module.
 
     Args:
         records: key, value, topic and timestamp of Kafka.
-        nominal: meter_id and nominal_mv, one row of each meter that has one of its own.
+        judged: of the registry meter_id, nominal_mv and phases: meters of which both are not known are not judged.
         far_out_pct: a voltage that deviates by more is far out.
     """
     bodies = [_body(topic).alias(topic.entity) for topic in (EVENTS, READINGS)]
     events = (
         records.select(F.col("key").cast("string").alias("meter_id"), F.col("timestamp").alias("appended_at"), *bodies)
-        .join(F.broadcast(nominal.select("meter_id", "nominal_mv")), "meter_id", "left")
+        .join(F.broadcast(judged.select("meter_id", *JUDGED_BY)), "meter_id", "left")
         .withColumn("found", F.explode(F.concat(_of_event(), _of_reading(far_out_pct))))
     )
     both = {name: F.coalesce(f"{EVENTS.entity}.{name}", f"{READINGS.entity}.{name}") for name in SAID}
@@ -121,14 +124,15 @@ def _of_event() -> Column:
 
 def _of_reading(far_out_pct: float) -> Column:
     """What is critical in a reading: one of each phase whose voltage is far out."""
-    nominal = F.coalesce("nominal_mv", F.lit(NOMINAL_MV))
     volts = [
         _event(F.lit(FAR_OUT), F.lit(None).cast("string"), F.lit(phase), F.col(f"reading.voltage_{phase.lower()}_mv"))
         for phase in PHASES
     ]
 
     def is_far_out(event: Column) -> Column:
-        return F.abs(event.voltage_mv.cast("double") - nominal) * 100 > nominal * far_out_pct  # a long would overflow
+        nominal, voltage = F.col("nominal_mv"), event.voltage_mv.cast("double")  # a long would overflow
+        is_phase = F.coalesce(F.contains("phases", event.phase), F.lit(True)) & (voltage >= A_VOLTAGE_MV)
+        return is_phase & (F.abs(voltage - nominal) * 100 > nominal * far_out_pct)
 
     return F.filter(F.array(*volts), is_far_out)
 
@@ -162,20 +166,20 @@ def framed(rows: DataFrame) -> DataFrame:
 
 
 @lru_cache(maxsize=1)
-def unusual(files: RegistryFiles) -> pl.DataFrame:
-    """Meters whose nominal voltage is another than most have, columns meter_id and nominal_mv."""
-    return newest_registry(files).filter(pl.col("nominal_mv") != NOMINAL_MV).select("meter_id", "nominal_mv")
+def known(files: RegistryFiles) -> pl.DataFrame:
+    """Meters whose nominal voltage is known, columns meter_id, nominal_mv and phases."""
+    return newest_registry(files).drop_nulls("nominal_mv").select("meter_id", *JUDGED_BY)
 
 
 def start(
-    session: SparkSession, settings: CriticalSettings, nominal: pl.DataFrame, micro_batch: bool = False
+    session: SparkSession, settings: CriticalSettings, judged: pl.DataFrame, micro_batch: bool = False
 ) -> StreamingQuery:
     """Starts the query; it goes on where its checkpoint stands.
 
     Args:
         session: with a task slot for each partition, and some more.
         settings: of this job.
-        nominal: of meters that have an unusual one: meter_id, nominal_mv.
+        judged: of `known`.
         micro_batch: batch after batch instead, to compare.
 
     Raises:
@@ -201,7 +205,7 @@ def start(
         .load()
     )
     # Plain rows, not a read of the table: each checkpoint plans and runs the query anew, and the stream waits for that.
-    rows = transform(records, session.createDataFrame(nominal.to_arrow()), settings.far_out_pct)
+    rows = transform(records, session.createDataFrame(judged.to_arrow()), settings.far_out_pct)
     return (
         framed(rows)
         .writeStream.queryName(NAME)
@@ -251,13 +255,13 @@ def main() -> None:
                 os.environ["METERSTREAM_SPARK_MASTER"] = f"local[{slots}]"
             session = spark_session(f"meterstream-{NAME}")
             while not stop.is_set():
-                nominal, tasks = unusual(registry_files()), partitions(settings.kafka_bootstrap)
-                query = start(session, settings, nominal, micro_batch)
+                judged, tasks = known(registry_files()), partitions(settings.kafka_bootstrap)
+                query = start(session, settings, judged, micro_batch)
                 stay([query], stop, lambda: micro_batch or is_reading(session, tasks))  # noqa: B023
                 session.sparkContext.setLogLevel("ERROR")
                 with served(NAME, [query]):
-                    log.info("real-time mode", kafka=settings.kafka_bootstrap, unusual_nominal_voltages=len(nominal))
-                    stay([query], stop, lambda: not unusual(registry_files()).equals(nominal))  # noqa: B023
+                    log.info("real-time mode", kafka=settings.kafka_bootstrap, meters=len(judged))
+                    stay([query], stop, lambda: not known(registry_files()).equals(judged))  # noqa: B023
                     session.sparkContext.setLogLevel("OFF")  # its tasks never end by themselves: each tells of an abort
             log.info("stopped")
 

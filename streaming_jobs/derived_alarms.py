@@ -8,8 +8,10 @@ Lateness: a reading that is older than the newest of its meter is late; it only 
 Duplicates: by (meter_id, observed_at) within the last offsets of a partition; later ones are late.
 Restart: state (the newest reading of each meter, conditions that hold, counts that were not written) and files are
 keyed by batch; alarms-v1 may get a batch twice.
-A meter is silent when its run's arrivals, less the allowed lateness, are past four of its intervals (15 minutes at
-least) without one of its own. When everything is silent no time passes, so the end of a run silences nobody.
+A meter is silent where four of its intervals (15 minutes at least) pass between two of its arrivals; until it is heard
+again it is known when its run's arrivals, less the allowed lateness, are past that. When everything is silent no time
+passes, so the end of a run silences nobody. A phase that the registry does not have, or that never had a voltage, is
+judged by nothing.
 """
 
 from pathlib import Path
@@ -49,7 +51,7 @@ def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, conte
 
 JOB = StreamingJob(
     name=NAME,
-    version=4,
+    version=5,
     sources=(
         Source(
             READINGS,

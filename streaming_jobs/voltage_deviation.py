@@ -1,6 +1,7 @@
 """Ten-minute voltage windows per meter and phase, with deviation from nominal and band; what follows from them.
 
-Reads: meter-readings-v1; registry (nominal voltage, jurisdiction, transformer, feeder).
+Reads: meter-readings-v1; registry (phases, nominal voltage, jurisdiction, transformer, feeder): a phase that it does
+not have, or that never had a voltage, has no window; what is null there judges nothing.
 Writes: voltage_windows, each once, when it is over; voltage_rollups, the same per transformer and feeder;
 suspicious_meters, when a meter's phase falls out of step with its transformer's others or comes back;
 voltage_events, sags and swells by the meters' own counters; quarantined_readings; late_readings.
@@ -10,7 +11,8 @@ reading for a window that is over goes to late_readings. The windows of a run ar
 roll-up is whole; what comes after a flush makes a second one. A counter that is older than the newest one seen counts
 nothing: its rise is in the newer one's.
 Duplicates: by (meter_id, observed_at), in open windows and within the last offsets of a partition.
-Restart: state (the samples of open windows, the newest counters, how meters move) and files are keyed by batch.
+Restart: state (the samples of open windows, the newest counters, which phases have a voltage, how meters move) and
+files are keyed by batch.
 """
 
 from pathlib import Path
@@ -29,7 +31,7 @@ from schemas.topics import READINGS
 
 SAMPLED = ["meter_id", "observed_at", "run_id", *PLACE, *windows.VOLTAGES]
 READING = tables.polars_schema(tables.READINGS)
-SAMPLE = pl.Schema({name: READING[name] for name in SAMPLED})
+SAMPLE = pl.Schema({**{name: READING[name] for name in SAMPLED}, "live": pl.Int64()})
 CLOSED = pl.Schema({name: windows.WINDOWS[name] for name in ["meter_id", "run_id", "window_start"]})
 IDENTITY = ("meter_id", "observed_at")
 NAME = Path(__file__).stem
@@ -37,18 +39,19 @@ NAME = Path(__file__).stem
 
 def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """Windows that are over; see the module."""
+    readings, live = windows.with_live(rows, state["live"])
     closed = windows.close_windows(
-        rows,
+        readings,
         state["sample"],
         state["closed"],
         context.watermarks,
-        registry.select("meter_id", "nominal_mv", "jurisdiction"),
+        registry.select("meter_id", "phases", "nominal_mv", "jurisdiction"),
         context.close_all,
     )
     events, counters = windows.counted(closed.readings.filter(pl.col("seen").is_null()), state["counter"])
     return Output(
         tables={"voltage_windows": closed.windows, "voltage_events": events},
-        state={"sample": closed.samples, "closed": closed.closed, "counter": counters},
+        state={"sample": closed.samples, "closed": closed.closed, "counter": counters, "live": live},
         verdicts=accounting.verdicts(closed.readings, pl.col("why")),
     )
 
@@ -83,14 +86,14 @@ def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, conte
 
 JOB = StreamingJob(
     name=NAME,
-    version=6,
+    version=7,
     sources=(
         Source(
             READINGS,
             transform,
             columns=(*SAMPLED, "equipment_id", *windows.COUNTERS),
-            state={"sample": SAMPLE, "closed": CLOSED, "counter": windows.COUNTER},
-            by={"sample": IDENTITY, "closed": ("meter_id",), "counter": ("meter_id",)},
+            state={"sample": SAMPLE, "closed": CLOSED, "counter": windows.COUNTER, "live": windows.LIVE},
+            by={"sample": IDENTITY, "closed": ("meter_id",), "counter": ("meter_id",), "live": ("meter_id",)},
             due={"sample": over, "closed": no_longer_early},
             refuses_impossible_clocks=True,
             deduplicate_on=IDENTITY,

@@ -1,10 +1,11 @@
 """Readings → alarms that no meter raises itself. Pure functions over Polars frames.
 
 Voltage: outside its jurisdiction's band (docs/domain.md, Voltage), and for a minute or more not back inside by a
-hysteresis, by which it also clears. Implausible load: more power than the connection's fuses let through. Reverse
-energy: the export registers of one piece of equipment rise, of a meter that had exported nothing when they were first
-seen. Silence: no reading for several intervals, on the arrival clock of its run. A condition that holds on raises no
-second alarm (docs/domain.md, Alarms).
+hysteresis, by which it also clears. Implausible load: for a minute or more beyond what the connection's fuses let
+through, cleared by a hysteresis. Reverse energy: the export registers of one piece of equipment rise, of a meter that
+had exported nothing when they were first seen; over when they have not risen for some minutes. Silence: no reading for
+several intervals, on the arrival clock of its run. A condition that holds on raises no second alarm (docs/domain.md,
+Alarms).
 """
 
 from dataclasses import dataclass
@@ -16,19 +17,22 @@ import polars as pl
 from metering.accounting import verdicts
 from metering.alarms.life_cycle import ALARMS, alarm_id
 from metering.clocks import STAMP, watermark_of
-from metering.energy.delta_engine import FUSE_FACTOR, fuses_w
-from metering.voltage.windows import VOLTAGES, with_rules
+from metering.energy.delta_engine import FUSE_FACTOR, SUMMED, fuses_w
+from metering.voltage.windows import VOLTAGES, has_phase, has_voltage, with_rules
 from schemas.closed_lists import AlarmSource, AlarmState, DeltaReason, Severity
 from schemas.tables import PHASES
 
 HYSTERESIS_PCT = 1.0
+LOAD_HYSTERESIS = 0.95  # of the limit: below it the load is back
 SHORTEST = timedelta(minutes=1)
+QUIET = timedelta(minutes=15)  # a register in steps of 1 Wh stands still for minutes while little is exported
 SILENT_INTERVALS = 4
 SILENT_AT_LEAST = timedelta(minutes=15)
 LOADS = ["import_w", *[f"import_{phase.lower()}_w" for phase in PHASES]]
 EXPORTS = ["export_t1_wh", "export_t2_wh"]
-NEEDED = ["meter_id", "observed_at", "arrival_at", "run_id", "equipment_id", *VOLTAGES, *LOADS, *EXPORTS]
+NEEDED = ["meter_id", "observed_at", "arrival_at", "run_id", "dialect", "equipment_id", *VOLTAGES, *LOADS, *EXPORTS]
 KNOWN = ["meter_id", "phases", "nominal_mv", "fuse_a", "jurisdiction", "interval_s"]
+VOLTAGE_SEEN = [f"has_voltage_{phase.lower()}" for phase in PHASES]
 METER_SILENT, SILENCE = "meter_silent", Severity.ERROR
 METER = pl.Schema(
     {
@@ -41,19 +45,22 @@ METER = pl.Schema(
         "is_generator": pl.Boolean(),
         "due_at": STAMP,
         "silent_at": STAMP,
+        **{f"has_voltage_{phase.lower()}": pl.Boolean() for phase in PHASES},
     }
 )
 """State: the newest reading of each meter, its equipment and the last value of its export registers, whether it had
-exported when they were first seen, when it falls silent by the registry's interval, and since when it is silent."""
+exported when they were first seen, its newest arrival and the run of that, when it falls silent by the registry's
+interval, since when it is silent, and which phases have ever had a voltage."""
 LEVEL = pl.Schema(
     {
         "meter_id": pl.String(),
         "alarm_type": pl.String(),
         "since_at": STAMP,
+        "held_at": STAMP,
         "is_open": pl.Boolean(),
     }
 )
-"""State: conditions that hold, raised or not yet."""
+"""State: conditions that hold, raised or not yet, and when they were last seen to."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,14 @@ class Condition:
         is_out: the condition holds.
         is_back: it holds no longer; between the two it stays as it was.
         shortest: how long it holds before the alarm is raised.
+        quiet: how long it has not held before it is over.
     """
 
     severity: Severity
     is_out: pl.Expr
     is_back: pl.Expr
     shortest: timedelta = timedelta()
+    quiet: timedelta = timedelta()
 
 
 class DerivedAlarms(NamedTuple):
@@ -102,9 +111,10 @@ def conditions() -> dict[str, Condition]:
             Severity.CAUTION, deviation > high, deviation <= high - HYSTERESIS_PCT, SHORTEST
         )
     load, limit = pl.col("load_w"), pl.col("max_w") * FUSE_FACTOR
-    held["implausible_load"] = Condition(Severity.CAUTION, load > limit, load <= limit)
+    held["implausible_load"] = Condition(Severity.CAUTION, load > limit, load <= limit * LOAD_HYSTERESIS, SHORTEST)
     exported = pl.col("export_wh") - pl.col("before_export_wh")
-    held["reverse_energy"] = Condition(Severity.CAUTION, ~pl.col("is_generator") & (exported > 0), exported <= 0)
+    is_reverse = ~pl.col("is_generator") & (exported > 0)
+    held["reverse_energy"] = Condition(Severity.CAUTION, is_reverse, exported <= 0, quiet=QUIET)
     return held
 
 
@@ -123,7 +133,7 @@ def derived_alarms(
         readings: columns `NEEDED`, offset.
         meters: the state so far, columns `METER`: at least of the meters of the readings and those that fall silent.
         levels: the state so far, columns `LEVEL`: at least of the meters of the readings.
-        registry: columns `KNOWN`; what is null there applies no rule but the default voltage.
+        registry: columns `KNOWN`; what is null there applies no rule.
         watermarks: per run_id `watermark`, which says how far the arrivals of the run have come for certain.
     """
     before = meters.select(
@@ -132,14 +142,14 @@ def derived_alarms(
         before_equipment="equipment_id",
         held_wh="export_wh",
         was_generator="is_generator",
+        **{f"had_voltage_{phase.lower()}": f"has_voltage_{phase.lower()}" for phase in PHASES},
     )
     marked = readings.join(before, on="meter_id", how="left", maintain_order="left").with_columns(
         is_late=(pl.col("observed_at") <= pl.col("newest_at")).fill_null(False)
     )
     rows = _measured(marked.filter(~pl.col("is_late")), registry)
     held, changes = _held(rows, levels)
-    newest = _newest(rows, readings, meters)
-    silences, silent = _silence(newest, registry, watermarks)
+    silences, silent = _silence(_newest(rows, meters), readings, registry, watermarks)
     alarms = pl.DataFrame([*changes, *silences], schema=ALARMS, orient="row")
     late = verdicts(marked.filter("is_late"), pl.lit(DeltaReason.OUT_OF_ORDER.value))
     return DerivedAlarms(alarms, silent.select(METER.names()).cast(METER), held, late)
@@ -149,6 +159,7 @@ def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
     """The readings in order, with what the conditions speak of: limits, load, registers before."""
     named = pl.when(pl.col("equipment_id") != "").then("equipment_id")
     has_load = pl.any_horizontal(pl.col(LOADS[1:]).is_not_null())
+    had_exported = pl.when(~pl.col("dialect").is_in(SUMMED)).then(pl.col("export_wh") > 0)  # a sum began at our own 0
     ordered = (
         rows.sort("meter_id", "observed_at")
         .with_columns(meter=pl.col("meter_id").rle_id())  # a number is compared faster than a name
@@ -159,7 +170,13 @@ def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
         )
         .with_columns(
             held_wh=pl.when((pl.col("equipment") == pl.col("before_equipment")).fill_null(True)).then("held_wh"),
-            is_generator=pl.coalesce("was_generator", _first_of(pl.col("export_wh") > 0, "meter")),
+            is_generator=pl.coalesce("was_generator", _first_of(had_exported, "meter")),
+            **{
+                f"has_voltage_{phase.lower()}": pl.coalesce(
+                    f"had_voltage_{phase.lower()}", _last_of(pl.when(has_voltage(voltage)).then(True), "meter")
+                )
+                for phase, voltage in zip(PHASES, VOLTAGES, strict=True)
+            },
         )
     )
     is_other = pl.col("equipment").ne_missing(pl.col("equipment").shift(1)) & (pl.col("meter").diff() == 0)
@@ -175,7 +192,13 @@ def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
             before_export_wh=pl.coalesce(_before(last_wh, "series"), "held_wh"), held_wh=pl.coalesce(last_wh, "held_wh")
         )
         .join(registry, on="meter_id", how="left", maintain_order="left")
-        .with_columns(max_w=fuses_w())
+        .with_columns(
+            max_w=fuses_w(),
+            **{
+                voltage: pl.when(has_phase(phase) & pl.col(f"has_voltage_{phase.lower()}")).then(voltage)
+                for phase, voltage in zip(PHASES, VOLTAGES, strict=True)
+            },
+        )
     )
     return with_rules(measured.sort("meter", "observed_at") if is_mixed else measured)
 
@@ -222,13 +245,16 @@ def _held(rows: pl.DataFrame, levels: pl.DataFrame) -> tuple[pl.DataFrame, list[
         for row in measured.iter_rows(named=True):
             key = (row["meter_id"], alarm_type)
             level = state.get(key)
+            if level and row["is_back"] and row["observed_at"] - level["held_at"] < condition.quiet:
+                continue
             if row["is_back"]:
                 if level and level["is_open"]:
                     changes.append(_change(row, level, condition.severity, cleared_at=row["observed_at"]))
                 state.pop(key, None)
             elif row["is_out"]:
-                level = level or {
-                    "meter_id": key[0], "alarm_type": alarm_type, "since_at": row["observed_at"], "is_open": False
+                level = {
+                    "meter_id": key[0], "alarm_type": alarm_type, "since_at": row["observed_at"], "is_open": False,
+                    **(level or {}), "held_at": row["observed_at"],
                 }  # fmt: skip
                 is_due = row["observed_at"] - level["since_at"] >= condition.shortest
                 if is_due and not level["is_open"]:
@@ -254,22 +280,16 @@ def _change(row: dict[str, Any], level: dict[str, Any], severity: Severity, clea
     }
 
 
-def _newest(rows: pl.DataFrame, readings: pl.DataFrame, meters: pl.DataFrame) -> pl.DataFrame:
-    """The meters after the readings, columns `METER` and `heard_at`, the first arrival of this batch."""
+def _newest(rows: pl.DataFrame, meters: pl.DataFrame) -> pl.DataFrame:
+    """The meters after the readings that are not late, columns `METER`."""
     last = rows.unique("meter_id", keep="last", maintain_order=True).select(
-        "meter_id", "run_id", "observed_at", "is_generator", equipment_id="equipment", export_wh="held_wh"
+        "meter_id", "observed_at", "is_generator", *VOLTAGE_SEEN, equipment_id="equipment", export_wh="held_wh"
     )
-    heard = readings.group_by("meter_id").agg(heard_at=pl.col("arrival_at").min(), newest=pl.col("arrival_at").max())
-    kept = ["run_id", "observed_at", "equipment_id", "export_wh", "is_generator"]
+    kept = [name for name in last.columns if name != "meter_id"]
     has_moved = pl.col("observed_at_now").is_not_null()
-    return (
-        meters.join(last, on="meter_id", how="full", coalesce=True, suffix="_now", maintain_order="left_right")
-        .join(heard, on="meter_id", how="left", maintain_order="left")
-        .with_columns(
-            *[pl.when(has_moved).then(f"{name}_now").otherwise(name).alias(name) for name in kept],
-            arrival_at=pl.max_horizontal("arrival_at", "newest"),
-        )
-    )
+    return meters.join(
+        last, on="meter_id", how="full", coalesce=True, suffix="_now", maintain_order="left_right"
+    ).with_columns(pl.when(has_moved).then(f"{name}_now").otherwise(name).alias(name) for name in kept)
 
 
 def is_silent(watermarks: pl.DataFrame) -> pl.Expr:
@@ -278,32 +298,77 @@ def is_silent(watermarks: pl.DataFrame) -> pl.Expr:
     Args:
         watermarks: per run_id `watermark`, which says how far the arrivals of the run have come for certain.
     """
-    return pl.col("silent_at").is_null() & (pl.col("due_at") <= watermark_of(watermarks)).fill_null(False)
+    return pl.col("silent_at").is_null() & (pl.col("due_at") < watermark_of(watermarks)).fill_null(False)
 
 
 def _silence(
-    newest: pl.DataFrame, registry: pl.DataFrame, watermarks: pl.DataFrame
+    newest: pl.DataFrame, readings: pl.DataFrame, registry: pl.DataFrame, watermarks: pl.DataFrame
 ) -> tuple[list[dict[str, Any]], pl.DataFrame]:
-    """Alarms of meters that fell silent or are heard again, and the meters with `silent_at`."""
-    again = newest.filter(pl.col("silent_at").is_not_null() & pl.col("heard_at").is_not_null())
-    limit = pl.max_horizontal(pl.duration(seconds=pl.col("interval_s") * SILENT_INTERVALS), pl.lit(SILENT_AT_LEAST))
-    known = (
-        newest.with_columns(silent_at=pl.when(pl.col("heard_at").is_null()).then("silent_at"))
-        .join(registry.select("meter_id", "interval_s"), on="meter_id", how="left", maintain_order="left")
-        .with_columns(due_at=pl.when(pl.col("interval_s").is_not_null()).then(pl.col("arrival_at") + limit))
+    """Alarms of meters that fell silent or are heard again, and the meters with their newest arrival and `silent_at`.
+
+    A meter is silent from when it is due until its next arrival, whether that comes in the same batch or in a later
+    one; in the last batch so far it is where the watermark says that nothing earlier can come.
+    """
+    heard = readings.group_by("meter_id").agg(
+        heard_at=pl.col("arrival_at").min(),
+        newest_heard_at=pl.col("arrival_at").max(),
+        heard_run=pl.col("run_id").sort_by("arrival_at").last(),
     )
+    limit = pl.max_horizontal(pl.duration(seconds=pl.col("interval_s") * SILENT_INTERVALS), pl.lit(SILENT_AT_LEAST))
+    limits = registry.select("meter_id", limit=pl.when(pl.col("interval_s").is_not_null()).then(limit))
+    known = (
+        newest.join(heard, on="meter_id", how="left", maintain_order="left")
+        .join(limits, on="meter_id", how="left", maintain_order="left")
+        .with_columns(
+            silence_at=pl.when(pl.col("heard_at").is_not_null()).then("silent_at"),
+            silent_at=pl.when(pl.col("heard_at").is_null()).then("silent_at"),
+            arrival_before="arrival_at",
+            run_before="run_id",
+        )
+        .with_columns(
+            run_id=pl.when(
+                pl.col("arrival_at").is_null() | (pl.col("newest_heard_at") >= pl.col("arrival_at"))
+            ).then("heard_run").otherwise("run_id"),
+            arrival_at=pl.max_horizontal("arrival_at", "newest_heard_at"),
+        )
+        .with_columns(due_at=pl.col("arrival_at") + pl.col("limit"))
+    )  # fmt: skip
+    is_long = pl.col("newest_heard_at") - pl.min_horizontal("arrival_before", "heard_at") > pl.col("limit")
+    spanning = known.filter(pl.col("heard_at").is_not_null() & (is_long | pl.col("silence_at").is_not_null()))
     is_new = is_silent(watermarks)
-    fallen = known.filter(is_new)
-
-    def level(row: dict[str, Any], since: str) -> dict[str, Any]:
-        return {"meter_id": row["meter_id"], "alarm_type": METER_SILENT, "since_at": row[since]}
-
-    changes = [
-        _change({**row, "arrival_at": row["heard_at"]}, level(row, "silent_at"), SILENCE, cleared_at=row["heard_at"])
-        for row in again.iter_rows(named=True)
-    ]
-    changes += [
-        _change({**row, "arrival_at": row["due_at"]}, level(row, "due_at"), SILENCE)
-        for row in fallen.iter_rows(named=True)
-    ]
+    changes: list[dict[str, Any]] = []
+    for silence in _silences(spanning, readings).iter_rows(named=True):
+        level = {"meter_id": silence["meter_id"], "alarm_type": METER_SILENT, "since_at": silence["since_at"]}
+        if silence["is_new"]:
+            changes.append(_change({**silence, "arrival_at": silence["since_at"]}, level, SILENCE))
+        cleared_at = max(silence["arrival_at"], silence["since_at"])
+        changes.append(_change(silence, level, SILENCE, cleared_at=cleared_at))
+    for row in known.filter(is_new).iter_rows(named=True):
+        level = {"meter_id": row["meter_id"], "alarm_type": METER_SILENT, "since_at": row["due_at"]}
+        changes.append(_change({**row, "arrival_at": row["due_at"]}, level, SILENCE))
     return changes, known.with_columns(silent_at=pl.when(is_new).then("due_at").otherwise("silent_at"))
+
+
+def _silences(meters: pl.DataFrame, readings: pl.DataFrame) -> pl.DataFrame:
+    """Silences that ended with an arrival of this batch: meter_id, run_id, since_at, arrival_at, is_new."""
+    before = meters.select("meter_id", run_id="run_before", arrival_at="arrival_before", is_before=pl.lit(True))
+    arrivals = readings.join(meters.select("meter_id"), on="meter_id", how="semi").select(
+        "meter_id", "run_id", "arrival_at", is_before=pl.lit(False)
+    )
+    since = meters.select("meter_id", "limit", "silence_at")
+    between = (
+        pl.concat([before.drop_nulls("arrival_at"), arrivals])
+        .sort("meter_id", "arrival_at", "is_before", descending=[False, False, True])
+        .join(since, on="meter_id", how="left", maintain_order="left")
+        .with_columns(
+            since_at=pl.when(pl.col("run_id").eq_missing(pl.col("run_id").shift(1)))
+            .then(pl.col("arrival_at").shift(1) + pl.col("limit"))
+            .over("meter_id"),
+            is_first=pl.col("is_before").shift(1).over("meter_id").fill_null(False),
+        )
+    )
+    is_known = pl.col("is_first") & pl.col("silence_at").is_not_null()
+    return between.filter(~pl.col("is_before") & (is_known | (pl.col("since_at") < pl.col("arrival_at")))).select(
+        "meter_id", "run_id", "arrival_at", since_at=pl.when(is_known).then("silence_at").otherwise("since_at"),
+        is_new=~is_known,
+    )  # fmt: skip

@@ -1,7 +1,8 @@
 """Events of meters → life cycle of alarms. Pure functions over Polars frames.
 
 One alarm per meter and alarm type at a time; start and clear close each other; repeats are counted on the open alarm.
-alarm_id = f(meter, type, begin), so that reprocessing writes the same row (docs/domain.md, Alarms).
+alarm_id = f(meter, type, begin), so that reprocessing writes the same row (docs/domain.md, Alarms). A raise that is
+read after its clear is an alarm that is closed already: it is raised and cleared at once.
 """
 
 import hashlib
@@ -23,11 +24,16 @@ OPEN = pl.Schema(
         "severity": pl.String(),
         "raised_at": STAMP,
         "repeat_count": pl.Int64(),
+        "cleared_at": STAMP,
         "changed_at": STAMP,
+        "updated_at": STAMP,
         "is_open": pl.Boolean(),
+        "unmatched": pl.List(STAMP),
     }
 )
-"""State: the newest alarm of each meter and type, also when it is cleared, so that a late event finds it."""
+"""State: the newest alarm of each meter and type, also when it is cleared, so that a late event finds it; and the
+times of clears since then that closed nothing: the raise of one may still come."""
+MOST_UNMATCHED = 8
 ONCE = pl.Schema({"meter_id": pl.String(), "event_type": pl.String(), "counted_at": STAMP})
 """State: when an event that meters send twice was counted last, of each meter and type."""
 ALARMS = tables.polars_schema(tables.ALARMS)
@@ -107,22 +113,20 @@ def lives(events: pl.DataFrame, open_alarms: pl.DataFrame, once: pl.DataFrame) -
     for event in moving.iter_rows(named=True):
         key = (event["meter_id"], event["alarm_type"])
         last = state.get(key)
+        if last and _edge(event) == Edge.RAISE.value and (cleared_at := _clear_of(last, event["event_at"])):
+            opened = _raised(event)
+            state[key] = {
+                **_cleared(opened, cleared_at), "changed_at": last["changed_at"],
+                "unmatched": [at for at in last["unmatched"] if at > cleared_at],
+            }  # fmt: skip
+            changes += [_change(opened, event), _change(state[key], event)]
+            continue
         if last and event["event_at"] < last["changed_at"]:
             late.append((event["partition"], event["offset"]))
             continue
-        new = _after(last, event)
-        state[key] = new
+        new = state[key] = _after(last, event)
         if new["alarm_id"] and (not last or any(new[name] != last[name] for name in VISIBLE)):
-            changes.append(
-                {
-                    **new,
-                    "state": (AlarmState.ACTIVE if new["is_open"] else AlarmState.CLEARED).value,
-                    "cleared_at": None if new["is_open"] else event["event_at"],
-                    "source": AlarmSource.METER_EVENT.value,
-                    "run_id": event["run_id"],
-                    "updated_at": event["arrival_at"],
-                }
-            )
+            changes.append(_change(new, event))
     was_late = pl.DataFrame(late, schema={"partition": pl.Int64, "offset": pl.Int64}, orient="row").with_columns(
         is_late=pl.lit(True)
     )
@@ -165,36 +169,60 @@ def _counted_once(named: pl.DataFrame, once: pl.DataFrame) -> tuple[pl.DataFrame
     return marked.with_columns(pl.col("is_sent_again").fill_null(False)), pl.DataFrame(rows, ONCE, orient="row")
 
 
+def _edge(event: dict[str, Any]) -> str:
+    """How an event moves its alarm: raise or clear."""
+    return LEVELS[event["argument"]] if event["edge"] == Edge.LEVEL.value else str(event["edge"])
+
+
+def _clear_of(last: dict[str, Any], raised_at: datetime) -> datetime | None:
+    """When an alarm that is raised now was cleared already; None where it was not, or nobody can say."""
+    if last["is_open"] or (last["cleared_at"] and raised_at <= last["cleared_at"]):
+        return None
+    after = [at for at in last["unmatched"] if at >= raised_at]
+    is_forgotten = len(last["unmatched"]) == MOST_UNMATCHED == len(after)  # an earlier clear may have been its own
+    return min(after) if after and not is_forgotten else None
+
+
+def _change(alarm: dict[str, Any], event: dict[str, Any]) -> dict[str, Any]:
+    """The row of the table."""
+    return {
+        **alarm,
+        "state": (AlarmState.ACTIVE if alarm["is_open"] else AlarmState.CLEARED).value,
+        "source": AlarmSource.METER_EVENT.value,
+        "run_id": event["run_id"],
+    }
+
+
 def _after(last: dict[str, Any] | None, event: dict[str, Any]) -> dict[str, Any]:
-    """The state of an alarm after an event."""
-    edge = event["edge"]
-    if edge == Edge.LEVEL.value:
-        edge = LEVELS[event["argument"]]
-    is_open = bool(last and last["is_open"])
-    if edge == Edge.RAISE.value and is_open and last:
-        return {**last, "repeat_count": last["repeat_count"] + 1, "changed_at": event["event_at"]}
-    if edge == Edge.RAISE.value:
-        return {
-            "meter_id": event["meter_id"],
-            "alarm_type": event["alarm_type"],
-            "alarm_id": alarm_id(event["meter_id"], event["alarm_type"], event["event_at"]),
-            "severity": event["severity"],
-            "raised_at": event["event_at"],
-            "repeat_count": 0,
-            "changed_at": event["event_at"],
-            "is_open": True,
-        }
-    if is_open and last:
-        return {**last, "is_open": False, "changed_at": event["event_at"]}
-    if last:  # cleared already: only an older raise has to know that it was cleared again
-        return {**last, "changed_at": event["event_at"]}
-    return {  # a clear before any raise: remembered, so that an older raise is seen to be late
+    """The state of an alarm after an event that is not older than its newest change."""
+    at = event["event_at"]
+    if last and last["is_open"]:
+        updated = {**last, "updated_at": max(last["updated_at"], event["arrival_at"])}
+        if _edge(event) == Edge.RAISE.value:
+            return {**updated, "repeat_count": last["repeat_count"] + 1, "changed_at": at}
+        return _cleared(updated, at)
+    if _edge(event) == Edge.RAISE.value:
+        return _raised(event)
+    known = last or {**dict.fromkeys(OPEN), **{name: event[name] for name in KEY}, "repeat_count": 0, "unmatched": []}
+    unmatched = [*known["unmatched"], at][-MOST_UNMATCHED:]
+    return {**known, "is_open": False, "changed_at": at, "unmatched": unmatched}
+
+
+def _raised(event: dict[str, Any]) -> dict[str, Any]:
+    return {
         "meter_id": event["meter_id"],
         "alarm_type": event["alarm_type"],
-        "alarm_id": None,
-        "severity": None,
-        "raised_at": None,
+        "alarm_id": alarm_id(event["meter_id"], event["alarm_type"], event["event_at"]),
+        "severity": event["severity"],
+        "raised_at": event["event_at"],
         "repeat_count": 0,
+        "cleared_at": None,
         "changed_at": event["event_at"],
-        "is_open": False,
+        "updated_at": event["arrival_at"],
+        "is_open": True,
+        "unmatched": [],
     }
+
+
+def _cleared(alarm: dict[str, Any], cleared_at: datetime) -> dict[str, Any]:
+    return {**alarm, "is_open": False, "cleared_at": cleared_at, "changed_at": cleared_at}

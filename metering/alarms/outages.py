@@ -1,10 +1,12 @@
 """Power failures of meters → outages per transformer. Pure functions on Polars frames.
 
 Several meters of one transformer that lose power at about the same time are one outage, with its members; one meter
-alone is a blown fuse. An outage is momentary up to five minutes, sustained after (docs/domain.md, Outages).
+alone is a blown fuse. Where a transformer serves two, both are an outage. An interruption is momentary up to five
+minutes, sustained after, customer by customer (docs/domain.md, Outages).
 """
 
 import hashlib
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -53,7 +55,9 @@ class Outages(NamedTuple):
     members: pl.DataFrame
 
 
-def group_outages(failures: pl.DataFrame, members: pl.DataFrame, watermarks: pl.DataFrame) -> Outages:
+def group_outages(
+    failures: pl.DataFrame, members: pl.DataFrame, watermarks: pl.DataFrame, served: Mapping[str, int]
+) -> Outages:
     """Puts power failures into groups and tells the outages among them.
 
     A failure belongs to a group of its transformer when it lies within two minutes of the group's first, or when the
@@ -64,6 +68,7 @@ def group_outages(failures: pl.DataFrame, members: pl.DataFrame, watermarks: pl.
         failures: changes of alarms of one type: columns of the table alarms, transformer_id, feeder_id.
         members: the state so far, columns `MEMBER`.
         watermarks: per run_id `watermark`: what was over before it gets no further member.
+        served: transformer → its meters.
     """
     groups: dict[Key, list[dict[str, Any]]] = {}
     under: dict[tuple[str | None, str], list[Key]] = {}
@@ -87,7 +92,7 @@ def group_outages(failures: pl.DataFrame, members: pl.DataFrame, watermarks: pl.
             if key is None:
                 key = (change["run_id"], change["transformer_id"], change["raised_at"])
             put(key, _member(change, key))
-            if len({row["meter_id"] for row in groups[key]}) >= FEWEST_METERS:
+            if len({row["meter_id"] for row in groups[key]}) >= _fewest(served.get(key[1])):
                 name = groups[key][0]["outage_id"] or outage_id(*key)
                 groups[key] = [{**row, "outage_id": name} for row in groups[key]]
         elif change["state"] == AlarmState.ACTIVE.value:
@@ -100,6 +105,11 @@ def group_outages(failures: pl.DataFrame, members: pl.DataFrame, watermarks: pl.
     over = dict(watermarks.select("run_id", "watermark").iter_rows())
     kept = [row for key, rows in groups.items() if not _is_past(rows, over.get(key[0])) for row in rows]
     return Outages(pl.DataFrame(rows, schema=ROWS, orient="row"), pl.DataFrame(kept, schema=MEMBER, orient="row"))
+
+
+def _fewest(served: int | None) -> int:
+    """Meters without power that make an outage: never one alone, all where there are two."""
+    return max(2, min(served or FEWEST_METERS, FEWEST_METERS))
 
 
 def outage_id(run_id: str | None, transformer_id: str, begin_at: datetime) -> str:
@@ -143,9 +153,7 @@ def _row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     restored_at = max(ends) if is_over else None
     sustained = [row for row in rows if row["up_at"] is not None and row["up_at"] - row["down_at"] > MOMENTARY]
     lasted = [row["up_at"] - row["down_at"] for row in sustained]
-    kind = None
-    if restored_at:
-        kind = (OutageKind.SUSTAINED if restored_at - began_at > MOMENTARY else OutageKind.MOMENTARY).value
+    kind = (OutageKind.SUSTAINED if sustained else OutageKind.MOMENTARY).value if is_over else None
     meters = sorted({row["meter_id"] for row in rows})
     still_down = {row["meter_id"] for row in rows if row["up_at"] is None}
     return {
@@ -156,6 +164,7 @@ def _row(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "kind": kind,
         "meter_count": len(meters),
         "restored_count": len(meters) - len(still_down),
+        "sustained_count": len({row["meter_id"] for row in sustained}),
         "meter_minutes": sum(lasted, timedelta()) / timedelta(minutes=1),
         "meters": meters,
         "revision": len(rows) + len(ends),

@@ -25,6 +25,7 @@ PHASE_VOLTAGE_V = 230  # the plausible maximum takes the nominal voltage where t
 DEFAULT_FUSE_A, DEFAULT_PHASES = 100, 3  # of a connection whose fuse is not known
 FUSE_FACTOR = 1.1  # a fuse carries a little more than its rating for hours
 QUANTA_WH = {"pv-home": 100, "nem13": 1_000}  # dialects whose registers do not count single Wh
+SUMMED = ["nem12"]  # dialects whose registers an importer summed from intervals: they began at 0 with the log
 
 BASELINE = pl.Schema(
     {

@@ -63,7 +63,8 @@ def roll_up(windows: pl.DataFrame, movement: pl.DataFrame) -> Rollups:
         movement: the state so far, columns `MOVEMENT`.
     """
     changes = [pl.DataFrame(schema=SUSPICIOUS)]
-    under = windows.filter(pl.col("level") == GridLevel.TRANSFORMER.value)
+    is_judged = pl.col("deviation_pct").is_not_null()
+    under = windows.filter(is_judged & (pl.col("level") == GridLevel.TRANSFORMER.value))
     for start in sorted(under.get_column("window_start").unique()):
         after = _after(under.filter(pl.col("window_start") == start), movement)
         changes.append(_changes(after, start))

@@ -17,8 +17,8 @@ from schemas.closed_lists import Band, DeltaReason, VoltageEvent
 from schemas.tables import PHASES, VOLTAGE_EVENTS, VOLTAGE_WINDOWS, polars_schema
 
 WINDOW = timedelta(minutes=10)  # EN 50160 judges means over ten minutes
-NOMINAL_MV = 230_000  # where the registry has none: European low voltage
-JURISDICTION = "EN50160"  # where the registry has none, or one that BANDS does not know
+A_VOLTAGE_MV = 10_000  # what an unconnected terminal reads is less
+HIGHEST_PCT = 10.0  # the highest legal deviation where the jurisdiction is not known
 
 BANDS = pl.DataFrame(
     [
@@ -31,6 +31,7 @@ BANDS = pl.DataFrame(
 )
 """EN 50160: 95 % of windows within ±10 %, all within +10 / −15 %. ANSI C84.1: service range A, then B."""
 
+JURISDICTIONS = BANDS.get_column("jurisdiction").to_list()
 VOLTAGES = [f"voltage_{phase.lower()}_mv" for phase in PHASES]
 STATISTICS: dict[str, Callable[[pl.Expr], pl.Expr]] = {
     "sample_count": pl.Expr.count,
@@ -57,6 +58,10 @@ COUNTER = pl.Schema(
 )
 """State: the newest value of each counter."""
 NEVER = datetime(1, 1, 1, tzinfo=UTC)
+SINCE = [f"{phase.lower()}_since" for phase in PHASES]
+LIVE = pl.Schema({"meter_id": pl.String(), **dict.fromkeys(SINCE, STAMP)})
+"""State: since when each phase of a meter has had a voltage; one that never had is an unconnected terminal."""
+ALL_PHASES = (1 << len(PHASES)) - 1
 
 
 class ClosedWindows(NamedTuple):
@@ -85,6 +90,37 @@ def is_over(watermarks: pl.DataFrame, start: pl.Expr) -> pl.Expr:
     return (start + WINDOW <= watermark_of(watermarks)).fill_null(False)
 
 
+def with_live(readings: pl.DataFrame, live: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Adds `live`: a bit for each phase that has a voltage, or had one before the reading.
+
+    Args:
+        readings: meter_id, observed_at, voltages.
+        live: the state so far, columns `LIVE`: at least of the meters of the readings.
+
+    Returns:
+        The readings, and the new state: the same frame where nothing is new.
+    """
+    at = pl.col("observed_at")
+    first = readings.group_by("meter_id").agg(
+        at.filter(has_voltage(voltage)).min().alias(f"new_{since}")
+        for since, voltage in zip(SINCE, VOLTAGES, strict=True)
+    )
+    both = live.join(first, on="meter_id", how="full", coalesce=True, maintain_order="left_right")
+    is_new = [pl.col(since).is_null() & pl.col(f"new_{since}").is_not_null() for since in SINCE]
+    if both.select(pl.any_horizontal(is_new).any()).item():
+        known = [pl.coalesce(since, f"new_{since}").alias(since) for since in SINCE]
+        live = both.select("meter_id", *known).filter(pl.any_horizontal(pl.col(SINCE).is_not_null()))
+    is_plain = readings.select(pl.all_horizontal(has_voltage(name).all() for name in VOLTAGES)).item()
+    if is_plain:
+        return readings.with_columns(live=pl.lit(ALL_PHASES, pl.Int64)), live
+    bits = [
+        pl.when(has_voltage(voltage) | (pl.col(since) <= at)).then(1 << number).otherwise(0)
+        for number, (since, voltage) in enumerate(zip(SINCE, VOLTAGES, strict=True))
+    ]
+    since_when = readings.join(live, on="meter_id", how="left", maintain_order="left")
+    return since_when.with_columns(live=pl.sum_horizontal(bits).cast(pl.Int64)).drop(SINCE), live
+
+
 def close_windows(
     readings: pl.DataFrame,
     samples: pl.DataFrame,
@@ -98,12 +134,14 @@ def close_windows(
     A window is over when its run's watermark (arrivals before the batch − allowed lateness) has reached its end.
 
     Args:
-        readings: meter_id, observed_at, run_id, topic, partition, offset, voltages; `seen`, of those that repeat one.
+        readings: of `with_live`: meter_id, observed_at, run_id, topic, partition, offset, voltages, live; `seen`, of
+            those that repeat one.
         samples: the state so far, without `seen`: at least those of a reading's meter and time, and of windows that
             are over.
         closed: the state so far, meter_id, run_id, window_start: at least of the meters of the readings.
         watermarks: per run_id `watermark`, up to which windows are over now.
-        registry: meter_id, nominal_mv, jurisdiction: what a window is judged by when it is over.
+        registry: meter_id, phases, nominal_mv, jurisdiction: which windows there are when they are over, and what they
+            are judged by.
         close_all: at the end of a run: every window is over.
     """
     window = ["meter_id", "run_id", "window_start"]
@@ -184,14 +222,19 @@ def windows(samples: pl.DataFrame) -> pl.DataFrame:
     """Windows of distinct samples.
 
     Args:
-        samples: meter_id, observed_at, run_id, voltages in mV per phase, nominal_mv, jurisdiction (null: the defaults
-            above).
+        samples: of `with_live`: meter_id, observed_at, run_id, voltages in mV per phase, live; phases, nominal_mv,
+            jurisdiction: what is null there is judged by nothing.
 
     Returns:
         Columns `WINDOWS`; the standard deviation is the population's, so one sample has 0.
     """
+    of_phases = [
+        pl.when(((pl.col("live") & (1 << number)) > 0) & has_phase(phase)).then(voltage).alias(voltage)
+        for number, (phase, voltage) in enumerate(zip(PHASES, VOLTAGES, strict=True))
+    ]
     wide = (
-        samples.sort("observed_at")
+        samples.with_columns(of_phases)
+        .sort("observed_at")
         .group_by("meter_id", window_start=window_start())
         .agg(
             pl.col("nominal_mv", "jurisdiction", "run_id").last(),
@@ -224,29 +267,37 @@ def windows(samples: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def has_phase(phase: str) -> pl.Expr:
+    """True where the registry has the phase, or says nothing of phases."""
+    return pl.col("phases").str.contains(phase, literal=True).fill_null(True)
+
+
+def has_voltage(column: str) -> pl.Expr:
+    """True where a phase has a voltage, not what an unconnected terminal reads."""
+    return pl.col(column) >= A_VOLTAGE_MV
+
+
 def highest_pct() -> pl.Expr:
-    """The highest deviation that a row's jurisdiction allows, %."""
+    """The highest deviation that a row's jurisdiction allows, %; `HIGHEST_PCT` where it is not known."""
     known = dict(BANDS.select("jurisdiction", "very_high_pct").iter_rows())
-    return pl.col("jurisdiction").replace_strict(known, default=known[JURISDICTION], return_dtype=pl.Float64)
+    return pl.col("jurisdiction").replace_strict(known, default=HIGHEST_PCT, return_dtype=pl.Float64)
 
 
 def with_rules(rows: pl.DataFrame) -> pl.DataFrame:
-    """Rows with the limits of their jurisdiction, columns `BANDS`; what the registry has not is European low voltage.
+    """Rows with the limits of their jurisdiction, columns `BANDS`; null where it is not known.
 
     Args:
-        rows: nominal_mv, jurisdiction.
+        rows: jurisdiction.
     """
-    is_known = pl.col("jurisdiction").is_in(BANDS.get_column("jurisdiction").to_list())
-    return rows.with_columns(
-        pl.col("nominal_mv").fill_null(NOMINAL_MV),
-        jurisdiction=pl.when(is_known).then("jurisdiction").otherwise(pl.lit(JURISDICTION)),
-    ).join(BANDS, on="jurisdiction", how="left", maintain_order="left")
+    return rows.join(BANDS, on="jurisdiction", how="left", maintain_order="left")
 
 
 def _band() -> pl.Expr:
     deviation = pl.col("deviation_pct").round(9)  # a voltage on the limit is within it, whatever a float makes of it
     return (
-        pl.when(deviation < pl.col("very_low_pct"))
+        pl.when(deviation.is_null() | pl.col("very_low_pct").is_null())
+        .then(None)
+        .when(deviation < pl.col("very_low_pct"))
         .then(pl.lit(Band.VERY_LOW.value))
         .when(deviation > pl.col("very_high_pct"))
         .then(pl.lit(Band.VERY_HIGH.value))

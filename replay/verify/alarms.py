@@ -49,16 +49,31 @@ def check_alarms(lake: duckdb.DuckDBPyConnection) -> list[pl.DataFrame]:
     )
     lake.execute(
         f"""CREATE TEMP TABLE changes AS
-        WITH moves AS (
-            SELECT *, coalesce(lag(edge) OVER (
-                PARTITION BY meter_id, alarm_type ORDER BY event_at, partition, "offset"), '{Edge.CLEAR}') AS before
-            FROM original_events WHERE alarm_type IS NOT NULL AND NOT is_apart)
-        SELECT {PLACE}, run_id, meter_id, alarm_type, event_at, arrival_at,
-            CASE WHEN edge = '{Edge.RAISE}' AND before = '{Edge.RAISE}' THEN '{FaultOutcome.REPEATED}'
+        WITH known AS (
+            SELECT *, lag(edge, 1, '{Edge.CLEAR}') OVER alarm AS before, lead(edge) OVER alarm AS after,
+                lead(event_at) OVER alarm AS after_at, lead("offset") OVER alarm AS after_offset
+            FROM original_events WHERE alarm_type IS NOT NULL AND NOT is_apart
+            WINDOW alarm AS (PARTITION BY meter_id, alarm_type ORDER BY event_at, partition, "offset")),
+        placed AS (  -- a clear that closes nothing is that of the raise in its second
+            SELECT *, CASE WHEN edge = '{Edge.CLEAR}' AND before = '{Edge.CLEAR}' AND after = '{Edge.RAISE}'
+                AND after_at = event_at THEN after_offset + 0.5 ELSE "offset" END AS place
+            FROM known),
+        moves AS (
+            SELECT * REPLACE (lag(edge, 1, '{Edge.CLEAR}') OVER alarm AS before) FROM placed
+            WINDOW alarm AS (PARTITION BY meter_id, alarm_type ORDER BY event_at, partition, place)),
+        named AS (
+            SELECT *, CASE WHEN edge = '{Edge.RAISE}' AND before = '{Edge.RAISE}' THEN '{FaultOutcome.REPEATED}'
                 WHEN edge = '{Edge.RAISE}' THEN '{FaultOutcome.RAISED}'
                 WHEN before = '{Edge.RAISE}' THEN '{FaultOutcome.CLEARED}'
                 ELSE '{FaultOutcome.STAYS_CLEARED}' END AS change
-        FROM moves"""
+            FROM moves),
+        numbered AS (
+            SELECT *, count(*) FILTER (change = '{FaultOutcome.RAISED}') OVER (
+                PARTITION BY meter_id, alarm_type ORDER BY event_at, partition, place) AS alarm_number
+            FROM named)
+        SELECT {PLACE}, run_id, meter_id, alarm_type, event_at, change, max(arrival_at) OVER (
+            PARTITION BY meter_id, alarm_type, alarm_number ORDER BY event_at, partition, place) AS arrival_at
+        FROM numbered"""
     )
     lake.execute(
         f"""CREATE TEMP TABLE alarm_rows AS

@@ -4,6 +4,7 @@ import duckdb
 import polars as pl
 
 from replay.sent import PLACE, VOLTAGE, VOLTAGE_LIST
+from replay.tape import A_VOLTAGE_MV
 from replay.verify.accounting import UNACCOUNTED
 from replay.verify.apart import possible, rows_apart
 from replay.verify.findings import named, queried
@@ -58,9 +59,16 @@ def check_windows(lake: duckdb.DuckDBPyConnection) -> list[pl.DataFrame]:
 
 
 def made_windows(voltages: str) -> str:
-    """Windows of a table's first readings of each time; meters of several runs are left out."""
-    return f"""SELECT meter_id, upper(split_part(name, '_', 2)) AS phase,
-            time_bucket(INTERVAL 10 MINUTE, observed_at) AS window_start,
+    """Windows of a table's first readings of each time, of phases that the registry has and that had a voltage by then.
+
+    Meters of several runs are left out.
+    """
+    return f"""SELECT meter_id, phase, time_bucket(INTERVAL 10 MINUTE, observed_at) AS window_start,
             count(*) AS n, min(mv) AS low, max(mv) AS high, avg(mv) AS mean
-        FROM (UNPIVOT (FROM {voltages} ANTI JOIN shared USING (meter_id) WHERE turn = 1) ON {VOLTAGE_LIST}
-            INTO NAME name VALUE mv) GROUP BY ALL"""
+        FROM (
+            SELECT meter_id, observed_at, upper(split_part(name, '_', 2)) AS phase, mv,
+                min(observed_at) FILTER (mv >= {A_VOLTAGE_MV}) OVER (PARTITION BY meter_id, name) AS live_since
+            FROM (UNPIVOT (FROM {voltages} ANTI JOIN shared USING (meter_id) WHERE turn = 1) ON {VOLTAGE_LIST}
+                INTO NAME name VALUE mv))
+        LEFT JOIN (SELECT meter_id, phases FROM newest_registry) USING (meter_id)
+        WHERE observed_at >= live_since AND coalesce(contains(phases, phase), true) GROUP BY ALL"""

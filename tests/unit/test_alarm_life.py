@@ -90,16 +90,41 @@ def test_after_a_clear_the_next_raise_is_an_alarm_of_its_own() -> None:
     assert result.alarms["alarm_id"].n_unique() == 2
 
 
-def test_a_clear_before_any_raise_changes_nothing_and_an_older_raise_is_then_late() -> None:
+def test_a_raise_that_comes_after_its_clear_is_an_alarm_that_is_closed_already() -> None:
     result = move([event(0, 10, "2")], [event(1, 5, "1")])
-    assert changes(result) == []
-    assert buckets(result) == ["late"]
-
-
-def test_a_clear_that_comes_again_is_remembered_so_that_an_older_raise_does_not_stay_open_for_ever() -> None:
-    result = move([event(0, 0, "1"), event(1, 5, "2")], [event(2, 20, "2")], [event(3, 10, "1")])
     assert changes(result) == [("power_failure", "active", 0), ("power_failure", "cleared", 0)]
-    assert buckets(result) == ["late"]
+    assert result.alarms["raised_at"].to_list() == [at(5), at(5)]
+    assert result.alarms["cleared_at"].to_list() == [None, at(10)]
+    assert buckets(result) == ["stored"]
+
+
+def test_a_clear_before_its_raise_in_the_same_second_closes_it() -> None:
+    for batches in ([[event(0, 5, "2"), event(1, 5, "1")]], [[event(0, 5, "2")], [event(1, 5, "1")]]):
+        assert changes(move(*batches)) == [("power_failure", "active", 0), ("power_failure", "cleared", 0)]
+
+
+def test_a_failure_in_the_second_of_another_ones_end_is_open() -> None:
+    result = move([event(0, 0, "1"), event(1, 5, "2"), event(2, 5, "1")])
+    assert changes(result) == [("power_failure", state, 0) for state in ("active", "cleared", "active")]
+
+
+def test_each_raise_is_closed_by_the_first_clear_after_it_of_those_that_came_before() -> None:
+    result = move([event(0, 20, "2"), event(1, 40, "2")], [event(2, 10, "1"), event(3, 30, "1")], [event(4, 15, "1")])
+    assert result.alarms.filter(pl.col("state") == "cleared").select("raised_at", "cleared_at").rows() == [
+        (at(10), at(20)), (at(30), at(40)),
+    ]  # fmt: skip
+    assert buckets(result) == ["late"], "between the two it was closed"
+    result = move([event(0, 0, "1"), event(1, 5, "2")], [event(2, 20, "2")], [event(3, 4, "1")], [event(4, 10, "1")])
+    assert result.alarms["raised_at"].to_list() == [at(0), at(0), at(10), at(10)]
+
+
+def test_a_raise_older_than_all_clears_that_are_remembered_is_late_since_another_may_have_been_its_own() -> None:
+    clears = [event(number, 10 + number, "2") for number in range(9)]
+    result = move(clears, [event(20, 5, "1")])
+    assert (changes(result), buckets(result)) == ([], ["late"])
+    assert changes(move(clears, [event(20, 11.5, "1")])) == [
+        ("power_failure", "active", 0), ("power_failure", "cleared", 0),
+    ]  # fmt: skip
 
 
 def test_within_a_batch_the_meters_own_order_counts_not_that_of_arrival() -> None:

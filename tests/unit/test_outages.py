@@ -38,10 +38,10 @@ class Stream:
         self.members = MEMBER.to_frame()
         self.rows: list[dict[str, Any]] = []
 
-    def batch(self, *changes: dict[str, Any], watermark: float = -3600) -> None:
+    def batch(self, *changes: dict[str, Any], watermark: float = -3600, served: int = 40) -> None:
         runs = {change.get("run_id") for change in changes} | {None}
         watermarks = pl.DataFrame([{"run_id": run, "watermark": at(watermark)} for run in runs], schema=WATERMARKS)
-        found = group_outages(pl.DataFrame(changes, schema=FAILURES), self.members, watermarks)
+        found = group_outages(pl.DataFrame(changes, schema=FAILURES), self.members, watermarks, {"T1": served})
         self.members = found.members
         self.rows += found.rows.to_dicts()
 
@@ -79,6 +79,23 @@ def test_up_to_five_minutes_is_momentary_and_only_sustained_interruptions_have_m
     assert (row["kind"], row["meter_minutes"], row["restored_at"]) == ("momentary", 0, at(300))
     (row,) = outages(*failures, *short[:2], up(failures[2], 600))
     assert (row["kind"], row["meter_minutes"], row["restored_at"]) == ("sustained", 10, at(600))
+    assert (row["meter_count"], row["sustained_count"]) == (3, 1)
+
+
+def test_an_outage_of_short_interruptions_one_after_another_is_momentary_for_each_customer() -> None:
+    failures = [down("m1", 0), down("m2", 60), down("m3", 120)]
+    ends = [up(failures[0], 200), up(failures[1], 300), up(failures[2], 400)]
+    (row,) = outages(*failures, *ends)
+    assert (row["kind"], row["sustained_count"], row["meter_minutes"]) == ("momentary", 0, 0)
+
+
+def test_two_of_two_meters_of_a_transformer_are_an_outage_and_one_of_one_is_none() -> None:
+    stream = Stream()
+    stream.batch(down("m1", 0), down("m2", 60), served=2)
+    assert [row["meters"] for row in stream.rows] == [["m1", "m2"]]
+    alone = Stream()
+    alone.batch(down("m1", 0), served=1)
+    assert alone.rows == []
 
 
 def test_what_fails_while_an_outage_is_open_belongs_to_it_and_afterwards_begins_another_group() -> None:
@@ -158,6 +175,6 @@ def test_an_outage_ends_the_same_however_batches_are_cut(
 
 
 def test_nothing_gives_nothing() -> None:
-    found = group_outages(FAILURES.to_frame(), MEMBER.to_frame(), pl.DataFrame(schema=WATERMARKS))
+    found = group_outages(FAILURES.to_frame(), MEMBER.to_frame(), pl.DataFrame(schema=WATERMARKS), {})
     assert found.rows.schema == ROWS
     assert found.members.schema == MEMBER

@@ -14,7 +14,16 @@ from engine.watermark import CLOCK, WATERMARKS, clock, watermarks
 from metering.accounting import bucket_of
 from metering.deduplication import originals, with_seen
 from metering.energy.delta_engine import STAMP
-from metering.voltage.windows import VOLTAGES, WINDOWS, ClosedWindows, close_windows, windows
+from metering.voltage.windows import (
+    ALL_PHASES,
+    LIVE,
+    VOLTAGES,
+    WINDOWS,
+    ClosedWindows,
+    close_windows,
+    windows,
+    with_live,
+)
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 SAMPLES = pl.Schema(
@@ -26,9 +35,10 @@ SAMPLES = pl.Schema(
         "partition": pl.Int64(),
         "offset": pl.Int64(),
         **dict.fromkeys(VOLTAGES, pl.Int64()),
+        "live": pl.Int64(),
     }
 )
-JUDGED_BY = pl.Schema({"nominal_mv": pl.Int64(), "jurisdiction": pl.String()})
+JUDGED_BY = pl.Schema({"phases": pl.String(), "nominal_mv": pl.Int64(), "jurisdiction": pl.String()})
 REGISTRY = pl.Schema({"meter_id": pl.String(), **JUDGED_BY}).to_frame()
 CLOSED = pl.Schema({"meter_id": pl.String(), "run_id": pl.String(), "window_start": STAMP})
 
@@ -40,7 +50,7 @@ def at(minutes: float) -> datetime:
 def sample(offset: int, minutes: float, mv: int | None = 230_000, **other: Any) -> dict[str, Any]:
     return {
         "meter_id": "m1", "observed_at": at(minutes), "run_id": None, "topic": "t", "partition": 0, "offset": offset,
-        "voltage_l1_mv": mv, **other,
+        "voltage_l1_mv": mv, "live": ALL_PHASES, **other,
     }  # fmt: skip
 
 
@@ -102,7 +112,7 @@ def test_the_spread_is_that_of_the_population() -> None:
 
 
 def test_each_phase_stands_on_its_own_and_an_absent_one_gives_no_window() -> None:
-    rows = [sample(0, 0, 230_000, voltage_l3_mv=207_000), sample(1, 1, None)]
+    rows = [sample(0, 0, 230_000, voltage_l3_mv=207_000, nominal_mv=230_000), sample(1, 1, None, nominal_mv=230_000)]
     found = windows(pl.DataFrame(rows, schema=SAMPLES | JUDGED_BY))
     assert found.select("phase", "sample_count", "mean_mv", "deviation_pct").rows() == [
         ("L1", 1, 230_000, 0.0),
@@ -113,7 +123,9 @@ def test_each_phase_stands_on_its_own_and_an_absent_one_gives_no_window() -> Non
 @pytest.mark.parametrize(
     ("jurisdiction", "nominal_mv", "mv", "band"),
     [
-        (None, None, 230_000, "normal"),
+        (None, 230_000, 207_000, None),
+        ("EN50160", None, 130_000, None),
+        ("of a country that nobody knows", 230_000, 130_000, None),
         ("EN50160", 230_000, 207_000, "normal"),
         ("EN50160", 230_000, 206_999, "low"),
         ("EN50160", 230_000, 195_500, "low"),
@@ -131,10 +143,35 @@ def test_each_phase_stands_on_its_own_and_an_absent_one_gives_no_window() -> Non
     ],
 )
 def test_a_limit_itself_is_within_the_band(
-    jurisdiction: str | None, nominal_mv: int | None, mv: int, band: str
+    jurisdiction: str | None, nominal_mv: int | None, mv: int, band: str | None
 ) -> None:
     row = sample(0, 0, mv, jurisdiction=jurisdiction, nominal_mv=nominal_mv)
     assert windows(pl.DataFrame([row], schema=SAMPLES | JUDGED_BY))["band"].to_list() == [band]
+
+
+def test_a_phase_that_the_registry_has_not_or_that_never_had_a_voltage_has_no_window() -> None:
+    both = sample(0, 0, 230_000, voltage_l2_mv=0, live=0b001)
+    assert windows(pl.DataFrame([both], schema=SAMPLES | JUDGED_BY))["phase"].to_list() == ["L1"]
+    both = sample(0, 0, 230_000, voltage_l2_mv=231_000, voltage_l3_mv=0, phases="L2,L3")
+    assert windows(pl.DataFrame([both], schema=SAMPLES | JUDGED_BY))["phase"].to_list() == ["L2", "L3"]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([None, 0, 9_999, 10_000, 230_000]), st.sampled_from([0, 231_000])), max_size=12),
+    st.lists(st.integers(0, 12), max_size=3).map(sorted),
+)
+def test_a_phase_lives_from_its_first_voltage_on_however_batches_are_cut(
+    volts: list[tuple[int | None, int]], cuts: list[int]
+) -> None:
+    rows = [sample(number, number, mv, voltage_l2_mv=other) for number, (mv, other) in enumerate(volts)]
+    live, found = LIVE.to_frame(), []
+    for low, high in zip([0, *cuts], [*cuts, len(rows)], strict=True):
+        marked, live = with_live(pl.DataFrame(rows[low:high], schema=SAMPLES).drop("live"), live)
+        found += marked.get_column("live").to_list()
+    for phase in (0, 1):
+        seen = [any((each[phase] or 0) >= 10_000 for each in volts[: number + 1]) for number in range(len(volts))]
+        measured = [number for number, each in enumerate(volts) if each[phase] is not None]
+        assert [bool(found[number] & (1 << phase)) for number in measured] == [seen[number] for number in measured]
 
 
 def test_a_window_closes_when_the_bound_reaches_its_end_and_not_before() -> None:

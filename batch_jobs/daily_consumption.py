@@ -19,7 +19,7 @@ Restart: run it again; the date is replaced as a whole.
 """
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -134,7 +134,7 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
     results = per_shard(
         near.unionByName(_last_of_each_day(readings.where(F.col("observed_at") <= evening))), days, DAYS
     )
-    imports, exports = _sum("import_t1_wh", "import_t2_wh"), _sum("export_t1_wh", "export_t2_wh")
+    imports, exports = _sum(tables.IMPORTS), _sum(tables.EXPORTS)
     is_known = F.coalesce(*REGISTERS_WH).isNotNull()
     quality = (
         F.when(~is_known, Quality.MISSING.value)
@@ -178,10 +178,11 @@ def _last_of_each_day(readings: DataFrame) -> DataFrame:
     )
 
 
-def _sum(one: str, other: str) -> Column:
-    """Sum of two registers, null where both are absent."""
-    both = F.coalesce(F.col(one), F.lit(0)) + F.coalesce(F.col(other), F.lit(0))
-    return F.when(F.coalesce(one, other).isNotNull(), both)
+def _sum(registers: Sequence[str]) -> Column:
+    """Sum of registers, null where all are absent."""
+    columns = [f"{register}_wh" for register in registers]
+    known = [F.coalesce(F.col(name), F.lit(0)) for name in columns]
+    return F.when(F.coalesce(*columns).isNotNull(), sum(known[1:], known[0]))
 
 
 def _kwh(wh: str) -> Column:

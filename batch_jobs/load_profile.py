@@ -20,10 +20,10 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from engine.night import DEFAULT_ZONE, BatchJob, command, midnight, with_local_day
+from schemas.tables import IMPORTS
 
 DAYS_BEFORE = 27
 """With the day itself four weeks: each day of the week has the same weight."""
-IMPORTS = ("import_t1", "import_t2")
 HOUR_S = 3600
 
 

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from replay.tape import Tape
-from schemas.tables import REGISTERS
+from schemas.tables import IMPORTS, REGISTERS
 
 COLUMNS = [
     "meter_id", "observed_at", "import_w", "export_w", "voltage_l1_mv", *(f"{register}_wh" for register in REGISTERS)
@@ -238,7 +238,7 @@ def power_to_register_pct(readings: pl.DataFrame, interval_s: int | None) -> pl.
         "meter_id",
         step_s=step_s,
         by_power=power * step_s / 3600,
-        by_register=pl.sum_horizontal("import_t1_wh", "import_t2_wh").diff().over("meter_id"),
+        by_register=pl.sum_horizontal(f"{register}_wh" for register in IMPORTS).diff().over("meter_id"),
     ).filter(pl.col("step_s") <= 1.5 * (interval_s or 0), pl.col("by_power").is_not_null(), pl.col("by_register") >= 0)
     ratio = pl.col("by_power").sum() / pl.col("by_register").sum()
     figures = steps.group_by("meter_id", maintain_order=True).agg(

@@ -193,6 +193,14 @@ def write_tape(
     return tape
 
 
+def _filled(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A table with the columns that there were not yet when it was written, null."""
+    for field in list(schema)[1:]:  # the first was always there
+        if field.nullable and field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table
+
+
 def read_tape(folder: Path) -> Tape:
     """The tape in a folder.
 
@@ -213,7 +221,7 @@ def read_tape(folder: Path) -> Tape:
         try:
             # ParquetFile, not read_table: the folder's own path may look like a partition (`date=…`)
             with pq.ParquetFile(folder / f"{name}.parquet") as file:
-                tables[name] = file.read().select(schema.names).cast(schema)
+                tables[name] = _filled(file.read(), schema).select(schema.names).cast(schema)
         except (OSError, KeyError, ValueError) as error:
             msg = f"{folder} is no tape: {name}.parquet: {error}"
             raise ConfigError(msg) from error

@@ -61,13 +61,9 @@ def _parsed(entity: str, version: str) -> Any:
 
 
 @cache
-def _ruhvro_text(entity: str, version: str) -> str:
+def avro_text(entity: str, version: str) -> str:
+    """The released Avro schema as JSON text."""
     return json.dumps(avro_schema(entity, version))
-
-
-def avro_text(entity: str) -> str:
-    """The schema that we write for the entity, as JSON text."""
-    return _ruhvro_text(entity, latest(entity)[1])
 
 
 @cache
@@ -183,42 +179,65 @@ def encode_batch(entity: str, records: pa.Table) -> list[bytes]:
     header = frame_of(schema_id)
     out: list[bytes] = []
     for batch in records.select(arrow_schema(entity).names).cast(arrow_schema(entity)).to_batches():
-        for data in pyruhvro.serialize_record_batch(batch, _ruhvro_text(entity, version), 1):
+        for data in pyruhvro.serialize_record_batch(batch, avro_text(entity, version), 1):
             out.extend([header + datum for datum in data.to_pylist()])
     return out
 
 
-def _ruhvro_decode(framed: pa.BinaryArray, entity: str) -> pa.RecordBatch | None:
-    """All decoded, or None where at least one is not exactly one datum in the frame of the latest version."""
-    schema_id, version = latest(entity)
-    is_framed = pc.equal(pc.binary_slice(framed, 0, FRAME.size), frame_of(schema_id))
-    if framed.null_count or not pc.all(is_framed).as_py():
+def _ruhvro_decode(framed: pa.BinaryArray, entity: str) -> pa.Table | None:
+    """All decoded, or None where at least one is not exactly one datum in the frame of the first one's version."""
+    frame = (framed[0].as_py() or b"")[: FRAME.size]
+    version = next((one for key, (name, one) in SCHEMA_IDS.items() if name == entity and frame_of(key) == frame), None)
+    is_framed = pc.equal(pc.binary_slice(framed, 0, FRAME.size), frame)
+    if framed.null_count or version is None or not pc.all(is_framed).as_py():
         return None
     data = pc.binary_slice(framed, FRAME.size, LONGEST)
     try:
-        batch = pyruhvro.deserialize_array(data.to_pylist(), _ruhvro_text(entity, version))
-        again = pyruhvro.serialize_record_batch(batch, _ruhvro_text(entity, version), 1)
+        batch = pyruhvro.deserialize_array(data.to_pylist(), avro_text(entity, version))
+        again = pyruhvro.serialize_record_batch(batch, avro_text(entity, version), 1)
     except ValueError:
         return None
     for name, (least, most) in _edges(entity).items():
+        if name not in batch.schema.names:
+            continue
         found = pc.min_max(batch.column(name).cast(pa.int64())).as_py()
         if found["min"] is not None and (found["min"] < least or found["max"] > most):
             return None
     is_same = pa.chunked_array(again, pa.binary()).equals(pa.chunked_array([data]))
-    return batch if is_same else None  # it takes trailing bytes without a word
+    if not is_same:  # it takes trailing bytes without a word
+        return None
+    schema, table = arrow_schema(entity), pa.Table.from_batches([batch])
+    known = {name: table[name] for name in table.column_names}
+    return pa.table({field.name: known.get(field.name, pa.nulls(len(table), field.type)) for field in schema})
+
+
+def _by_version(values: pa.BinaryArray, entity: str) -> list[pa.Array]:
+    """Places of the data of each version that is there; what is of none is with the last."""
+    frames = pc.binary_slice(values, 0, FRAME.size)
+    frames_of_entity = [frame_of(key) for key, (name, _) in SCHEMA_IDS.items() if name == entity]
+    number = pc.index_in(frames, pa.array(frames_of_entity, pa.binary())).fill_null(len(frames_of_entity) - 1)
+    return [pc.indices_nonzero(pc.equal(number, one)) for one in pc.unique(number)]
 
 
 def decode_batch(payloads: Sequence[bytes | None] | pa.BinaryArray, entity: str) -> DecodedBatch:
     """The records in framed data; a bad one costs a look at its neighbours, never the batch.
 
     pyruhvro refuses a whole array for one bad datum and does not say which, and is silent on trailing bytes: so the
-    result is encoded again and compared, and a slice that fails is halved until the few left go to fastavro.
+    result is encoded again and compared, and a slice that fails is halved until the few left go to fastavro. Data of
+    several versions are taken version by version.
 
     Args:
         payloads: framed data; null counts as not framed.
         entity: `reading` or `event`.
     """
     values = payloads if isinstance(payloads, pa.BinaryArray) else pa.array(payloads, pa.binary())
+    by_version = _by_version(values, entity)
+    if len(by_version) > 1:
+        parts = [decode_batch(values.take(places), entity) for places in by_version]
+        order = pc.sort_indices(pa.concat_arrays(by_version))
+        of_all = pa.concat_tables([part.records for part in parts]).take(order)
+        why = pa.concat_arrays([part.reasons for part in parts]).take(order)
+        return DecodedBatch(of_all, why, pa.concat_arrays([part.details for part in parts]).take(order))
     schema = arrow_schema(entity)
     reasons: list[str | None] = [None] * len(payloads)
     details: list[str | None] = [None] * len(payloads)
@@ -242,7 +261,7 @@ def decode_batch(payloads: Sequence[bytes | None] | pa.BinaryArray, entity: str)
             return
         batch = _ruhvro_decode(values.slice(start, stop - start), entity)
         if batch is not None:
-            pieces.append(pa.Table.from_batches([batch]).cast(nullable))
+            pieces.append(batch.cast(nullable))
             return
         middle = (start + stop) // 2
         take(start, middle)

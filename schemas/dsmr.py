@@ -15,6 +15,7 @@ from typing import Any
 from schemas.closed_lists import DeadLetterReason
 from schemas.codec import arrow_schema
 from schemas.errors import InvalidMessage
+from schemas.tables import TARIFFS
 
 CRC_POLYNOMIAL = 0xA001
 SEASONS = {"S": timezone(timedelta(hours=2)), "W": timezone(timedelta(hours=1))}
@@ -29,10 +30,8 @@ UNITS = {
 """Our unit → unit on the line, in lower case, → factor."""
 
 QUANTITIES = {
-    "1.8.1": ("import_t1_wh", "Wh"),
-    "1.8.2": ("import_t2_wh", "Wh"),
-    "2.8.1": ("export_t1_wh", "Wh"),
-    "2.8.2": ("export_t2_wh", "Wh"),
+    **{f"1.8.{tariff}": (f"import_t{tariff}_wh", "Wh") for tariff in TARIFFS},
+    **{f"2.8.{tariff}": (f"export_t{tariff}_wh", "Wh") for tariff in TARIFFS},
     "1.8.0": ("import_wh", "Wh"),
     "2.8.0": ("export_wh", "Wh"),
     "1.7.0": ("import_w", "W"),
@@ -60,6 +59,8 @@ OBJECTS = {f"1-{channel}:{code}": quantity for channel in (0, 1) for code, quant
 }
 """OBIS code → field and unit: one of `UNITS`, none for a count, or a stamp or text."""
 
+OTHER_TARIFF = re.compile(r"1-\d+:[12]\.8\.\d+")
+"""Active energy of a tariff, or by a way of counting, that a reading has no register for."""
 WITH_CRC = ("1-3:0.2.8(", "0-0:96.1.4(", "0-0:1.0.0(")
 LINE = re.compile(r"\d+-\d+:\d+[.:]\d+[.:]\d+(?:[.:*]\d+)?(?:\([^()]*\))+|(?:\([^()]*\))+|")
 """An object, the second line of an older gas object, or the blank line after the identification."""
@@ -210,6 +211,7 @@ def decode_telegram(
     is_fine = any("*255(" in line for line in lines)
     found: dict[str, Any] = {}
     power = ""
+    steps_wh = [1.0]  # of its registers: what each is cut to
     for line in lines:
         code, opened, rest = line.partition("(")
         known = OBJECTS.get(code)
@@ -218,8 +220,11 @@ def decode_telegram(
                 raise _bad(line, "garbled line")
             # the standards' own examples have a colon for a point, and a sixth group that says nothing
             first, _, others = code.partition(":")
-            known = OBJECTS.get(f"{first}:{others.replace(':', '.').replace('*', '.').removesuffix('.255')}")
+            plain = f"{first}:{others.replace(':', '.').replace('*', '.').removesuffix('.255')}"
+            known = OBJECTS.get(plain)
             if known is None:
+                if OTHER_TARIFF.fullmatch(plain) and any(digit in "123456789" for digit in rest.partition("*")[0]):
+                    raise _bad(line, "energy that a reading has no register for")
                 continue
         if not opened or not rest.endswith(")") or "(" in rest or rest.count(")") != 1:
             raise _bad(line, "garbled line")
@@ -238,17 +243,34 @@ def decode_telegram(
             value = _number(line, text, unit, is_fine)
         if field == "import_w":
             power = text
+        if unit == "Wh":
+            number, _, written = text.partition("*")
+            steps_wh.append(UNITS[unit][written.lower()] / 10 ** len(number.partition(".")[2]))
         for name, each in (_signed(field, value) if is_fine and isinstance(value, int) else {field: value}).items():
             if found.setdefault(name, each) != each:
                 raise _bad(None, f"{name} twice, {found[name]} and {each}")
     dialect = "iec62056-21" if is_fine else _dialect(found, identification, power)
-    for way in ("import", "export"):  # a meter without tariffs has one register, the first
-        total = found.pop(f"{way}_wh", None)
-        if total is not None and f"{way}_t1_wh" not in found and f"{way}_t2_wh" not in found:
-            found[f"{way}_t1_wh"] = total
+    for way in ("import", "export"):
+        _check_total(found, way, max(steps_wh))
     if found.setdefault("observed_at", clock) is None:
         raise _bad(None, f"{dialect} telegram without a time (0-0:1.0.0)")
     return {**_nothing(), **found, "meter_id": meter_id, "dialect": dialect}
+
+
+def _check_total(found: dict[str, Any], way: str, step_wh: float) -> None:
+    """Takes a total for the first register where no tariff has counted; else it is a check of them.
+
+    Args:
+        found: fields so far.
+        way: `import` or `export`.
+        step_wh: what each register is cut to.
+    """
+    total = found.pop(f"{way}_wh", None)
+    tariffs = [found[name] for tariff in TARIFFS if (name := f"{way}_t{tariff}_wh") in found]
+    if total is not None and not any(tariffs):
+        found[f"{way}_t1_wh"] = total
+    elif total is not None and abs(total - sum(tariffs)) > step_wh * (len(tariffs) + 1):
+        raise _bad(None, f"total {way} {total} Wh, and its tariffs are {sum(tariffs)} Wh")
 
 
 def split_telegrams(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -14,7 +14,9 @@ import pyarrow as pa
 from schemas.codec import TIMESTAMP, arrow_schema
 
 STRING, LONG, DOUBLE = pa.string(), pa.int64(), pa.float64()
-REGISTERS = ("import_t1", "import_t2", "export_t1", "export_t2")
+TARIFFS = range(1, 5)
+IMPORTS, EXPORTS = (tuple(f"{way}_t{tariff}" for tariff in TARIFFS) for way in ("import", "export"))
+REGISTERS = (*IMPORTS, *EXPORTS)
 PHASES = ("L1", "L2", "L3")
 
 
@@ -119,8 +121,8 @@ ACCOUNTING = _columns(
     quarantined=LONG, invalid=LONG,
 )  # fmt: skip
 LATEST_READINGS = _columns(
-    meter_id=STRING, observed_at=TIMESTAMP, import_t1_wh=LONG, import_t2_wh=LONG, export_t1_wh=LONG,
-    export_t2_wh=LONG, equipment_id=STRING, run_id=STRING,
+    meter_id=STRING, observed_at=TIMESTAMP, **{f"{register}_wh": LONG for register in REGISTERS},
+    equipment_id=STRING, run_id=STRING,
 )  # fmt: skip
 
 TABLES = {

@@ -19,6 +19,7 @@ SCHEMA_IDS = {
     4: ("alarm", "1.0"),
     5: ("critical-event", "1.0"),
     6: ("acknowledgement", "1.0"),
+    7: ("reading", "1.1"),
 }
 """Schema id on the wire → (entity, version); a schema registry, where one runs, is loaded with the same."""
 

@@ -60,7 +60,7 @@ def latest(baselines: pl.DataFrame) -> pl.DataFrame:
 
 JOB = StreamingJob(
     name=NAME,
-    version=4,
+    version=5,
     sources=(
         Source(
             READINGS,

@@ -36,11 +36,11 @@ from kafka_io.clients import admin
 from lake.reading import RegistryFiles, newest_registry, registry_files, uri
 from metering.voltage.windows import A_VOLTAGE_MV
 from schemas.closed_lists import Edge
-from schemas.codec import arrow_schema, avro_text, frame_of, latest
+from schemas.codec import arrow_schema, avro_schema, avro_text, frame_of, latest
 from schemas.errors import ConfigError, RetryLater, exits
 from schemas.event_codes import code_table
 from schemas.tables import PHASES
-from schemas.topics import CRITICAL_EVENTS, EVENTS, READINGS, Topic
+from schemas.topics import CRITICAL_EVENTS, EVENTS, READINGS, SCHEMA_IDS, Topic
 from settings import Settings, home, load
 
 NAME = Path(__file__).stem
@@ -103,10 +103,14 @@ def transform(records: DataFrame, judged: DataFrame, far_out_pct: float) -> Data
 
 def _body(topic: Topic) -> Column:
     """The record of a topic, decoded by Spark; null in another topic's rows, a struct of nulls where it cannot be."""
-    schema_id, _ = latest(topic.entity)
-    is_ours = (F.col("topic") == topic.name) & (F.expr("substring(value, 1, 5)") == F.lit(frame_of(schema_id)))
-    body = from_avro(F.expr("substring(value, 6)"), avro_text(topic.entity), {"mode": "PERMISSIVE"})
-    return F.when(is_ours, body)
+    released = [(schema_id, version) for schema_id, (name, version) in SCHEMA_IDS.items() if name == topic.entity]
+    common = [field["name"] for field in avro_schema(topic.entity, released[0][1])["fields"]]  # later ones are added
+    bodies = []
+    for schema_id, version in released:
+        is_ours = (F.col("topic") == topic.name) & (F.expr("substring(value, 1, 5)") == F.lit(frame_of(schema_id)))
+        body = from_avro(F.expr("substring(value, 6)"), avro_text(topic.entity, version), {"mode": "PERMISSIVE"})
+        bodies.append(F.when(is_ours, F.struct(*[body[name].alias(name) for name in common])))
+    return F.coalesce(*bodies)
 
 
 def _event(kind: Column, code: Column, phase: Column, voltage_mv: Column) -> Column:
@@ -160,8 +164,8 @@ def _kind() -> Column:
 def framed(rows: DataFrame) -> DataFrame:
     """Key and value for Kafka."""
     entity = CRITICAL_EVENTS.entity
-    schema_id, _ = latest(entity)
-    body = to_avro(F.struct(*arrow_schema(entity).names), avro_text(entity))
+    schema_id, version = latest(entity)
+    body = to_avro(F.struct(*arrow_schema(entity).names), avro_text(entity, version))
     return rows.select(F.col("meter_id").alias("key"), F.concat(F.lit(frame_of(schema_id)), body).alias("value"))
 
 

@@ -20,7 +20,7 @@ from metering.clocks import STAMP, watermark_of
 from metering.energy.delta_engine import FUSE_FACTOR, SUMMED, fuses_w
 from metering.voltage.windows import VOLTAGES, has_phase, has_voltage, with_rules
 from schemas.closed_lists import AlarmSource, AlarmState, DeltaReason, Severity
-from schemas.tables import PHASES
+from schemas.tables import EXPORTS, PHASES
 
 HYSTERESIS_PCT = 1.0
 LOAD_HYSTERESIS = 0.95  # of the limit: below it the load is back
@@ -29,8 +29,8 @@ QUIET = timedelta(minutes=15)  # a register in steps of 1 Wh stands still for mi
 SILENT_INTERVALS = 4
 SILENT_AT_LEAST = timedelta(minutes=15)
 LOADS = ["import_w", *[f"import_{phase.lower()}_w" for phase in PHASES]]
-EXPORTS = ["export_t1_wh", "export_t2_wh"]
-NEEDED = ["meter_id", "observed_at", "arrival_at", "run_id", "dialect", "equipment_id", *VOLTAGES, *LOADS, *EXPORTS]
+EXPORTS_WH = [f"{register}_wh" for register in EXPORTS]
+NEEDED = ["meter_id", "observed_at", "arrival_at", "run_id", "dialect", "equipment_id", *VOLTAGES, *LOADS, *EXPORTS_WH]
 KNOWN = ["meter_id", "phases", "nominal_mv", "fuse_a", "jurisdiction", "interval_s"]
 VOLTAGE_SEEN = [f"has_voltage_{phase.lower()}" for phase in PHASES]
 METER_SILENT, SILENCE = "meter_silent", Severity.ERROR
@@ -164,7 +164,7 @@ def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
         rows.sort("meter_id", "observed_at")
         .with_columns(meter=pl.col("meter_id").rle_id())  # a number is compared faster than a name
         .with_columns(
-            export_wh=pl.when(pl.any_horizontal(pl.col(EXPORTS).is_not_null())).then(pl.sum_horizontal(EXPORTS)),
+            export_wh=pl.when(pl.any_horizontal(pl.col(EXPORTS_WH).is_not_null())).then(pl.sum_horizontal(EXPORTS_WH)),
             load_w=pl.coalesce("import_w", pl.when(has_load).then(pl.sum_horizontal(LOADS[1:], ignore_nulls=True))),
             equipment=pl.coalesce(_last_of(named, "meter"), "before_equipment", _next_of(named, "meter")),
         )

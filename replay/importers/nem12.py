@@ -13,6 +13,7 @@ import polars as pl
 
 from replay.fields import MAX_EXACT, exact, summed
 from replay.log import Asked, Defect, Imported, Log, fields_of
+from schemas.tables import EXPORTS, IMPORTS, TARIFFS
 from schemas.topics import METER_ID
 
 FILES = ("*.csv", "*.csv.gz")
@@ -20,9 +21,11 @@ ZONE = "Australia/Brisbane"
 MICRO_WH = {"KWH": 10**9, "WH": 10**6, "MWH": 10**12}
 """Unit of energy, in capitals → millionths of a Wh."""
 MICRO_WH_PER_WH = 10**6
-CHANNELS = {"E1": "import_t1_wh", "E2": "import_t2_wh", "B1": "export_t1_wh", "B2": "export_t2_wh"}
+NEM13_WAYS = {"E": tuple(f"{name}_wh" for name in IMPORTS), "I": tuple(f"{name}_wh" for name in EXPORTS)}
+CHANNELS = {f"{way[:1]}{tariff}": f"{name}_wh" for way, names in (("E", IMPORTS), ("B", EXPORTS))
+            for tariff, name in zip(TARIFFS, names, strict=True)}  # fmt: skip
 """NMI suffix → register: E is drawn from the grid, B fed into it."""
-NEM13_WAYS = {"E": ("import_t1_wh", "import_t2_wh"), "I": ("export_t1_wh", "export_t2_wh")}
+WAYS = {suffix[0] for suffix in CHANNELS}
 QUALITIES = {"S": Defect.SUBSTITUTED, "F": Defect.SUBSTITUTED, "E": Defect.ESTIMATED}
 """First letter of a quality method that is not actual (A). N, no data, is left out."""
 SENDER_ZONES = {"WPNTKS": "Australia/Perth"}
@@ -41,6 +44,7 @@ READ: dict[str, Any] = {
 class _Channel:
     """What a 200 record says; `register` is null for a quantity that has no place in a reading."""
 
+    suffix: str
     meter_id: str
     serial: str | None
     register: str | None
@@ -166,7 +170,9 @@ def _channel(record: list[str]) -> _Channel:
         msg = f"field 9: no interval length: {minutes!r}, expected minutes that divide a day"
         raise ValueError(msg)
     factor = MICRO_WH.get(unit.upper())
-    return _Channel(_meter_id(record[1]), serial or None, CHANNELS.get(suffix) if factor else None, factor or 0, length)
+    return _Channel(
+        suffix, _meter_id(record[1]), serial or None, CHANNELS.get(suffix) if factor else None, factor or 0, length
+    )
 
 
 def _day(record: list[str], channel: _Channel | None) -> _Day:
@@ -180,6 +186,9 @@ def _day(record: list[str], channel: _Channel | None) -> _Day:
         msg = f"{found}, expected {count} values and a quality: record 200 says {minutes} minutes an interval"
         raise ValueError(msg)
     energies = [_energy(place, record[place], channel) for place in range(2, 2 + count)]
+    if channel.register is None and channel.suffix[:1] in WAYS and channel.micro_wh and any(energies):
+        msg = f"record 200, field 5: {channel.suffix!r} has energy, and a reading has {', '.join(CHANNELS)}"
+        raise ValueError(msg)
     updated = record[5 + count].strip() if len(record) > 5 + count else ""
     return _Day(channel, _date(record[1]), energies, [record[2 + count].strip()[0]] * count, updated)
 
@@ -280,7 +289,7 @@ def _register_reads(log: Log, record: list[str], suffixes: dict[tuple[str, str],
     suffix = record[4].strip() or record[3].strip()
     known = suffixes.setdefault((meter_id, way), [])
     if suffix not in known and len(known) == len(NEM13_WAYS[way]):
-        msg = f"field 5: {suffix!r} is a third register beside {', '.join(known)}, and a reading has two a direction"
+        msg = f"field 5: {suffix!r} is one register more than {', '.join(known)}, and a reading has {len(known)} a way"
         raise ValueError(msg)
     known += [] if suffix in known else [suffix]
     register = NEM13_WAYS[way][known.index(suffix)]

@@ -73,13 +73,26 @@ def test_pyruhvro_and_fastavro_write_and_read_the_same_bytes(entity: str) -> Non
         table = pa.Table.from_pylist(found, arrow_schema(entity))
         payloads = encode_batch(entity, table)
         assert payloads == [encode(entity, record) for record in found]
-        assert payloads == [framed(latest(entity)[0], record, avro_schema(entity, "1.0")) for record in found]
+        assert payloads == [
+            framed(latest(entity)[0], record, avro_schema(entity, latest(entity)[1])) for record in found
+        ]
         assert [decode(payload, entity) for payload in payloads] == found
         decoded = decode_batch(payloads * CROWD, entity)
         assert decoded.records.to_pylist() == found * CROWD
         assert decoded.reasons.null_count == decoded.details.null_count == len(found) * CROWD
 
     agree()
+
+
+def test_data_of_an_earlier_version_and_of_none_are_read_among_newer_ones() -> None:
+    record = filled("reading", READING)
+    new, added = encode("reading", record), ("import_t3_wh", "import_t4_wh", "export_t3_wh", "export_t4_wh")
+    old = framed(1, {name: value for name, value in record.items() if name not in added}, avro_schema("reading", "1.0"))
+    before = {**record, **dict.fromkeys(added)}
+    decoded = decode_batch([old, None, new, b"none", old] * CROWD, "reading")
+    assert [row for row in decoded.records.to_pylist() if row["meter_id"]] == [before, record, before] * CROWD
+    assert decoded.reasons.to_pylist() == [None, "not_framed", None, "not_framed", None] * CROWD
+    assert decode_batch([old] * CROWD, "reading").records.to_pylist() == [before] * CROWD
 
 
 @settings(max_examples=20, deadline=None)
@@ -93,7 +106,7 @@ def test_dead_letters_come_back_with_their_original_bytes_alone_and_in_a_crowd(l
 
 
 def test_the_frame_is_a_zero_and_the_schema_id_in_four_bytes() -> None:
-    assert encode("reading", filled("reading", READING))[:5] == b"\x00\x00\x00\x00\x01"
+    assert encode("reading", filled("reading", READING))[:5] == b"\x00\x00\x00\x00\x07"
     assert encode("event", filled("event", EVENT))[:5] == b"\x00\x00\x00\x00\x02"
 
 
@@ -191,7 +204,7 @@ def test_no_payload_gives_no_row() -> None:
     "wrong", [{"meter_id": None}, {"observed_at": "yesterday"}, {"import_t1_wh": "1"}, {"import_t1_wh": 2**63}], ids=str
 )
 def test_a_record_of_ours_that_does_not_fit_is_a_bug_of_ours(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ContractBroken, match=r"does not fit reading 1\.0"):
+    with pytest.raises(ContractBroken, match=r"does not fit reading 1\.1"):
         encode("reading", filled("reading", READING) | wrong)
 
 

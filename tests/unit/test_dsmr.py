@@ -305,3 +305,34 @@ def test_a_crc_may_lack_its_leading_zeros() -> None:
     short = found[:-6] + found[-6:].lstrip(b"0")
     assert len(short) < len(found)
     assert decode_telegram(short, "m1") == decode_telegram(found, "m1")
+
+
+FOUR = V5.replace("1-0:1.8.2()", "1-0:1.8.2(000001.000*kWh)\n1-0:1.8.3(000250.040*kWh)\n1-0:1.8.4(000010.000*kWh)")
+
+
+def four(*lines: str) -> dict[str, Any]:
+    """A telegram of four import tariffs, with further lines."""
+    return decode_telegram(with_crc(FOUR.removesuffix("!") + "".join(f"{line}\n" for line in lines) + "!"), "m1")
+
+
+def test_tariffs_three_and_four_are_registers_of_their_own_and_a_total_is_their_check() -> None:
+    reading = four()
+    t1, t2 = reading["import_t1_wh"] or 0, reading["import_t2_wh"] or 0
+    assert (reading["import_t3_wh"], reading["import_t4_wh"], reading["export_t3_wh"]) == (250_040, 10_000, None)
+    total_wh = t1 + t2 + 260_040
+    assert four(f"1-0:1.8.0({total_wh / 1000:010.3f}*kWh)") == reading
+    assert four(f"1-0:1.8.0({(total_wh + 5) / 1000:010.3f}*kWh)") == reading, "each register is cut to its own step"
+    with pytest.raises(InvalidMessage, match=f"total import {total_wh + 2000} Wh, and its tariffs are {total_wh} Wh"):
+        four(f"1-0:1.8.0({(total_wh + 2000) / 1000:010.3f}*kWh)")
+
+
+def test_energy_that_a_reading_has_no_register_for_is_not_read_past() -> None:
+    with pytest.raises(InvalidMessage, match=r"energy that a reading has no register for: '1-0:1.8.5\(000000.001"):
+        four("1-0:1.8.5(000000.001*kWh)")
+    assert four("1-0:1.8.5(000000.000*kWh)") == four()
+
+
+def test_a_total_is_the_first_register_where_no_tariff_counts() -> None:
+    plain = "/XMX5XMXABCE000018914\r\n\r\n1-0:1.8.0(004179.186*kWh)\r\n{}0-0:1.0.0(190324150519W)\r\n!"
+    for tariffs in ("", "1-0:1.8.1(000000.000*kWh)\r\n1-0:1.8.2(000000.000*kWh)\r\n"):
+        assert decode_telegram(with_crc(plain.format(tariffs)), "m1")["import_t1_wh"] == 4_179_186

@@ -224,5 +224,17 @@ def test_a_nem13s_suffixes_are_registers_whichever_box_has_them(tmp_path: Path) 
     exchanged = nem13(("11", "S1", 100, 200), ("11", "S2", 5, 60))
     registers = column(read(log(tmp_path / "exchanged.csv", exchanged), "nem12"), "import_t2_wh")
     assert set(registers) == {None}
-    with pytest.raises(BadLog, match=r"log3.csv:4: field 5: '61' is a third register beside 11, 41"):
-        read(log(tmp_path / "log3.csv", nem13(("11", "S", 1, 2), ("41", "S", 1, 2), ("61", "S", 1, 2))), "nem12")
+    several = nem13(*[(suffix, "S", 1, 2) for suffix in ("11", "41", "61", "71", "81")])
+    with pytest.raises(BadLog, match=r"log5.csv:6: field 5: '81' is one register more than 11, 41, 61, 71, and a "):
+        read(log(tmp_path / "log5.csv", several), "nem12")
+
+
+def test_a_suffix_with_energy_and_without_a_register_is_refused_and_one_without_energy_is_not(tmp_path: Path) -> None:
+    energies = nem12(channel("E5"), day(20240201, 0, 2))
+    with pytest.raises(
+        BadLog, match=r"log.csv:3: record 200, field 5: 'E5' has energy, and a reading has E1, E2, E3, "
+    ):
+        read(log(tmp_path / "log.csv", energies), "nem12")
+    assert read(log(tmp_path / "none.csv", nem12(channel("E5"), day(20240201, 0, 0))), "nem12").rows_in == 2
+    third = read(log(tmp_path / "three.csv", nem12(channel("E3"), day(20240201, 1, 2))), "nem12")
+    assert column(third, "import_t3_wh") == [0, 1000, 3000]

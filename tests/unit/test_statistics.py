@@ -33,9 +33,10 @@ from replay.statistics import (
     voltage_import_correlation,
 )
 from replay.tape import Tape, log_schema, registry_of, write_tape
+from schemas.tables import REGISTERS
 
 BEGIN = datetime(2016, 6, 15, tzinfo=UTC)
-WH = ("import_t1_wh", "import_t2_wh", "export_t1_wh", "export_t2_wh")
+WH = tuple(f"{register}_wh" for register in REGISTERS)
 
 
 def readings(seconds: Iterable[float], meter_id: str = "m1", **columns: npt.ArrayLike) -> pl.DataFrame:
@@ -200,7 +201,7 @@ def test_every_value_of_many_tapes_is_there_at_80_columns_and_a_dash_says_why(tm
 
 def statistics_with(**realism: Spread) -> Statistics:
     return Statistics(
-        1, 1, 60, None, None, 0, 0, 0, dict.fromkeys(("import_t1", "import_t2", "export_t1", "export_t2")), None,
+        1, 1, 60, None, None, 0, 0, 0, dict.fromkeys(REGISTERS), None,
         dict.fromkeys(TARGETS) | realism, list(range(24)), [None] * 24,
     )  # fmt: skip
 

@@ -77,7 +77,7 @@ def test_rows_that_do_not_fit_leave_no_half_tape(tmp_path: Path) -> None:
 def test_a_tape_that_lacks_a_column_or_a_file_is_refused_by_its_name(tmp_path: Path, table: str) -> None:
     write(tmp_path / "tape", readings(1))
     path = tmp_path / "tape" / f"{table}.parquet"
-    lacking = TABLES[table].names[1]
+    lacking = TABLES[table].names[0]
     pq.write_table(pq.ParquetFile(path).read().drop_columns([lacking]), path)
     with pytest.raises(ConfigError, match=rf"{table}.parquet: .*{lacking}"):
         read_tape(tmp_path / "tape")
@@ -87,6 +87,13 @@ def test_a_tape_that_lacks_a_column_or_a_file_is_refused_by_its_name(tmp_path: P
     path.unlink()
     with pytest.raises(ConfigError, match=rf"{table}.parquet"):
         read_tape(tmp_path / "tape")
+
+
+def test_a_tape_of_before_a_column_was_added_has_it_empty(tmp_path: Path) -> None:
+    write(tmp_path / "tape", readings(1))
+    path = tmp_path / "tape" / "readings.parquet"
+    pq.write_table(pq.ParquetFile(path).read().drop_columns(["import_t3_wh"]), path)
+    assert read_tape(tmp_path / "tape").readings["import_t3_wh"].to_pylist() == [None]
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", json.dumps({"format": "x"})])

@@ -1,7 +1,9 @@
 """The Spark session of every job: UTC, few shuffle partitions, Python workers of this environment."""
 
 import os
+import signal
 import sys
+import threading
 
 from pyspark.sql import SparkSession
 
@@ -37,6 +39,9 @@ def spark_session(name: str, java_options: str = "", **options: str) -> SparkSes
         defaults["spark.driver.extraJavaOptions"] = java_options
     for option, value in (defaults | {k.replace("_", "."): v for k, v in options.items()}).items():
         builder = builder.config(option, value)
+    asked_by_ctrl_c = signal.getsignal(signal.SIGINT)
     session = builder.getOrCreate()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, asked_by_ctrl_c)  # Spark's own cancels what runs, in the middle of a batch
     session.sparkContext.setLogLevel("ERROR")
     return session

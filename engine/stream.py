@@ -19,7 +19,7 @@ from typing import Annotated
 
 import structlog
 import typer
-from py4j.protocol import Py4JJavaError
+from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
@@ -393,9 +393,13 @@ def ended(name: str, exception: str) -> MeterstreamError:
     return (RetryLater if KAFKA_IS_AWAY.search(exception) else ContractBroken)(msg)
 
 
+ALL_JOBS = "streaming"
+"""Name of the driver of several jobs; that of one alone is its job's."""
+
+
 def flushed_mark() -> Path:
-    """There since the jobs last ended with a flush, until they start again."""
-    return home() / "run" / "streaming.flushed"
+    """There since the driver of all jobs last ended with a flush, until one starts again."""
+    return home() / "run" / f"{ALL_JOBS}.flushed"
 
 
 def run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
@@ -406,7 +410,13 @@ def run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
         ContractBroken: a query ended by itself; the others are stopped.
     """
     with only_one(*[job.name for job in jobs]):
-        _run(jobs, settings)
+        stop = asked_to_end()
+        try:
+            _run(jobs, settings, stop)
+        except Py4JError:
+            if not stop.is_set():
+                raise
+            log.info("stopped", by="Spark, which was asked to end too: the next start goes on from the last batch")
 
 
 @contextmanager
@@ -424,11 +434,12 @@ def only_one(*jobs: str) -> Iterator[None]:
         yield
 
 
-def _run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
+def _run(jobs: list[StreamingJob], settings: StreamSettings, stop: threading.Event) -> None:
+    name = ALL_JOBS if len(jobs) > 1 else jobs[0].name
     runners = [Runner(job, settings) for job in jobs]
     for runner in runners:
         runner.resume()
-    stop, flush = asked_to_end(), threading.Event()
+    flush = threading.Event()
     if settings.flush:
         flush.set()
     signal.signal(signal.SIGUSR1, lambda *_: flush.set())
@@ -445,7 +456,7 @@ def _run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
     flushed_mark().unlink(missing_ok=True)
     topics = {topic for job in jobs for topic in job.topics}
     queries: list[StreamingQuery] = []
-    with served("streaming", queries):
+    with served(name, queries):
         log.info("streaming", jobs=[job.name for job in jobs], kafka=settings.kafka_bootstrap)
         oldest, newest = (ask(settings.kafka_bootstrap, topics) for ask in (oldest_offsets, newest_offsets))
         stream.catch_up(oldest, newest)
@@ -468,7 +479,7 @@ def _run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
             stream.flush(runner)
         runner.tidy()
     stream.write_current(is_last=True)
-    if flush.is_set():
+    if flush.is_set() and name == ALL_JOBS:
         flushed_mark().touch()
     log.info("stopped", flushed=flush.is_set())
     session.stop()

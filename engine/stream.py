@@ -1,25 +1,20 @@
-"""The driver of streaming jobs: Spark plans micro-batches, each read once for all jobs.
+"""Micro-batches of streaming jobs: Spark plans them, each is read once for all jobs of a driver.
 
 One query reads the topics of all jobs. Spark says how far a micro-batch goes; each job that reads one of its topics
 makes its own batch of it (`engine/runner.py`), and all of them share its tasks (`engine/partition_tasks.py`). A job's
 place is its own: where one was alone before, is new, or was killed before its commit, it first catches up by itself.
 """
 
-import os
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
-from typing import Annotated
 
 import structlog
-import typer
-from py4j.protocol import Py4JError, Py4JJavaError
+from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
@@ -36,18 +31,14 @@ from engine.checkpoint import (
     planned_at,
     ranges,
 )
-from engine.job import StreamingJob
-from engine.partition_tasks import Done, Fetch, MicroBatch, warm_up
+from engine.partition_tasks import Done, Fetch, MicroBatch
 from engine.partition_tasks import run as run_tasks
 from engine.runner import Runner
-from engine.session import spark_session
-from engine.settings import StreamSettings
-from kafka_io.offsets import Offsets, newest_offsets, oldest_offsets
+from kafka_io.offsets import Offsets
 from kafka_io.ranges import Range, fetched
-from lake.locks import job_run
 from lake.reading import registry_files, uri
-from schemas.errors import ContractBroken, MeterstreamError, RetryLater, StateLost, exits
-from settings import home, load
+from schemas.errors import ContractBroken, MeterstreamError, RetryLater, StateLost
+from settings import home
 
 log = structlog.get_logger()
 JAVA_OPTIONS = "-XX:TieredStopAtLevel=1"
@@ -259,7 +250,7 @@ class Stream:
         runner.finish_flush(plan, self._tasks(MicroBatch((plan,), (), self._fetch, registry)), registry)
 
     def _tasks(self, micro_batch: MicroBatch) -> list[Done]:
-        with _in_one_sentence(", ".join(plan.job.name for plan in micro_batch.plans)):
+        with in_one_sentence(", ".join(plan.job.name for plan in micro_batch.plans)):
             return run_tasks(self.session, micro_batch)
 
     def write_current(self, is_last: bool = False) -> None:
@@ -298,7 +289,7 @@ class Stream:
 
 
 @contextmanager
-def _in_one_sentence(names: str) -> Iterator[None]:
+def in_one_sentence(names: str) -> Iterator[None]:
     """What a task of these jobs fails of is our error: whichever PySpark makes of it."""
     try:
         yield
@@ -336,48 +327,6 @@ def bounded(left: list[Range], most: int) -> list[Range]:
     return found
 
 
-def asked_to_end() -> threading.Event:
-    """Set by SIGTERM or SIGINT from now on."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    return stop
-
-
-@contextmanager
-def served(name: str, queries: list[StreamingQuery]) -> Iterator[None]:
-    """Says by `run/<name>.ready` that a driver's queries run; at the end they are stopped."""
-    ready = home() / "run" / f"{name}.ready"
-    ready.parent.mkdir(parents=True, exist_ok=True)
-    ready.write_text(str(os.getpid()))
-    try:
-        yield
-    finally:
-        ready.unlink(missing_ok=True)
-        for query in queries:
-            query.stop()
-
-
-def stay(
-    queries: list[StreamingQuery],
-    stop: threading.Event,
-    is_over: Callable[[], bool] = lambda: False,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> None:
-    """Waits until somebody asks for the end, or until it is over by itself; does something meanwhile.
-
-    Raises:
-        StateLost: Kafka no longer has what a query has not read.
-        RetryLater: Kafka was away for longer than a batch waits.
-        ContractBroken: a query ended by itself.
-    """
-    while not stop.wait(0.5) and not is_over():
-        meanwhile()
-        for query in queries:
-            if not query.isActive:
-                raise ended(query.name, str(query.exception()))
-
-
 def ended(name: str, exception: str) -> MeterstreamError:
     """What a query that has ended by itself means for whoever runs it.
 
@@ -391,113 +340,3 @@ def ended(name: str, exception: str) -> MeterstreamError:
         return StateLost(lost_in_kafka(name, lost.strip()))
     msg = f"query {name} ended: {exception}"
     return (RetryLater if KAFKA_IS_AWAY.search(exception) else ContractBroken)(msg)
-
-
-ALL_JOBS = "streaming"
-"""Name of the driver of several jobs; that of one alone is its job's."""
-
-
-def flushed_mark() -> Path:
-    """There since the driver of all jobs last ended with a flush, until one starts again."""
-    return home() / "run" / f"{ALL_JOBS}.flushed"
-
-
-def run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
-    """Runs the jobs in one driver until SIGTERM or SIGINT; SIGUSR1 before that asks for a flush at the end.
-
-    Raises:
-        RetryLater: another process runs one of them on this home.
-        ContractBroken: a query ended by itself; the others are stopped.
-    """
-    with only_one(*[job.name for job in jobs]):
-        stop = asked_to_end()
-        try:
-            _run(jobs, settings, stop)
-        except Py4JError:
-            if not stop.is_set():
-                raise
-            log.info("stopped", by="Spark, which was asked to end too: the next start goes on from the last batch")
-
-
-@contextmanager
-def only_one(*jobs: str) -> Iterator[None]:
-    """While it holds, no other process runs these jobs on this home.
-
-    Raises:
-        RetryLater: one does.
-    """
-    with ExitStack() as held:
-        for job in jobs:
-            if not held.enter_context(job_run(job)):
-                msg = f"{job} runs in another process with METERSTREAM_HOME={home()}; stop that one first"
-                raise RetryLater(msg)
-        yield
-
-
-def _run(jobs: list[StreamingJob], settings: StreamSettings, stop: threading.Event) -> None:
-    name = ALL_JOBS if len(jobs) > 1 else jobs[0].name
-    runners = [Runner(job, settings) for job in jobs]
-    for runner in runners:
-        runner.resume()
-    flush = threading.Event()
-    if settings.flush:
-        flush.set()
-    signal.signal(signal.SIGUSR1, lambda *_: flush.set())
-    session = spark_session("meterstream-" + "-".join(job.name for job in jobs), JAVA_OPTIONS)
-    lag = metrics.Lag(settings.kafka_bootstrap)
-    for runner in runners:
-        lag.watch(runner.job.name, runner.where)
-    if settings.metrics_port:
-        metrics.serve(settings.metrics_port, settings.listen)
-    stream = Stream(session, runners, is_over=lambda: stop.is_set() and not flush.is_set())
-    with _in_one_sentence(", ".join(job.name for job in jobs)):
-        warm_up(session, jobs, settings)
-    stream.finish_flushes()
-    flushed_mark().unlink(missing_ok=True)
-    topics = {topic for job in jobs for topic in job.topics}
-    queries: list[StreamingQuery] = []
-    with served(name, queries):
-        log.info("streaming", jobs=[job.name for job in jobs], kafka=settings.kafka_bootstrap)
-        oldest, newest = (ask(settings.kafka_bootstrap, topics) for ask in (oldest_offsets, newest_offsets))
-        stream.catch_up(oldest, newest)
-        if flush.is_set():  # that may have come after a stop had cut it short
-            stream.catch_up(oldest, newest)
-        if flush.is_set() or not stop.is_set():
-            queries.append(stream.start())
-        stay(queries, stop, meanwhile=stream.write_current)
-        stream.hurry()
-        if flush.is_set():
-            log.info("flush", takes="what Kafka has now")
-            stream.end_with(newest_offsets(settings.kafka_bootstrap, topics))
-            while not stream.is_at_its_end:
-                for query in queries:
-                    if not query.isActive:
-                        raise ended(query.name, str(query.exception()))
-                time.sleep(0.05)
-    for runner in runners:
-        if flush.is_set():
-            stream.flush(runner)
-        runner.tidy()
-    stream.write_current(is_last=True)
-    if flush.is_set() and name == ALL_JOBS:
-        flushed_mark().touch()
-    log.info("stopped", flushed=flush.is_set())
-    session.stop()
-
-
-def command(jobs: list[StreamingJob]) -> None:
-    """The command line of one job, or of all in one driver."""
-
-    def main(
-        flush: Annotated[bool, typer.Option(help="When stopped, take what Kafka has and close open windows.")] = False,
-        kafka_bootstrap: Annotated[str | None, typer.Option(help="host:port of a Kafka broker.")] = None,
-        trigger_s: Annotated[float | None, typer.Option(help="Most seconds between micro-batches.")] = None,
-    ) -> None:
-        with exits():
-            settings = load(StreamSettings, flush=flush or None, kafka_bootstrap=kafka_bootstrap, trigger_s=trigger_s)
-            run(jobs, settings)
-
-    main.__doc__ = f"Runs {', '.join(job.name for job in jobs)} on Kafka until SIGTERM or Ctrl-C."
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
-    app()

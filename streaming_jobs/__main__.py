@@ -1,6 +1,6 @@
 """All streaming jobs in one driver, for one machine."""
 
-from engine.stream import command
+from engine.driver import command
 from streaming_jobs import discovered
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import polars as pl
 
+from engine.driver import command
 from engine.job import BatchContext, Frames, Output, Source, StreamingJob
-from engine.stream import command
 from metering import accounting
 from metering.alarms import counts, life_cycle, outages
 from metering.clocks import is_impossible

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import polars as pl
 
+from engine.driver import command
 from engine.job import BatchContext, Current, Frames, Output, Source, StreamingJob
-from engine.stream import command
 from metering import accounting
 from metering.energy import delta_engine, intervals
 from schemas import tables

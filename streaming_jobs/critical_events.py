@@ -30,8 +30,8 @@ from pyspark.sql import functions as F
 from pyspark.sql.avro.functions import from_avro, to_avro
 from pyspark.sql.streaming.query import StreamingQuery
 
+from engine.driver import asked_to_end, only_one, served, stay
 from engine.session import spark_session
-from engine.stream import asked_to_end, only_one, served, stay
 from kafka_io.clients import admin
 from lake.reading import RegistryFiles, newest_registry, registry_files, uri
 from metering.voltage.windows import A_VOLTAGE_MV

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import polars as pl
 
+from engine.driver import command
 from engine.job import BatchContext, Frames, Output, Source, StreamingJob
-from engine.stream import command
 from metering.alarms import counts, derived
 from schemas.topics import ALARMS, READINGS
 

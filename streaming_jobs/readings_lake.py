@@ -15,8 +15,8 @@ from pathlib import Path
 
 import polars as pl
 
+from engine.driver import command
 from engine.job import SAID, BatchContext, Frames, Output, Source, StreamingJob
-from engine.stream import command
 from schemas.topics import DEAD_LETTERS, EVENTS, READINGS
 
 TABLE_OF = {READINGS: "readings", EVENTS: "events", DEAD_LETTERS: "dead_letters"}

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import polars as pl
 
+from engine.driver import command
 from engine.job import BatchContext, Frames, Output, Source, StreamingJob
-from engine.stream import command
 from metering import accounting
 from metering.deduplication import PLACE
 from metering.registry import is_among

@@ -26,7 +26,7 @@ from pathlib import Path
 import polars as pl
 
 from engine.job import BatchContext, Frames, Output, Source, StreamingJob
-from engine.stream import command
+from engine.driver import command
 from schemas.topics import READINGS
 
 LIMIT_W = 10_000

@@ -167,7 +167,8 @@ def test_a_rule_gives_the_same_of_all_state_of_what_it_asked_for_and_of_two_part
     monkeypatch.setattr(state, "SMALL_ROWS", small_rows)
     columns = polars_schema(TABLES["registry"])
     known = [{"meter_id": f"m{n}", "phases": "L1", "fuse_a": 25, "interval_s": 180 * (1 + n % 3), "nominal_mv": 230_000,
-              "transformer_id": f"T{n % 2}", "feeder_id": "F"} for n in range(8)]  # fmt: skip
+              "jurisdiction": "EN50160", "transformer_id": f"T{n % 2}", "feeder_id": "F"}
+             for n in range(8)]  # fmt: skip
     registry = pl.DataFrame(known, schema=columns)
     settings = StreamSettings(kafka_bootstrap="nowhere:0", allowed_lateness_s=600, recent_records=40)
     whole = Settling(job, registry, settings, is_handed_all=True)

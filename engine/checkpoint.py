@@ -20,9 +20,8 @@ from kafka_io.ranges import Range
 from schemas.errors import StateLost
 from settings import home
 
-LOST_IN_KAFKA = re.compile(r"KAFKA_DATA_LOSS|OffsetOutOfRangeException")
+LOST_IN_KAFKA = re.compile(r"KAFKA_DATA_LOSS|OffsetOutOfRangeException|data may have been lost")
 """What the errors of Spark and of Kafka say where Kafka no longer has what a query has not read."""
-
 
 STATE_LOST = re.compile(r"schemas\.errors\.StateLost: (?!KAFKA_DATA_LOSS)(.+)")
 """What a query's error says where its own state is gone."""
@@ -48,9 +47,11 @@ def require_whole(name: str, version: int, checkpoint: Path) -> None:
             theirs = other.name.rpartition("v")[2]
             msg = f"{name}: its state is of version {theirs}, and version {version} cannot read it. "
             raise StateLost(msg + from_the_beginning(name, other))
-        return
     offsets, commits = _newest(checkpoint / "offsets"), _newest(checkpoint / "commits")
     if offsets is None and commits is None:
+        if any((home() / "state" / name).glob("*/*.zip")):
+            msg = f"{name}: its state is there, and what it has read is gone from {checkpoint}. "
+            raise StateLost(msg + from_the_beginning(name, checkpoint))
         return
     metadata = checkpoint / "metadata"
     if not _has_json(metadata, 0, 1):
@@ -91,7 +92,8 @@ def lost_in_kafka(name: str, exception: str) -> str:
         f"{name}: Kafka no longer has records that were not read: they grew older than the topic's retention, "
         "or the topic was made anew. What is in the lake stays. Repair: start with "
         "METERSTREAM_ACCEPT_LOSS=true until the lag is 0, then without: a job goes on with the oldest record "
-        f"that there is, its accounting lacks what is gone. {exception}"
+        "that there is, its accounting lacks what is gone, and what senders bring again is there twice in the tables "
+        f"of readings and events. {exception}"
     )
 
 
@@ -116,6 +118,24 @@ def query_id(checkpoint: Path) -> str:
     if not metadata.exists():
         write(metadata, json.dumps({"id": str(uuid.uuid4())}))
     return str(json.loads(metadata.read_text())["id"])
+
+
+def topic_ids(checkpoint: Path) -> dict[str, str]:
+    """Kafka's ids of the topics that a job reads, as they were when it last began: a topic made anew has another."""
+    file = checkpoint / "topics"
+    found: dict[str, str] = json.loads(file.read_text()) if _has_json(file, 0, 1) else {}
+    return found
+
+
+def keep_topic_ids(checkpoint: Path, ids: Mapping[str, str]) -> None:
+    """Writes them, before a record is read."""
+    if topic_ids(checkpoint) != ids:
+        write(checkpoint / "topics", json.dumps(dict(ids)))
+
+
+def forget_plan(checkpoint: Path, batch_id: int) -> None:
+    """A batch that was planned is not done: what it takes is gone."""
+    (checkpoint / "offsets" / str(batch_id)).unlink(missing_ok=True)
 
 
 def last_commit(checkpoint: Path) -> int | None:

@@ -24,7 +24,7 @@ from engine.runner import Runner
 from engine.session import spark_session
 from engine.settings import StreamSettings
 from engine.stream import JAVA_OPTIONS, Stream, ended, in_one_sentence
-from kafka_io.offsets import newest_offsets, oldest_offsets
+from kafka_io.offsets import newest_offsets, oldest_offsets, topic_ids
 from lake.locks import job_run
 from schemas.errors import RetryLater, exits
 from settings import home, load
@@ -138,9 +138,10 @@ def _run(jobs: list[StreamingJob], settings: StreamSettings, stop: threading.Eve
     with served(name, queries):
         log.info("streaming", jobs=[job.name for job in jobs], kafka=settings.kafka_bootstrap)
         oldest, newest = (ask(settings.kafka_bootstrap, topics) for ask in (oldest_offsets, newest_offsets))
-        stream.catch_up(oldest, newest)
+        ids = topic_ids(settings.kafka_bootstrap, topics)
+        stream.catch_up(oldest, newest, ids)
         if flush.is_set():  # that may have come after a stop had cut it short
-            stream.catch_up(oldest, newest)
+            stream.catch_up(oldest, newest, ids)
         if flush.is_set() or not stop.is_set():
             queries.append(stream.start())
         stay(queries, stop, meanwhile=stream.write_current)

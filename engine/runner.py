@@ -125,12 +125,26 @@ class Runner:
             registry: files of the registry.
         """
         number = self._last + 1
+        self._undo_flush(number)
         if checkpoints.last_plan(self.checkpoint) != number:
             taken = [each for each in ranges if each.topic in self.topics]
             starts = self.place | {(each.topic, each.partition): each.start_offset for each in taken}
             ends = starts | {(each.topic, each.partition): each.end_offset for each in taken}
             checkpoints.plan(self.checkpoint, number, starts, ends, at)
         return self._plan(f"{number:08d}", registry)
+
+    def _undo_flush(self, number: int) -> None:
+        """A batch that is done again: what was closed after it, and what that left, goes."""
+        marks = [mark for mark in (self._flush(number), self._flushed(number)) if mark.exists()]
+        if marks:
+            key = BatchKey(self.job.name, self.query_id, f"{number:08d}f")
+            remove_parts(key, [*self.job.tables, "accounting"])
+        for mark in marks:
+            mark.unlink() if mark.is_file() else mark.rmdir()
+
+    def forget_unfinished(self) -> None:
+        """What a batch takes that was begun and is not done is gone: it is planned anew."""
+        checkpoints.forget_plan(self.checkpoint, self._last + 1)
 
     def _plan(self, batch: str, registry: RegistryFiles, close_all: bool = False) -> BatchPlan:
         key = BatchKey(self.job.name, self.query_id, batch, f".{uuid.uuid4().hex[:8]}")

@@ -9,6 +9,7 @@ others went on meanwhile they read what was added.
 
 import uuid
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +45,10 @@ class Kept(NamedTuple):
     rows: int
 
 
+UNREADABLE = (
+    OSError, LookupError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, pl.exceptions.PolarsError
+)  # fmt: skip
+"""What comes of a state file with a damaged byte."""
 Manifest = Mapping[str, Mapping[str, Kept]]
 """Partition → kind → where it lies; a kind that is not there is empty."""
 Change = tuple[str, str, Kept]
@@ -158,12 +163,18 @@ def stock(folder: Path, manifest: Manifest, partition: str, kind: str, schema: p
         try:
             gone, new = _entry(folder / name, partition, kind)
             after = Stock.anew(new, by) if gone is None else found.grown(gone, new, by)
-        except (OSError, LookupError, ValueError, zipfile.BadZipFile, pl.exceptions.PolarsError) as error:
-            msg = f"{folder.parent.name}: the state in {folder / name} cannot be read ({error}). "
-            raise StateLost(msg + "Repair: from the beginning (docs/operations.md)") from error
+        except UNREADABLE as error:
+            raise _lost(folder, name, str(error)) from error
         found = replace(after, files=(*found.files, name))
+        if name == files[-1] and kept and (rows := int(found.is_there.sum())) != kept[1]:
+            raise _lost(folder, name, f"{rows} rows instead of {kept[1]}")
     _known[folder, partition, kind] = found
     return found
+
+
+def _lost(folder: Path, name: str, why: str) -> StateLost:
+    msg = f"{folder.parent.name}: the state in {folder / name} cannot be read ({why}). "
+    return StateLost(msg + "Repair: from the beginning (docs/operations.md); job and id are those in the path")
 
 
 def stocks(

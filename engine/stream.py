@@ -8,10 +8,11 @@ place is its own: where one was alone before, is new, or was killed before its c
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
+from types import MappingProxyType
 
 import structlog
 from py4j.protocol import Py4JJavaError
@@ -19,6 +20,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
+from engine import checkpoint as checkpoints
 from engine import metrics
 from engine.batch import BatchPlan
 from engine.checkpoint import (
@@ -49,6 +51,7 @@ SHARE = 1 / 10
 """Of the time, when little comes, that micro-batches take: the rest they wait, so that the next one carries more."""
 BACKLOG = 1 / 2
 """Of the most records of a micro-batch; when so many came, the next one does not wait."""
+NO_IDS: Mapping[str, str] = MappingProxyType({})
 CURRENT_SHARE = 1 / 20
 """Of the time that tables of the newest rows only are written, however many rows they have."""
 
@@ -95,21 +98,29 @@ class Stream:
             if runner.is_flush_begun:
                 self.flush(runner)
 
-    def catch_up(self, oldest: Offsets, newest: Offsets) -> None:
+    def catch_up(self, oldest: Offsets, newest: Offsets, topic_ids: Mapping[str, str] = NO_IDS) -> None:
         """Brings the jobs to one place, that of the one that has come furthest; one after the other, each by itself.
 
         Args:
             oldest: the first offsets that Kafka still has.
             newest: the offsets that its next records get.
+            topic_ids: topic → Kafka's id of it: one that is made anew has another.
 
         Raises:
             StateLost: Kafka no longer has what a job has not read.
         """
         for runner in self.runners:
             metrics.alive(runner.job.name, self._alive)
-            if left := runner.unfinished():
+            known = checkpoints.topic_ids(runner.checkpoint)
+            made_anew = {topic for topic, name in topic_ids.items() if known.get(topic, name) != name}
+            left = runner.unfinished()
+            if made_anew & {each.topic for each in left}:
+                self._accept(runner, f"{', '.join(sorted(made_anew))} was made anew while a batch was on its way")
+                runner.forget_unfinished()
+            elif left:
                 self._batch([runner], left, datetime.now(UTC))
-            runner.place = self._begin(runner, oldest, newest)
+            runner.place = self._begin(runner, oldest, newest, made_anew)
+            checkpoints.keep_topic_ids(runner.checkpoint, {**known, **topic_ids})
         furthest: Offsets = {}
         for runner in self.runners:
             furthest |= {at: max(offset, furthest.get(at, 0)) for at, offset in runner.place.items()}
@@ -120,7 +131,17 @@ class Stream:
             while (left := ranges(runner.place, goal)) and not self._is_over():
                 self._batch([runner], bounded(left, self.settings.max_offsets_per_trigger), datetime.now(UTC))
 
-    def _begin(self, runner: Runner, oldest: Offsets, newest: Offsets) -> Offsets:
+    def _accept(self, runner: Runner, what: str) -> None:
+        """Goes on without what is gone.
+
+        Raises:
+            StateLost: that is not wanted.
+        """
+        if not self.settings.accept_loss:
+            raise StateLost(lost_in_kafka(runner.job.name, f"KAFKA_DATA_LOSS {what}"))
+        log.warning("records are gone", job=runner.job.name, why=what)
+
+    def _begin(self, runner: Runner, oldest: Offsets, newest: Offsets, made_anew: set[str]) -> Offsets:
         """Where a job goes on: its place, and the oldest records of what it has never read.
 
         Raises:
@@ -128,16 +149,15 @@ class Stream:
         """
         require_same_partitions(runner.place, oldest)
         begin = {at: offset for at, offset in oldest.items() if at[0] in runner.topics}
-        made_anew = {at[0] for at, offset in runner.place.items() if offset > newest.get(at, -1)}
+        made_anew = made_anew | {at[0] for at, offset in runner.place.items() if offset > newest.get(at, -1)}
         for at, offset in runner.place.items():
             low, high = oldest.get(at, 0), newest.get(at, 0)
             if at in newest and low <= offset and at[0] not in made_anew:
                 begin[at] = offset
-            elif not self.settings.accept_loss:
-                msg = f"KAFKA_DATA_LOSS {at[0]}-{at[1]}: offset {offset} comes next, and Kafka has {low} to {high}"
-                raise StateLost(lost_in_kafka(runner.job.name, msg))
             else:
-                log.warning("records are gone", job=runner.job.name, topic=at[0], partition=at[1], read_from=low)
+                anew = ", of a topic that was made anew" if at[0] in made_anew else ""
+                what = f"{at[0]}-{at[1]}: offset {offset} comes next, and Kafka has {low} to {high}{anew}"
+                self._accept(runner, what)
         return begin
 
     def start(self) -> StreamingQuery:

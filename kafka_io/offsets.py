@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable
 
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from kafka_io.clients import admin
@@ -51,6 +51,21 @@ def _asked(kafka: str | AdminClient, topics: Iterable[Topic], patience_s: float 
                 msg = f"Kafka{where} does not say what it has: {error.args[0].str()}"
                 raise RetryLater(msg) from error
         time.sleep(0.2)
+
+
+def topic_ids(kafka: str, topics: Iterable[Topic]) -> dict[str, str]:
+    """Topic → Kafka's id of it: another where it was made anew.
+
+    Raises:
+        RetryLater: Kafka does not say.
+    """
+    names = TopicCollection([topic.name for topic in topics])
+    try:
+        asked = admin(kafka).describe_topics(names, request_timeout=ANSWER_S)
+        return {name: str(answer.result().topic_id) for name, answer in asked.items()}
+    except KafkaException as error:
+        msg = f"Kafka at {kafka} does not say which topics it has: {error.args[0].str()}"
+        raise RetryLater(msg) from error
 
 
 def ends_of(client: AdminClient, places: Iterable[tuple[str, int]], timeout_s: float = ANSWER_S) -> Offsets:

@@ -13,6 +13,7 @@ from pyspark.sql.types import StructType
 
 from lake.paths import table_path
 from metering.registry import MOST, is_among, newest, usable
+from schemas.errors import ConfigError
 from schemas.tables import TABLES, polars_schema
 
 
@@ -46,6 +47,7 @@ def read_table(session: SparkSession, table: str, dates: list[date] | None = Non
     return session.read.schema(schema).parquet(*parts)
 
 
+UNREADABLE = (pl.exceptions.PolarsError, OSError)
 RegistryFiles = tuple[tuple[str, int], ...]
 """The registry's files, each with the time of its last change."""
 
@@ -58,8 +60,21 @@ def registry_files() -> RegistryFiles:
 
 @lru_cache(maxsize=1)
 def newest_registry(files: RegistryFiles) -> pl.DataFrame:
-    """`read_registry` without Spark; read once per process and change of the files."""
-    return usable(newest(_registry(files).collect()))
+    """`read_registry` without Spark; read once per process and change of the files.
+
+    Raises:
+        ConfigError: a file is no registry; it names it.
+    """
+    try:
+        return usable(newest(_registry(files).collect()))
+    except UNREADABLE:
+        for file in files:
+            try:
+                _registry((file,)).collect()
+            except UNREADABLE as error:
+                msg = f"{file[0]} is no file of the registry, mend or remove it: {str(error).splitlines()[0]}"
+                raise ConfigError(msg) from error
+        raise
 
 
 def registered(meter_ids: pl.Series) -> pl.DataFrame:
@@ -78,6 +93,7 @@ def _registry(files: RegistryFiles, with_file: bool = False) -> pl.LazyFrame:
         hive_partitioning=False,
         missing_columns="insert",
         extra_columns="ignore",
+        cast_options=pl.ScanCastOptions(integer_cast="upcast"),
         include_file_paths="file" if with_file else None,
     )
 

@@ -31,6 +31,9 @@ ARRIVED = (pl.col("copies") >= 1) & (IS_EVENT | (pl.col("stamped_at") == pl.col(
 PLAIN = _is(DeltaReason.OK) | _is(DeltaReason.GAP)
 IS_APART = pl.col("quarantine").is_not_null() | pl.col("is_late")
 TAKEN = ARRIVED & ~IS_APART
+OF_ANOTHER = pl.col("quarantine") == QuarantineReason.IMPLAUSIBLE.value
+FOLLOWS = ARRIVED & PLAIN & ~pl.col("is_late") & (~IS_APART | OF_ANOTHER)
+"""The register's step is plain, though another register of the record may be wild."""
 WILD = ARRIVED & (pl.col("quarantine") == QuarantineReason.IMPLAUSIBLE.value) & _is(DeltaReason.IMPLAUSIBLE)
 IS_TOO_FAR = (STEP_WH < 0) | (STEP_WH > LIMIT_WH)
 CAME_OLD = ARRIVED & pl.col("is_late") & _is(DeltaReason.OUT_OF_ORDER)
@@ -81,13 +84,12 @@ FAULT_WH = (
 TOO_MUCH = {
     FaultOutcome.IMPLAUSIBLE: WILD & IS_TOO_FAR,
     # it follows from a value that is as wild: two that agree are a new segment, until the true ones come back
-    FaultOutcome.AGREED: TAKEN
-    & PLAIN
+    FaultOutcome.AGREED: FOLLOWS
     & pl.col("is_of_inferred")
     & (FAULT_WH > LIMIT_WH + STEP_SLACK_WH)
     & STEP_WH.is_between(0, LIMIT_WH + STEP_SLACK_WH),
     # no limit, or little enough to be true
-    FaultOutcome.PLAUSIBLE: TAKEN & PLAIN & ~(FAULT_WH > LIMIT_WH + STEP_SLACK_WH).fill_null(False),
+    FaultOutcome.PLAUSIBLE: FOLLOWS & ~(FAULT_WH > LIMIT_WH + STEP_SLACK_WH).fill_null(False),
 }
 FORWARD = pl.col("amount") > 0
 AHEAD_S = (pl.col("stamped_at") - pl.col("due_at")).dt.total_microseconds() / 1e6

@@ -128,13 +128,13 @@ def run(session: SparkSession, feed: Feed, *jobs: StreamingJob) -> Runner:
     return runners[0]
 
 
-def take(session: SparkSession | None, feed: Feed, *runners: Runner) -> None:
+def take(session: SparkSession | None, feed: Feed, *runners: Runner, topic_id: str = "one") -> None:
     """Takes what there is: what only some of the jobs have taken first, then batch by batch."""
     stream = Stream(session, runners, feed.fetch)
     for runner in runners:
         runner.resume()
     stream.finish_flushes()
-    stream.catch_up({}, feed.ends[-1])
+    stream.catch_up({}, feed.ends[-1], {READINGS.name: topic_id})
     for ends in feed.ends:
         stream.process(ends, PLANNED_AT)
     stream.write_current(is_last=True)

@@ -1,10 +1,12 @@
 """However a query dies, it ends with the same rows in the same files as one that was never disturbed."""
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
@@ -17,12 +19,13 @@ from engine.state import _known
 from engine.stream import Stream
 from kafka_io.ranges import Range
 from lake import publishing
+from lake.paths import table_path
 from schemas.codec import encode
-from schemas.errors import MeterstreamError, RetryLater, StateLost
+from schemas.errors import ConfigError, MeterstreamError, RetryLater, StateLost
 from schemas.tables import ACCOUNTING
-from schemas.topics import DEAD_LETTERS
+from schemas.topics import DEAD_LETTERS, READINGS
 from streaming_jobs import consumption_deltas, readings_lake, voltage_deviation
-from tests.streaming.feed import PLANNED_AT, SETTINGS, Feed, at, batches, lake, pair, rows, run, take
+from tests.streaming.feed import PLANNED_AT, SETTINGS, Feed, at, batches, flush, lake, pair, rows, run, take
 
 JOBS = [consumption_deltas.JOB, voltage_deviation.JOB, readings_lake.JOB]
 DIED = "the power is gone"
@@ -219,6 +222,68 @@ def test_a_committed_batch_whose_offsets_are_gone_and_a_state_of_another_version
     (done.checkpoint / "offsets" / "0").unlink()
     with pytest.raises(StateLost, match="batch 0 was committed, and what it read cannot be read"):
         require_whole(job.name, job.version, done.checkpoint)
+
+
+def test_a_batch_that_is_done_again_after_a_flush_undoes_what_that_has_closed(home: Path) -> None:
+    job = voltage_deviation.JOB
+    feed, done = Feed(), Runner(voltage_deviation.JOB, SETTINGS)
+    feed.add(*batches()[:2])
+    take(None, feed, done)
+    flush(done)
+    assert rows("voltage_windows")
+    (done.checkpoint / "commits" / "1").unlink()  # the repair of a damaged one
+    again = Runner(job, SETTINGS)
+    again.resume()
+    Stream(None, [again], feed.fetch).catch_up({}, feed.ends[-1])
+    feed.add(batches()[2])
+    take(None, feed, Runner(job, SETTINGS))
+    last = Runner(job, SETTINGS)
+    flush(last)
+    windows = [row[:3] for row in rows("voltage_windows")]
+    assert len(windows) == len(set(windows)) > 0
+
+
+def test_a_topic_that_was_made_anew_and_outgrew_the_old_one_is_not_read_from_its_middle(home: Path) -> None:
+    job, feed = readings_lake.JOB, Feed()
+    feed.add(*batches()[:2])
+    take(None, feed, Runner(job, SETTINGS))
+    with pytest.raises(StateLost, match="meter-readings-v1-0: offset .* comes next, .* of a topic that was made anew"):
+        take(None, feed, Runner(job, SETTINGS), topic_id="another")
+    accepting = SETTINGS.model_copy(update={"accept_loss": True})
+    begun = Runner(job, accepting)
+    begun.resume()
+    feed.add(batches()[2])
+    ranges = [Range(READINGS.name, 0, feed.ends[1][READINGS.name, 0], feed.ends[2][READINGS.name, 0])]
+    begun.begin(ranges, PLANNED_AT, ())  # and killed: its records are gone with the topic
+    with pytest.raises(StateLost, match="made anew while a batch was on its way"):
+        take(None, feed, Runner(job, SETTINGS), topic_id="another")
+    take(None, feed, Runner(job, accepting), topic_id="another")
+    received = [line[ACCOUNTING.names.index("received")] for line in rows("accounting")]
+    assert sum(received) == sum(feed.ends[1].values()) + sum(feed.ends[2].values())
+    take(None, feed, Runner(job, SETTINGS), topic_id="another")
+
+
+@pytest.mark.parametrize("gone", ["all", "offsets and commits"])
+def test_a_checkpoint_that_is_gone_beside_its_state_is_told(home: Path, gone: str) -> None:
+    job, feed, done = consumption_deltas.JOB, Feed(), Runner(consumption_deltas.JOB, SETTINGS)
+    feed.add(batches()[0])
+    take(None, feed, done)
+    for folder in [done.checkpoint] if gone == "all" else [done.checkpoint / "offsets", done.checkpoint / "commits"]:
+        shutil.rmtree(folder)
+    with pytest.raises(StateLost, match="its state is there, and what it has read is gone from .* Repair: stop the jo"):
+        take(None, feed, Runner(job, SETTINGS))
+
+
+def test_a_file_that_is_no_registry_is_named(home: Path) -> None:
+    feed = Feed()
+    feed.add(batches()[0])
+    file = table_path("registry") / "date=2024-01-01" / "mine.parquet"
+    file.write_bytes(b"PAR1 and no more")
+    with pytest.raises(ConfigError, match=f"{file} is no file of the registry, mend or remove it: "):
+        take(None, feed, Runner(consumption_deltas.JOB, SETTINGS))
+    pl.DataFrame({"meter_id": ["m1"], "nominal_mv": [230_000]}, {"meter_id": pl.String, "nominal_mv": pl.Int32}
+    ).write_parquet(file)  # fmt: skip
+    take(None, feed, Runner(consumption_deltas.JOB, SETTINGS))
 
 
 def test_dead_letters_in_number_reach_their_table_with_their_bytes(spark: SparkSession, home: Path) -> None:

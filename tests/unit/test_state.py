@@ -200,3 +200,21 @@ def test_what_a_rule_asks_for_is_what_it_is_handed(tmp_path: Path) -> None:
     assert stock.rows.filter(pl.Series(stock.found(hashes, pl.col("value") > 10)))["key"].to_list() == ["a", "b"]
     without = replace(stock, is_there=np.array([False, True, True]))
     assert without.rows.filter(pl.Series(without.found(hashes, None))).is_empty()
+
+
+def test_a_damaged_byte_of_a_state_file_is_told_and_never_rows_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = batch(tmp_path, 1, {}, {str(number): number for number in range(40)}, [])
+    manifest = batch(tmp_path, 2, first, {"1": 77}, [])
+    expected = held(tmp_path, manifest)
+    file = tmp_path / manifest["p"]["k"].files[-1]
+    whole, outcomes = file.read_bytes(), set[Any]()
+    for place in range(0, len(whole), 3):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x20]) + whole[place + 1 :])
+        monkeypatch.setattr(state, "_known", {})
+        try:
+            outcomes.add(held(tmp_path, manifest) == expected)
+        except StateLost:
+            outcomes.add("lost")
+    assert outcomes == {True, "lost"}

@@ -54,14 +54,16 @@ def _asked(kafka: str | AdminClient, topics: Iterable[Topic], patience_s: float 
 
 
 def topic_ids(kafka: str, topics: Iterable[Topic]) -> dict[str, str]:
-    """Topic → Kafka's id of it: another where it was made anew.
+    """Topic → Kafka's id of it, another where it was made anew; a topic that is not there has none.
 
     Raises:
         RetryLater: Kafka does not say.
     """
-    names = TopicCollection([topic.name for topic in topics])
+    client = admin(kafka)
     try:
-        asked = admin(kafka).describe_topics(names, request_timeout=ANSWER_S)
+        there = client.list_topics(timeout=ANSWER_S).topics
+        names = TopicCollection([topic.name for topic in topics if topic.name in there])
+        asked = client.describe_topics(names, request_timeout=ANSWER_S)
         return {name: str(answer.result().topic_id) for name, answer in asked.items()}
     except KafkaException as error:
         msg = f"Kafka at {kafka} does not say which topics it has: {error.args[0].str()}"

@@ -2,7 +2,7 @@
 
 import polars as pl
 
-MOST = {"nominal_mv": 1_000_000_000, "fuse_a": 1_000_000, "interval_s": 366 * 86_400}
+MOST = {"nominal_mv": 1_000_000_000, "fuse_a": 1_000_000, "interval_s": 366 * 86_400, "wraps_wh": 2**53}
 """A number of the registry that is not above 0, or above this, is a slip: it counts as unknown."""
 
 

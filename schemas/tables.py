@@ -49,10 +49,12 @@ REGISTRY = _columns(
     meter_id=STRING, usage_point_id=STRING, equipment_id=STRING, valid_from=TIMESTAMP, valid_to=TIMESTAMP,
     phases=STRING, nominal_mv=LONG, fuse_a=LONG, transformer_id=STRING, feeder_id=STRING, community_id=STRING,
     time_zone=STRING, jurisdiction=STRING, interval_s=LONG, is_unlimited=pa.bool_(),
+    wraps_wh=LONG,
 )  # fmt: skip
 """One row per meter and usage point; `phases` is `L1` or `L1,L2,L3`, `interval_s` the expected seconds between
 readings; null is unknown, and then no rule that needs it applies, but the plausible maximum takes 3 × 100 A.
-`is_unlimited`: no fuse bounds what it takes, such as behind current transformers."""
+`is_unlimited`: no fuse bounds what it takes, such as behind current transformers. `wraps_wh`: where its registers begin
+again at 0; null is at a power of ten."""
 CONSUMPTION_DELTAS = _columns(
     meter_id=STRING, register=STRING, previous_at=TIMESTAMP, observed_at=TIMESTAMP, previous_wh=LONG, wh=LONG,
     delta_wh=LONG, reason=STRING, segment_id=STRING, equipment_id=STRING, run_id=STRING, inferred=pa.bool_(),

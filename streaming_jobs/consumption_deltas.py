@@ -22,7 +22,7 @@ from metering.energy import delta_engine, intervals
 from schemas import tables
 from schemas.topics import READINGS
 
-KNOWN = ["phases", "nominal_mv", "fuse_a", "jurisdiction", "is_unlimited", "interval_s"]
+KNOWN = ["phases", "nominal_mv", "fuse_a", "jurisdiction", "is_unlimited", "wraps_wh", "interval_s"]
 VALUES = (*[f"{register}_wh" for register in tables.REGISTERS], "equipment_id")
 IDENTITY = ("meter_id", "observed_at")
 NAME = Path(__file__).stem

@@ -102,7 +102,7 @@ def steps(readings: pl.DataFrame, baseline: pl.DataFrame, judge: Judge = walk) -
 
     Args:
         readings: of `with_limits`: meter_id, observed_at, run_id, equipment_id, partition, offset, seen, max_w,
-            interval_s, quantum_wh and `<register>_wh` of each register.
+            interval_s, quantum_wh, wraps_wh and `<register>_wh` of each register.
         baseline: the state so far, columns `BASELINE`.
         judge: of series that are disputed.
     """
@@ -194,7 +194,8 @@ def _series(register: pl.Expr) -> pl.Expr:
 
 def _long(readings: pl.DataFrame) -> pl.DataFrame:
     """One row per reading and register with a value, with the number of its series."""
-    kept = ["meter_id", "observed_at", "run_id", "partition", "offset", "seen", "max_w", "interval_s", "quantum_wh"]
+    limits = ["max_w", "interval_s", "quantum_wh", "wraps_wh"]
+    kept = ["meter_id", "observed_at", "run_id", "partition", "offset", "seen", *limits]
     return pl.concat(
         [
             readings.filter(pl.col(f"{register}_wh").is_not_null()).select(
@@ -239,7 +240,7 @@ def _judged(series: pl.DataFrame, judge: Judge) -> tuple[pl.DataFrame, pl.DataFr
     rows = series.to_dicts()
     first = rows[0]
     baseline = {**first, "equipment_id": first["known_equipment"]} if first["previous_at"] else None
-    walked = judge(baseline, rows, Limits(first["max_w"], first["interval_s"], first["quantum_wh"]))
+    walked = judge(baseline, rows, Limits(first["max_w"], first["interval_s"], first["quantum_wh"], first["wraps_wh"]))
     nowhere = {**first, "partition": None, "offset": None}
     done = [{**(nowhere if step["row"] is None else rows[step["row"]]), **step} for step in walked.steps]
     end = [{**first, **walked.baseline}] if walked.baseline else []

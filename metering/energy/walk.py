@@ -27,11 +27,13 @@ class Limits:
         max_w: the most plausible power, W; null is no limit, then no step is too large.
         interval_s: seconds between readings; null is unknown, then no step is a gap.
         quantum_wh: the register's step: in 0.1 kWh steps it jumps 100 Wh in a moment.
+        wraps_wh: where the register begins again at 0; null is unknown, then at a power of ten.
     """
 
     max_w: int | None
     interval_s: int | None
     quantum_wh: int
+    wraps_wh: int | None = None
 
     def step_wh(self, span_s: float) -> float | None:
         """The largest plausible step over a span, Wh."""
@@ -214,12 +216,25 @@ def step_between(last: dict[str, Any], row: dict[str, Any], limits: Limits) -> t
             return None
         is_gap = limits.interval_s is not None and span_s > GAP_FACTOR * limits.interval_s
         return (DeltaReason.GAP if is_gap else DeltaReason.OK), value - before
+    unrolled = _unrolled_wh(before, value, limit, limits)
+    return None if unrolled is None else (DeltaReason.ROLLOVER, unrolled)
+
+
+def _unrolled_wh(before: int, value: int, limit: float | None, limits: Limits) -> int | None:
+    """Energy of a step to a lower value over the register's end; None where it is none.
+
+    Where nobody says at what the register ends, the value before is near to a power of ten: by what flows in an hour,
+    however long the silence was.
+    """
     near = UNKNOWN_LIMIT_WH if limit is None else limit
+    if limits.wraps_wh:
+        is_half = value < limits.wraps_wh / 2 <= before < limits.wraps_wh
+        unrolled = limits.wraps_wh - before + value
+        return unrolled if is_half and value >= 0 and unrolled <= near else None
     nearly = limits.step_wh(max(AN_HOUR_S, limits.interval_s or 0))
-    full = 10 ** max(len(str(before)), MIN_REGISTER_DIGITS)
-    if value >= 0 and full - before + value <= near and full - before <= (near if nearly is None else nearly):
-        return DeltaReason.ROLLOVER, full - before + value
-    return None
+    left = 10 ** max(len(str(before)), MIN_REGISTER_DIGITS) - before
+    is_near = value >= 0 and left + value <= near and left <= (near if nearly is None else nearly)
+    return left + value if is_near else None
 
 
 Judge = Callable[[dict[str, Any] | None, list[dict[str, Any]], Limits], Walked]

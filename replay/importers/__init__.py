@@ -1,14 +1,16 @@
 """Logs → tapes: one module a format, discovered; a module's name, with `-` for `_`, is the format's.
 
 A module has `read(path, asked) -> Imported`, `FILES`: which files of a folder are logs of its format, and `ZONE`: the
-usage points' time zone where the operator names none.
+usage points' time zone where the operator names none; where logs go on in each other, `read_together(paths, asked)`
+too.
 """
 
 import importlib
 import pkgutil
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -75,9 +77,7 @@ def import_log(
     refused: list[str] = []
     defects: Counter[str] = Counter()
     rows_in = 0
-    for path in logs:
-        asked = Asked(meter_id or stem(path), timezone, keep_going, first_at, ignore_crc)
-        imported: Imported = known[format].read(path, asked)
+    for path, imported in _read(known[format], logs, Asked(meter_id or "", timezone, keep_going, first_at, ignore_crc)):
         lines = imported.refused
         if len(imported.readings):
             done.append(imported)
@@ -104,6 +104,15 @@ def import_log(
         interval_s=most_common(step for imported in done for step in imported.intervals_s.values()),
     )  # fmt: skip
     return tape, refused
+
+
+def _read(module: ModuleType, logs: list[Path], asked: Asked) -> Iterator[tuple[Path, Imported]]:
+    """What each log has; of a format whose logs go on in each other, what all have, under the first one's name."""
+    of_each = [asked if asked.meter_id else replace(asked, meter_id=stem(path)) for path in logs]
+    if hasattr(module, "read_together"):
+        yield from ((logs[0], imported) for imported in module.read_together(logs, of_each))
+    else:
+        yield from ((path, module.read(path, one)) for path, one in zip(logs, of_each, strict=True))
 
 
 def _between_logs(done: list[Imported], meters: pl.Series) -> Counter[str]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import MAXYEAR, datetime, timedelta
 from itertools import chain
@@ -63,17 +64,47 @@ class _Day:
     updated: str = ""
 
 
-def read(path: Path, asked: Asked) -> Imported:
-    """The registers of the meters (NMI) of a file: summed from a NEM12's intervals, as read of a NEM13.
+@dataclass
+class _File:
+    """What a file says: days of channels, register reads, and where registers end (NMI → Wh)."""
 
-    Of a day that comes again the version with the newest UpdateDateTime counts. An interval is read at its end; each
-    channel's register begins at 0 with its first interval. Intervals without a value, or of quality N, add nothing.
-    Other quantities than energy are left out and counted. A record in is one interval, one NEM13 row, or another line
-    that is refused. The readings of a meter are in the order of time, for a file has channel after channel.
+    log: Log
+    days: list[_Day]
+    reads: list[tuple[Any, ...]]
+    wraps: dict[str, set[int]]
+
+
+def read(path: Path, asked: Asked) -> Imported:
+    """The registers of the meters (NMI) of a file: see `read_together`."""
+    return read_together([path], [asked])[0]
+
+
+def read_together(paths: Sequence[Path], asked: Sequence[Asked]) -> list[Imported]:
+    """The registers of the meters (NMI) of some files: summed from a NEM12's intervals, as read of a NEM13.
+
+    Of a day that comes again, in one file or in another, the version with the newest UpdateDateTime counts. An interval
+    is read at its end; each channel's register begins at 0 with its first interval and goes on from file to file.
+    Intervals without a value, or of quality N, add nothing. Other quantities than energy are left out and counted. A
+    record in is one interval, one NEM13 row, or another line that is refused. The readings of a meter are in the order
+    of time, for a file has channel after channel.
+
+    Args:
+        paths: the files.
+        asked: what the operator says of each.
+
+    Returns:
+        One result for each market time (sender) that the files have.
 
     Raises:
-        BadLog: a record that does not fit, or the file is no NEM12 or NEM13.
+        BadLog: a record that does not fit, or a file is no NEM12 or NEM13.
     """
+    suffixes: dict[tuple[str, str], list[str]] = {}
+    files = [_parsed(path, one, suffixes) for path, one in zip(paths, asked, strict=True)]
+    by_zone = {file.log.zone.key: [other for other in files if other.log.zone == file.log.zone] for file in files}
+    return [_of_files(of_zone) for of_zone in by_zone.values()]
+
+
+def _parsed(path: Path, asked: Asked, suffixes: dict[tuple[str, str], list[str]]) -> _File:
     log = Log(path, asked, ZONE)
     lines = fields_of(io.StringIO(log.text(), newline=""))
     _, header = next(lines, (1, []))
@@ -88,7 +119,7 @@ def read(path: Path, asked: Asked) -> Imported:
     days: list[_Day] = []
     is_open = False  # the last day was taken, so that 400 records have something to set
     reads: list[tuple[Any, ...]] = []
-    suffixes: dict[tuple[str, str], list[str]] = {}
+    wraps: dict[str, set[int]] = {}
     for number, record in lines:
         if isinstance(record, csv.Error):
             channel, is_open = None, False  # it may have been a 200: what follows is of nobody
@@ -111,7 +142,7 @@ def read(path: Path, asked: Asked) -> Imported:
                         _set_quality(record, days[-1])
                 case "250":
                     log.rows_in += 1
-                    reads += _register_reads(log, record, suffixes)
+                    reads += _register_reads(log, record, suffixes, wraps)
                 case "100" | "500" | "550" | "900" | "":
                     continue
                 case _:
@@ -125,9 +156,22 @@ def read(path: Path, asked: Asked) -> Imported:
                 str(error) if isinstance(error, ValueError) else f"record {kind} of {len(record)} fields is cut off"
             )
             log.refuse(number, reason, records=records)
-    days = _newest(log, days)
+    return _File(log, days, reads, wraps)
+
+
+def _of_files(files: list[_File]) -> Imported:
+    """The registers of files of one market time."""
+    log = files[0].log
+    for other in files[1:]:
+        log.rows_in += other.log.rows_in
+        log.defects += other.log.defects
+        log.refused += other.log.refused
+    days = _newest(log, [day for file in files for day in file.days])
     log.defects[Defect.OTHER_QUANTITY] += sum(len(day.energies) for day in days if day.channel.register is None)
-    values = [*(_intervals(log, days, register) for register in REGISTERS), _as_read(reads)]
+    values = [
+        *(_intervals(log, days, register) for register in REGISTERS),
+        _as_read([read for file in files for read in file.reads]),
+    ]
     readings = _boxes(pl.concat(values, how="diagonal"))
     # a value that comes again has a reading of its own
     readings = readings.with_columns(copy=pl.int_range(pl.len()).over("meter_id", "observed_at", "register"))
@@ -142,7 +186,14 @@ def read(path: Path, asked: Asked) -> Imported:
         .sort("meter_id", "observed_at", "copy")
         .with_columns(pl.col("equipment_id").fill_null(strategy="backward").over("meter_id"))
     )
+    wraps: dict[str, set[int]] = {}
+    for meter_id, ends in (item for file in files for item in file.wraps.items()):
+        wraps.setdefault(meter_id, set()).update(ends)
+    agreed = {meter_id: min(found) for meter_id, found in wraps.items() if len(found) == 1}
     registry = readings.select("meter_id", jurisdiction=pl.lit("AS60038")).unique()
+    registry = registry.with_columns(
+        wraps_wh=pl.col("meter_id").replace_strict(agreed, default=None, return_dtype=pl.Int64)
+    )
     return log.close(log.utc(readings), registry)
 
 
@@ -170,6 +221,9 @@ def _channel(record: list[str]) -> _Channel:
         msg = f"field 9: no interval length: {minutes!r}, expected minutes that divide a day"
         raise ValueError(msg)
     factor = MICRO_WH.get(unit.upper())
+    if not factor and suffix in CHANNELS:
+        msg = f"field 8: unit {unit!r} of {suffix}, expected {', '.join(MICRO_WH)}"
+        raise ValueError(msg)
     return _Channel(
         suffix, _meter_id(record[1]), serial or None, CHANNELS.get(suffix) if factor else None, factor or 0, length
     )
@@ -273,13 +327,16 @@ def _intervals(log: Log, days: list[_Day], register: str) -> pl.DataFrame:
     return summed(intervals, "wh", MICRO_WH_PER_WH).with_columns(register=pl.lit(register), dialect=pl.lit("nem12"))
 
 
-def _register_reads(log: Log, record: list[str], suffixes: dict[tuple[str, str], list[str]]) -> list[tuple[Any, ...]]:
+def _register_reads(
+    log: Log, record: list[str], suffixes: dict[tuple[str, str], list[str]], wraps: dict[str, set[int]]
+) -> list[tuple[Any, ...]]:
     """Previous and current read of one register: a NMI's suffixes have the registers, in their order in the file.
 
     Args:
         log: counts what is odd.
         record: 250.
         suffixes: NMI and direction → those that came; another serial of one suffix is an exchange.
+        wraps: NMI → Wh at which its registers begin again at 0, where reads or a Quantity say so.
     """
     meter_id, serial, unit = _meter_id(record[1]), record[6].strip() or None, record[19].strip().upper()
     way = record[7].strip()
@@ -301,10 +358,24 @@ def _register_reads(log: Log, record: list[str], suffixes: dict[tuple[str, str],
             msg = f"field {place + 1}: no register: {record[place]!r}"
             raise ValueError(msg)
         reads.append((meter_id, at, serial, register, wh))
+    before, after = (wh for *_, wh in reads)
+    end = _end_of(record[8], before, after, exact(record[18], MICRO_WH[unit] // MICRO_WH_PER_WH), MICRO_WH[unit])
+    if end:
+        wraps.setdefault(meter_id, set()).add(end)
     for place in (8, 13):
         if defect := QUALITIES.get(record[place + 2].strip()[:1]):
             log.defects[defect] += 1
     return reads
+
+
+def _end_of(text: str, before: int, after: int, quantity: int | None, micro_wh: int) -> int | None:
+    """Where a register ends, Wh: by the Quantity of a step over the end, or by the zeros before a read's digits."""
+    unit_wh, digits = micro_wh // MICRO_WH_PER_WH, text.strip().partition(".")[0]
+    if after < before and quantity is not None:
+        end, rest = divmod(before - after + quantity, unit_wh)
+        return end * unit_wh if not rest and str(end).rstrip("0") == "1" and end * unit_wh > before else None
+    is_padded = digits.startswith("0") and len(digits) > 1
+    return 10 ** len(digits) * unit_wh if is_padded or after < before else None
 
 
 def _stamp(place: int, text: str) -> datetime:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from replay.importers import import_log
 from schemas.errors import BadLog
 from tests.logs_by_hand import column, log, minutes_after, nem12, read
 
@@ -206,12 +207,13 @@ def test_boxes_under_one_nmi_have_registers_of_their_own_and_no_serial_of_what_i
     assert set(column(alone, "equipment_id")) == {"SER1"}
 
 
-def nem13(*reads: tuple[str, str, int, int]) -> str:
+def nem13(*reads: tuple[str, str, int | str, int | str], quantity: int | str | None = None) -> str:
     """(suffix, serial, previous, current), kWh, of one quarter."""
-    rows = [
-        f"250,NMI1,,1,{suffix},1,{serial},E,{old},20240101000000,A,,,{new},20240401000000,A,,,{new - old},KWH,,,"
-        for suffix, serial, old, new in reads
-    ]
+    rows = []
+    for suffix, serial, old, new in reads:
+        used = int(new) - int(old) if quantity is None else quantity
+        both = f"E,{old},20240101000000,A,,,{new},20240401000000,A,,,{used}"
+        rows.append(f"250,NMI1,,1,{suffix},1,{serial},{both},KWH,,,")
     return "\n".join(["100,NEM13,202405010000,MDA1,Ret1", *rows, "900", ""])
 
 
@@ -238,3 +240,41 @@ def test_a_suffix_with_energy_and_without_a_register_is_refused_and_one_without_
     assert read(log(tmp_path / "none.csv", nem12(channel("E5"), day(20240201, 0, 0))), "nem12").rows_in == 2
     third = read(log(tmp_path / "three.csv", nem12(channel("E3"), day(20240201, 1, 2))), "nem12")
     assert column(third, "import_t3_wh") == [0, 1000, 3000]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "quantity", "end_wh"),
+    [
+        (99_200, 300, 1_100, 100_000_000),
+        (99_200, 300, "", 100_000_000),  # five digits
+        (99_200, 300, 57, None),  # an exchange: no register ends there
+        ("00300", "01400", None, 100_000_000),  # zeros before its digits
+        (300, 1_400, None, None),
+    ],
+)
+def test_where_a_nem13s_register_ends_its_quantity_or_digits_say(
+    tmp_path: Path, old: int | str, new: int | str, quantity: int | str | None, end_wh: int | None
+) -> None:
+    imported = read(log(tmp_path / "log.csv", nem13(("11", "S1", old, new), quantity=quantity)), "nem12")
+    assert imported.registry is not None
+    assert imported.registry["wraps_wh"].to_list() == [end_wh]
+
+
+def test_of_a_day_that_comes_in_two_files_the_newest_version_counts_and_registers_go_on(tmp_path: Path) -> None:
+    def version(updated: int, *values: int, date: int = 20240201) -> str:
+        return day(date, *values).removesuffix(",,,,") + f",,,{updated},"
+
+    old = log(tmp_path / "a-old.csv", nem12(channel(), version(20240202000000, 1, 1)))
+    new = log(tmp_path / "b-new.csv", nem12(channel(), version(20240210000000, 2, 3)))
+    next_day = log(tmp_path / "c.csv", nem12(channel(), version(20240203000000, 4, 4, date=20240202)))
+    for number, paths in enumerate([[old, new, next_day], [new, next_day, old]]):
+        tape, _ = import_log(paths, "nem12", tmp_path / f"tape{number}")
+        assert tape.readings["import_t1_wh"].to_pylist() == [0, 2000, 5000, 9000, 13000]
+        assert tape.info.defects == {"superseded": 2}
+        assert tape.info.rows_in == 6
+
+
+def test_a_channel_of_energy_without_its_unit_is_refused_and_not_another_quantity(tmp_path: Path) -> None:
+    text = nem12(channel().replace("kWh", ""), day(20240201, 1, 2))
+    with pytest.raises(BadLog, match=r"log.csv:2: field 8: unit '' of E1, expected KWH, WH, MWH"):
+        read(log(tmp_path / "log.csv", text), "nem12")

@@ -1,7 +1,8 @@
 """Energy per meter and local day, from the registers: one wide row a meter.
 
-Reads: readings of the UTC days that the local day can touch, and of the week before the last of each UTC day (a meter
-that was silent for longer begins anew); registry (fuse, phases, nominal voltage, interval, time zone).
+Reads: readings of the UTC days that the local day can touch, and of the week before the last of each UTC day; of a
+meter that was silent for longer the steps that the stream has of the day, which know its last accepted value, however
+old; registry (fuse, phases, nominal voltage, interval, time zone).
 Writes: daily_consumption_v1, a row for each meter with readings and each that the registry expects.
 Key: meter_id, date.
 Energy: the steps of `metering/energy/delta_engine.py` that end in the day, from the last accepted reading at or before
@@ -12,7 +13,8 @@ exactly.
 `<register>_from_wh` is the value the day is counted from, `<register>_to_wh` the last in it; gaps, resets and the like
 count the times at which any register has such a step.
 Quality: `missing`, no energy known · `measured` · `incomplete`, energy of another time or none for part of the day: no
-reading before the day, a gap across one of its midnights, a reset, a meter exchange or a glitch.
+reading before the day, a gap across one of its midnights, a reset, a meter exchange, a glitch or a conflict; of a
+register that was summed from intervals any gap, for what was lost is in none of its steps.
 Lateness: the night sees a late reading in its place; run the date again when readings of it came after its night.
 Duplicates: of one (meter_id, observed_at) the first received counts; impossible clocks are left out.
 Restart: run it again; the date is replaced as a whole.
@@ -42,9 +44,10 @@ KNOWN = ["phases", "nominal_mv", "fuse_a", "jurisdiction", "is_unlimited", "wrap
 REGISTERS_WH = [f"{register}_wh" for register in tables.REGISTERS]
 VALUES = [*REGISTERS_WH, "equipment_id"]
 DAYS_BEFORE = 7
-"""How long a meter may be silent and its energy still be found: a week without a reading is a broken meter."""
-EDGE_H = 2
-"""Hours before and after the day that are read whole, so that a wild value at midnight is seen from both sides."""
+"""How far back readings are looked for; of a meter that was silent for longer the stream's step knows the value."""
+EDGE_S, EDGE_INTERVALS, LONGEST_EDGE_S = 2 * 3600, 4, 12 * 3600
+"""Before and after the day so many seconds and expected intervals are read whole, so that a wild value at midnight is
+seen from both sides."""
 COUNTS = {
     "gaps": DeltaReason.GAP,
     "resets": DeltaReason.RESET,
@@ -82,7 +85,10 @@ def days(readings: pl.DataFrame) -> pl.DataFrame:
         delta_engine.with_limits(readings), readings.clear(), ["meter_id", "observed_at"], VALUES
     )  # fmt: skip
     done = delta_engine.steps(marked, pl.DataFrame(schema=delta_engine.BASELINE), agreed).steps
-    edges = readings.group_by("meter_id").agg(pl.col("day_start", "day_end", "interval_s").first())
+    edges = readings.group_by("meter_id").agg(
+        pl.col("day_start", "day_end", "interval_s").first(),
+        is_summed=pl.col("dialect").is_in(delta_engine.SUMMED).any(),
+    )
     at, reason = pl.col("observed_at"), pl.col("reason")
     in_day = is_read_in_day()
     steps_of_day = done.join(edges, on="meter_id").filter(in_day).sort("meter_id", "observed_at")
@@ -97,7 +103,9 @@ def days(readings: pl.DataFrame) -> pl.DataFrame:
         spans.append(pl.coalesce("previous_wh", "wh").filter(mine).first().alias(f"{register}_from_wh"))
         spans.append(pl.col("wh").filter(mine).last().alias(f"{register}_to_wh"))
     crosses = (reason == DeltaReason.GAP.value) & (pl.col("previous_at") < pl.col("day_start"))
-    breaks = is_first | crosses | reason.is_in([DeltaReason.RESET.value, DeltaReason.METER_EXCHANGE.value])
+    is_lost = (reason == DeltaReason.GAP.value) & pl.col("is_summed")
+    wrong = [DeltaReason.RESET, DeltaReason.METER_EXCHANGE, DeltaReason.GLITCH, DeltaReason.CONFLICT]
+    breaks = is_first | crosses | is_lost | reason.is_in([each.value for each in wrong])
     left_s = (pl.col("day_end").first() - at.filter(is_accepted).max()).dt.total_seconds()
     ends_early = (left_s > GAP_FACTOR * pl.col("interval_s").first()).fill_null(False)
     energy = steps_of_day.group_by("meter_id").agg(
@@ -106,7 +114,7 @@ def days(readings: pl.DataFrame) -> pl.DataFrame:
         *[at.filter(reason == kind.value).n_unique().alias(name) for name, kind in COUNTS.items()],
         from_at=since_at.filter(is_accepted).min(),
         to_at=at.filter(is_accepted).max(),
-        is_whole=~(breaks.any() | ends_early | (reason == DeltaReason.GLITCH.value).any()),
+        is_whole=~(breaks.any() | ends_early),
     )
     seen = pl.col("seen")
     counts = (
@@ -125,15 +133,20 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
     """A day's energy; see the module."""
     columns = ["meter_id", "observed_at", "run_id", "dialect", "topic", "partition", "offset", *VALUES]
     readings = with_local_day(lake["readings"], registry, date, *KNOWN).select(*columns, *KNOWN, "day_start", "day_end")
-    edge = F.expr(f"interval {EDGE_H} hours")
+    intervals_s = F.coalesce(F.col("interval_s") * EDGE_INTERVALS, F.lit(0))
+    edge_s = F.least(F.greatest(F.lit(EDGE_S), intervals_s), F.lit(LONGEST_EDGE_S))
+    edge = F.make_dt_interval(secs=edge_s.cast("decimal(18,6)"))
     evening, morning = F.col("day_start") - edge, F.col("day_end") + edge
-    earliest = F.lit(utc_days(date)[0].isoformat()).cast("timestamp")  # no local evening is before: files are skipped
+    before = utc_days(date)[0] - datetime.timedelta(days=1)  # no local evening is earlier: files are skipped
+    earliest = F.lit(before.isoformat()).cast("timestamp")
     near = readings.where(F.col("observed_at") >= earliest).where(
         (F.col("observed_at") > evening) & (F.col("observed_at") <= morning)
     )
-    results = per_shard(
-        near.unionByName(_last_of_each_day(readings.where(F.col("observed_at") <= evening))), days, DAYS
-    )
+    older = _last_of_each_day(readings.where(F.col("observed_at") <= evening))
+    known = older.select("meter_id").distinct()
+    oldest = with_local_day(_from_long_ago(lake["consumption_deltas"]), registry, date, *KNOWN)
+    long_ago = oldest.where(F.col("observed_at") <= F.col("day_start") - edge).join(known, "meter_id", "left_anti")
+    results = per_shard(near.unionByName(older).unionByName(long_ago.select(*near.columns)), days, DAYS)
     imports, exports = _sum(tables.IMPORTS), _sum(tables.EXPORTS)
     is_known = F.coalesce(*REGISTERS_WH).isNotNull()
     quality = (
@@ -178,6 +191,17 @@ def _last_of_each_day(readings: DataFrame) -> DataFrame:
     )
 
 
+def _from_long_ago(steps: DataFrame) -> DataFrame:
+    """Where the steps of a day began, as readings: the last accepted values of registers, however old."""
+    goes_on = [DeltaReason.OK.value, DeltaReason.GAP.value, DeltaReason.ROLLOVER.value]
+    values = {f"{register}_wh": F.max(F.when(F.col("register") == register, F.col("previous_wh")))
+              for register in tables.REGISTERS}  # fmt: skip
+    began = steps.where(F.col("reason").isin(goes_on)).groupBy("meter_id", F.col("previous_at").alias("observed_at"))
+    nothing = {name: F.lit(None).cast("string") for name in ("run_id", "dialect", "equipment_id")}
+    place = {"topic": F.lit(""), "partition": F.lit(-1).cast("long"), "offset": F.lit(-1).cast("long")}
+    return began.agg(*[value.alias(name) for name, value in values.items()]).withColumns({**nothing, **place})
+
+
 def _sum(registers: Sequence[str]) -> Column:
     """Sum of registers, null where all are absent."""
     columns = [f"{register}_wh" for register in registers]
@@ -192,7 +216,7 @@ def _kwh(wh: str) -> Column:
 JOB = BatchJob(
     name=Path(__file__).stem,
     version=1,
-    reads={"readings": DAYS_BEFORE},
+    reads={"readings": DAYS_BEFORE, "consumption_deltas": 0},
     transform=transform,
     refuses_impossible_clocks=("readings",),
 )

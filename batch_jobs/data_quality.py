@@ -1,7 +1,7 @@
 """What came and what did not, per meter and local day, so that nothing disappears without a row that counts it.
 
-Reads: readings, late_readings, quarantined_readings and dead_letters of the UTC days that the local day can touch;
-registry (interval, validity, time zone).
+Reads: readings, late_readings, quarantined_readings and dead_letters of the UTC days that the local day can touch, and
+the readings that came in these, whatever their clock says; registry (interval, validity, time zone).
 Writes: data_quality_v1, a row for each meter that something came from or that the registry expects, and one with no
 meter_id where there are dead letters.
 Key: meter_id (null for the dead letters), date.
@@ -13,6 +13,8 @@ their place.
 By arrival: `quarantined…` are counted on the local day on which they came, whatever their own clock says; so a 2099 is
 found, and one of last month too. A record that two stages refused counts once. `dead_letters` have no sure meter: they
 are dated by the UTC day of received_at, wall time also for a replay.
+`arrived` are all readings that came on the local day, `of_other_days` those among them that their own clock dates
+elsewhere, by `furthest_s` at most: a meter whose clock is wrong is seen on the day it comes.
 `missing` and `completeness_pct` compare the distinct ones with the day's true length over the expected interval, null
 where none is known. `longest_gap_s` is the longest time without a reading, from midnight to midnight.
 `max_clock_ahead_s`: the most that a reading was dated after its own arrival (a wrong clock); `max_delay_s`: the most
@@ -33,6 +35,7 @@ from pyspark.sql import functions as F
 
 from engine.night import (
     BatchJob,
+    arrived,
     command,
     day_s,
     is_read_in_day,
@@ -118,6 +121,14 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
         .groupBy("meter_id")
         .agg(F.countDistinct(*place).alias("quarantined"), *by_reason)
     )
+    came = with_local_day(lake[arrived("readings")], registry, date).where(is_read_in_day("arrival_at"))
+    is_other = ~is_read_in_day("observed_at")
+    apart_s = F.abs(F.col("observed_at").cast("double") - F.col("arrival_at").cast("double")).cast("long")
+    by_arrival = came.groupBy("meter_id").agg(
+        F.countDistinct(*place).alias("arrived"),
+        F.countDistinct(F.when(is_other, F.struct(*place))).alias("of_other_days"),
+        F.max(F.when(is_other, apart_s)).alias("furthest_s"),
+    )
     nobody = F.lit(None).cast("string").alias("meter_id")
     dead = (
         lake["dead_letters"]
@@ -125,12 +136,12 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
         .groupBy(nobody)
         .agg(F.count("*").alias("dead_letters"))
     )
-    parts = [per_shard(readings, days, DAYS), late, quarantined, dead]
-    others = ["late", "quarantined", *QUARANTINES, "dead_letters"]
+    parts = [per_shard(readings, days, DAYS), late, quarantined, dead, by_arrival]
+    others = ["late", "quarantined", *QUARANTINES, "dead_letters", "arrived", "of_other_days"]
     counted = (
         reduce(partial(DataFrame.unionByName, allowMissingColumns=True), parts)
         .groupBy("meter_id")
-        .agg(*[F.max(name).alias(name) for name in [*COUNTS, *TIMES, *others]])
+        .agg(*[F.max(name).alias(name) for name in [*COUNTS, *TIMES, *others, "furthest_s"]])
     )
     expected = F.floor(day_s() / F.col("interval_s"))
     is_known = F.col("expected") > 0  # greatest and least pass over nulls; of a longer interval no day expects one
@@ -153,6 +164,7 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
             "max_clock_ahead_s",
             "max_delay_s",
             *others,
+            "furthest_s",
         )
     )
 
@@ -163,6 +175,7 @@ JOB = BatchJob(
     reads={"readings": 0, "late_readings": 0, "quarantined_readings": 0, "dead_letters": 0},
     transform=transform,
     refuses_impossible_clocks=("readings",),
+    by_arrival=("readings",),
 )
 
 

@@ -63,6 +63,8 @@ class BatchJob:
         transform: (tables by name, registry, local day) → the report's rows, columns `schemas.tables.REPORTS`; pure,
             runs on static frames too.
         refuses_impossible_clocks: lake tables of which it is not handed the rows whose clock cannot be right.
+        by_arrival: lake tables in `reads` of which it is handed, as `arrived(table)`, the rows that came within the UTC
+            days that the local day can touch, whatever day their own clock says.
     """
 
     name: str
@@ -70,11 +72,17 @@ class BatchJob:
     reads: Mapping[str, int | None]
     transform: Transform
     refuses_impossible_clocks: tuple[str, ...] = ()
+    by_arrival: tuple[str, ...] = ()
 
     @property
     def report(self) -> str:
         """Name of what it writes."""
         return f"{self.name}_v{self.version}"
+
+
+def arrived(table: str) -> str:
+    """Name under which a job is handed the rows of a table by their arrival."""
+    return f"{table} by arrival"
 
 
 def graph(jobs: Iterable[BatchJob]) -> TopologicalSorter[BatchJob]:
@@ -161,7 +169,8 @@ def rows_of(
         ContractBroken: the transform gives other columns than the report is declared with.
     """
     is_impossible = F.coalesce(impossible_clock(limits.max_ahead_s, limits.max_behind_s), F.lit(False))
-    believable = {name: lake[name].where(~is_impossible) for name in job.refuses_impossible_clocks}
+    refused = [name for table in job.refuses_impossible_clocks for name in (table, arrived(table))]
+    believable = {name: lake[name].where(~is_impossible) for name in refused if name in lake}
     rows = job.transform({**lake, **believable}, registry, date)
     declared = spark_schema(REPORTS[job.report])
     found, wanted = (
@@ -234,6 +243,18 @@ def _read(session: SparkSession, name: str, date: datetime.date, days_before: in
     return session.read.schema(spark_schema(REPORTS[name])).parquet(*parts)
 
 
+def _arrived(session: SparkSession, table: str, date: datetime.date, limits: ClockSettings) -> DataFrame:
+    """Rows of a table that came in the UTC days that a local day can touch: of all days that a clock can say."""
+    days = utc_days(date)
+    first, last = days[0] - datetime.timedelta(seconds=limits.max_behind_s), days[-1]
+    last += datetime.timedelta(seconds=limits.max_ahead_s + datetime.timedelta(days=1).total_seconds())
+    at = F.col("arrival_at")
+    begin, end = (F.lit(day.isoformat()).cast("timestamp") for day in (days[0], days[-1] + datetime.timedelta(days=1)))
+    names = [path.name.removeprefix("date=") for path in table_path(table).glob("date=*")]
+    dates = sorted(day for day in map(datetime.date.fromisoformat, names) if first <= day <= last)
+    return read_table(session, table, dates).where((at >= begin) & (at < end))
+
+
 def publish(session: SparkSession, job: BatchJob, date: datetime.date, limits: ClockSettings) -> int:
     """Replaces one date of a job's report.
 
@@ -256,6 +277,7 @@ def publish(session: SparkSession, job: BatchJob, date: datetime.date, limits: C
         raise ConfigError(msg)
     with files_kept(*(set(job.reads) & set(TABLES))):
         tables = {name: _read(session, name, date, days) for name, days in job.reads.items()}
+        tables |= {arrived(name): _arrived(session, name, date, limits) for name in job.by_arrival}
         return publish_report(rows_of(job, tables, registry, date, limits), job.report, date.isoformat())
 
 

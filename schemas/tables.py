@@ -195,7 +195,7 @@ REPORTS = {
         meter_id=STRING, **DAY, expected=LONG, received=LONG, distinct_readings=LONG, duplicate=LONG, conflict=LONG,
         missing=LONG, completeness_pct=DOUBLE, longest_gap_s=LONG, max_clock_ahead_s=LONG, max_delay_s=LONG, late=LONG,
         quarantined=LONG, quarantined_impossible_clock=LONG, quarantined_conflict=LONG, quarantined_implausible=LONG,
-        dead_letters=LONG,
+        dead_letters=LONG, arrived=LONG, of_other_days=LONG, furthest_s=LONG,
     ),
     "load_profile_v1": _columns(
         meter_id=STRING, usage_point_id=STRING, hour_of_day=HOUR_OF_DAY, window_start=TIMESTAMP, window_end=TIMESTAMP,

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pyspark.sql import SparkSession
 
 from engine.job import StreamingJob
-from engine.night import BatchJob, rows_of
+from engine.night import BatchJob, arrived, rows_of
 from engine.settings import ClockSettings, StreamSettings
 from kafka_io.ranges import KAFKA
 from lake.reading import spark_schema
@@ -183,6 +183,7 @@ def night(session: SparkSession, job: BatchJob, folder: Path) -> dict[str, list[
             filled = {"topic": name, "partition": "0", "offset": str(offset)} | row | {"arrival_at": arrival}
             rows.append(tuple(typed(filled.get(field.name), field.type) for field in schema))
         lake[name] = session.createDataFrame(rows, spark_schema(schema))
+    lake |= {arrived(name): lake[name] for name in job.by_arrival}
     day = date.fromisoformat(settings_of(folder)["date"])
     return {job.name: rows_of(job, lake, registry, day, ClockSettings()).toArrow().to_pylist()}
 

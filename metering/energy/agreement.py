@@ -5,6 +5,7 @@ wild values go, two or three that agree with each other too, and what goes on fr
 that was reset or exchanged. What is left out is a `glitch`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from metering.energy.walk import Limits, Walked, begin_of, begun, gone_on, step_between, step_of
@@ -17,7 +18,8 @@ BREAK_PRICE = 1.5
 NAMED_PRICE = 0.75
 """The same where the equipment is another by its name: one reading is enough."""
 RETURN_PRICE = 9.0
-"""The same where the reading follows from one before those that it does not follow from: they are wild rather."""
+"""The same where the reading follows from one before those that it does not follow from: they are wild rather. So is a
+segment from which a reading goes on that follows from the one before the segment, too."""
 
 
 def agreed(baseline: dict[str, Any] | None, rows: list[dict[str, Any]], limits: Limits) -> Walked:
@@ -54,26 +56,39 @@ def _kept(rows: list[dict[str, Any]], limits: Limits) -> set[int]:
     points: list[dict[str, Any]] = []
     for row in rows:
         points.append(begun(row, points[-1]["equipment_id"] if points else None))
+
+    def follows(one: int, other: int) -> bool:
+        found = step_between(points[one], rows[other], limits)
+        return found is not None and found[0] is not DeltaReason.METER_EXCHANGE
+
+    def is_edge(one: int, other: int) -> bool:
+        return follows(one, other) and not _passes_over(rows, one, other, follows)
+
     worth: list[float] = []
     before: list[int | None] = []
+    broken_at: list[int | None] = []  # the reading before the last begin of a segment on the way, while it is near
     best_so_far: tuple[float, int | None] = (0.0, None)
     for number, row in enumerate(rows):
-        best, at, follows = 0.0, None, False  # the first reading that counts
+        best, at, broken, has_edge = 0.0, None, None, False  # the first reading that counts
         for other in range(number - 1, max(number - 2 - AT_MOST_OUT, -1), -1):
-            found = step_between(points[other], row, limits)
-            if found and found[0] is not DeltaReason.METER_EXCHANGE:
-                follows = True
-                if worth[other] > best:
-                    best, at = worth[other], other
-                if worth[other] >= best_so_far[0]:
+            if is_edge(other, number):
+                has_edge, old = True, broken_at[other]
+                if old is not None and number - old > 2 * AT_MOST_OUT:
+                    old = None
+                is_return = old is not None and is_edge(old, number)
+                value = worth[other] - (RETURN_PRICE if is_return else 0)
+                if value > best:
+                    best, at, broken = value, other, None if is_return else old
+                if worth[other] >= best_so_far[0] and not is_return:
                     break  # nothing before it is worth more
-        begin = best_so_far[1]
-        if begin is not None:
-            price = RETURN_PRICE if follows else _price(points[begin], row)
-            if best_so_far[0] - price > best:
-                best, at = best_so_far[0] - price, begin
+        near = range(max(number - 1 - AT_MOST_OUT, 0), number)
+        for begin in {best_so_far[1], *near} - {None}:
+            price = RETURN_PRICE if has_edge else _price(points[begin], row)
+            if worth[begin] - price > best:
+                best, at, broken = worth[begin] - price, begin, begin
         worth.append(best + 1)
         before.append(at)
+        broken_at.append(broken)
         if worth[-1] > best_so_far[0]:
             best_so_far = worth[-1], number
     kept: set[int] = set()
@@ -82,6 +97,17 @@ def _kept(rows: list[dict[str, Any]], limits: Limits) -> set[int]:
         kept.add(at)
         at = before[at]
     return kept
+
+
+def _passes_over(rows: list[dict[str, Any]], one: int, other: int, follows: Callable[[int, int], bool]) -> bool:
+    """Whether a step leaves out two readings or more that lie on its way, on this or on that side of a jump in it.
+
+    The longer the span, the more energy is plausible: what lies between would then be left out for a step that only its
+    length makes possible.
+    """
+    least, most = rows[one]["wh"], rows[other]["wh"]
+    between = [number for number in range(one + 1, other) if least <= rows[number]["wh"] <= most]
+    return sum(follows(one, number) != follows(number, other) for number in between) > 1
 
 
 def _price(before: dict[str, Any], row: dict[str, Any]) -> float:

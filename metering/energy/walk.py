@@ -141,7 +141,7 @@ def _before_exchange(last: dict[str, Any]) -> dict[str, Any]:
 def _exchanged(row: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
     """The baseline where other equipment begins; what it takes the place of is held."""
     return {
-        **begun(row, row["equipment_id"]),
+        **begun(row, row["equipment_id"], is_alone=True),
         "held_at": last["previous_at"],
         "held_wh": last["previous_wh"],
         "held_equipment": last["equipment_id"],

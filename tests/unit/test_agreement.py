@@ -75,10 +75,10 @@ def test_the_night_names_only_wild_values_and_their_neighbours(seed: int) -> Non
     assert not those(steps, "reset", "meter_exchange")
 
 
-def night(*values: int | tuple[int, str]) -> list[tuple[str, int | None]]:
+def night(*values: int | tuple[int, str], limits: Limits = LIMITS) -> list[tuple[str, int | None]]:
     """Reasons and energies of values a quarter of an hour apart; (value, equipment id) where it is named."""
     pairs = [value if isinstance(value, tuple) else (value, None) for value in values]
-    steps = agreed(None, [row(number, *pair) for number, pair in enumerate(pairs)], LIMITS).steps
+    steps = agreed(None, [row(number, *pair) for number, pair in enumerate(pairs)], limits).steps
     return [(step["reason"], step["delta_wh"]) for step in steps]
 
 
@@ -109,4 +109,37 @@ def test_a_named_box_begins_a_segment_with_its_first_value() -> None:
 def test_a_telegram_of_another_meter_costs_no_energy() -> None:
     assert night((9_000, "a"), (9_100, "a"), (77_000, "x"), (9_300, "a")) == [
         ("first", 0), ("ok", 100), ("glitch", None), ("gap", 200),
+    ]  # fmt: skip
+
+
+def total(steps: list[tuple[str, int | None]]) -> int:
+    return sum(energy or 0 for _, energy in steps)
+
+
+def test_zeros_that_a_register_without_a_limit_comes_back_from_are_no_reset() -> None:
+    unlimited = Limits(max_w=None, interval_s=900, quantum_wh=1)
+    values = [*range(2_000, 4_000, 100), 0, 0, *range(4_200, 10_200, 100)]
+    steps = night(*values, limits=unlimited)
+    assert total(steps) == 10_100 - 2_000
+    assert [reason for reason, _ in steps].count("glitch") == 2
+
+
+def test_a_reset_goes_on_however_long() -> None:
+    values = [*range(20_000, 22_000, 100), *range(0, 30_000, 100)]
+    assert total(night(*values)) == 1_900 + 29_900
+
+
+def test_a_box_that_shows_a_little_more_is_no_long_step_over_true_readings() -> None:
+    values = [*range(9_000_000, 9_004_000, 100), *range(9_024_000, 9_030_000, 100)]
+    steps = night(*values)
+    assert total(steps) == 3_900 + 5_900
+    assert ("meter_exchange", 0) in steps
+
+
+def test_a_named_box_whose_first_value_is_wild_has_no_phantom_reset() -> None:
+    values = [(9_000, "a"), (9_100, "a"), (8_888_888, "b"), (700, "b"), (800, "b"), (900, "b")]
+    assert total(night(*values)) == 100 + 200
+    found = walk(None, [row(number, *pair) for number, pair in enumerate(values)], LIMITS).steps
+    assert [(step["reason"], step["delta_wh"]) for step in found if step["delta_wh"] is not None] == [
+        ("first", 0), ("ok", 100), ("meter_exchange", 0), ("first", 0), ("ok", 100), ("ok", 100),
     ]  # fmt: skip

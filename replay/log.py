@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
@@ -28,6 +29,8 @@ CHUNK_ROWS = 100_000  # rows of a CSV log that are held as Python objects at onc
 GAP_FACTOR = 1.5  # as the delta engine: a step of one and a half usual ones has lost a reading
 USUAL_SHARE = 0.1  # of a meter's steps, and
 USUAL_COUNT = 10  # steps: so many make a second length usual too
+BIN = 0.1  # steps that differ by less are of one length: clocks and senders jitter
+AROUND = 1001  # steps, in which a length is frequent or is not
 
 
 class Defect(StrEnum):
@@ -305,19 +308,21 @@ def fields_of(lines: Iterable[str], delimiter: str = ",") -> Iterator[tuple[int,
 def look_at_times(readings: pl.DataFrame, defects: Counter[str]) -> dict[str, int | None]:
     """Each meter's usual step in seconds; counts steps that are none, backward, of another usual length, or too long.
 
-    A log may mix steps of several usual lengths; by the longest of them a gap is known.
+    A log may mix steps of several usual lengths, or change from one to another: a gap is longer than the longest that
+    is usual where it lies, and the meter's step is the one at the log's end.
     """
     intervals_s: dict[str, int | None] = {}
     for (meter_id,), own in readings.group_by("meter_id", maintain_order=True):
         step = own.get_column("observed_at").diff().dt.total_microseconds().drop_nulls() / 1e6
         usual = _usual_steps_s(step.filter(step > 0).round(0).cast(pl.Int64).clip(1))
-        intervals_s[str(meter_id)] = usual[-1] if usual else None
+        local = _usual_where_it_lies(step, usual)
+        intervals_s[str(meter_id)] = int(local[-1]) if usual else None
         defects[Defect.BACKWARD_STEP] += int((step < 0).sum())
         if usual:
-            long = step.filter(step > GAP_FACTOR * usual[-1])
-            defects[Defect.GAP] += len(long)
-            defects[Defect.MISSING_READING] += int(((long / usual[-1]).round(0) - 1).sum())
-            defects[Defect.MIXED_STEP] += int((step > GAP_FACTOR * usual[0]).sum()) - len(long)
+            is_long = step > GAP_FACTOR * local
+            defects[Defect.GAP] += int(is_long.sum())
+            defects[Defect.MISSING_READING] += int(((step / local).filter(is_long).round(0) - 1).sum())
+            defects[Defect.MIXED_STEP] += int(((step > GAP_FACTOR * usual[0]) & ~is_long).sum())
         again = own.filter(~pl.col("observed_at").is_first_distinct())
         if len(again):
             first = own.unique("observed_at", keep="first", maintain_order=True)
@@ -328,17 +333,41 @@ def look_at_times(readings: pl.DataFrame, defects: Counter[str]) -> dict[str, in
 
 
 def _usual_steps_s(steps_s: pl.Series) -> list[int]:
-    """The most frequent step, and longer ones that are frequent too, ascending."""
+    """The most frequent step, and longer ones that are frequent too, ascending; what is within 10 % counts as one."""
     usual: list[int] = []
     longer = steps_s
     while len(longer):
-        counted = longer.value_counts().sort(["count", longer.name], descending=[True, False])
-        step_s, count = counted.row(0)
-        if usual and count < max(USUAL_SHARE * len(steps_s), USUAL_COUNT):
+        counted = longer.value_counts().sort(longer.name)
+        lengths, counts = (counted.get_column(name).to_numpy() for name in (longer.name, "count"))
+        until = np.concatenate([[0], np.cumsum(counts)])
+        low = np.searchsorted(lengths, lengths * (1 - BIN), side="left")
+        high = np.searchsorted(lengths, lengths * (1 + BIN), side="right")
+        within = until[high] - until[low]
+        best = max(range(len(lengths)), key=lambda place: (within[place], counts[place], -lengths[place]))
+        if usual and within[best] < max(USUAL_SHARE * len(steps_s), USUAL_COUNT):
             break
+        middle = np.searchsorted(until, (until[low[best]] + until[high[best]]) / 2, side="left")
+        step_s = int(lengths[middle - 1])
         usual.append(step_s)
         longer = longer.filter(longer > GAP_FACTOR * step_s)
     return usual
+
+
+def _usual_where_it_lies(step: pl.Series, usual: list[int]) -> pl.Series:
+    """Of each step the longest of the usual ones that is frequent around it; where none is, the longest of all."""
+    frequent = pl.DataFrame(
+        {
+            f"{length}": ((step >= length * (1 - BIN)) & (step <= length * (1 + BIN))).cast(pl.Float64)
+            for length in usual
+        }
+    )
+    near = [
+        pl.when(pl.col(f"{length}").rolling_mean(AROUND, min_samples=1, center=True) >= USUAL_SHARE).then(length)
+        for length in usual
+    ]
+    if not usual:
+        return pl.Series([None] * len(step), dtype=pl.Int64)
+    return frequent.select(pl.coalesce(pl.max_horizontal(near), pl.lit(usual[-1]))).to_series()
 
 
 def as_frame(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:

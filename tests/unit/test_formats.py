@@ -1,5 +1,7 @@
 """Logs → readings, each format by its own rules; NEM12 in test_nem12.py, what holds of all in test_importers.py."""
 
+import random
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from datetime import time as midnight
 from pathlib import Path
@@ -9,6 +11,7 @@ from dsmr_parser.exceptions import InvalidChecksumError, ParseError
 from dsmr_parser.parsers import TelegramParser
 
 from replay.importers import import_log
+from replay.log import Imported
 from schemas.dsmr import split_telegrams
 from schemas.errors import BadLog
 from schemas.tables import REGISTERS
@@ -225,6 +228,31 @@ def test_a_second_usual_step_is_no_gap_and_its_own_multiple_is(tmp_path: Path) -
     )
     assert imported.defects == {"mixed_step": 20, "gap": 1, "missing_reading": 1}
     assert imported.interval_s == 300, "a reading is overdue after the longer step only"
+
+
+def stamped(tmp_path: Path, steps_s: Iterable[float]) -> Imported:
+    """A log whose readings lie so far apart."""
+    at = [datetime(2025, 6, 1, tzinfo=UTC)]
+    for step_s in steps_s:
+        at.append(at[-1] + timedelta(seconds=step_s))
+    rows = "".join(f"{t:%Y-%m-%dT%H:%M:%SZ},247,1,-10,1,1\n" for t in at)
+    return read(log(tmp_path / "x.csv", PV + rows), "pv-home")
+
+
+def test_a_clock_that_jitters_has_one_usual_step_and_makes_no_gaps(tmp_path: Path) -> None:
+    drawn = random.Random(1)
+    steps_s = [200 if number % 25 == 7 else 900 + drawn.randint(-40, 40) for number in range(1_000)]
+    imported = stamped(tmp_path, steps_s)
+    assert imported.interval_s is not None
+    assert abs(imported.interval_s - 900) <= 5, "though no second comes as often as the 200 s of a reading sent again"
+    assert imported.defects == {}
+
+
+def test_a_log_that_changes_its_step_has_gaps_by_the_step_where_they_lie(tmp_path: Path) -> None:
+    imported = stamped(tmp_path, [10] * 3_000 + [60] + [10] * 3_000 + [900] * 3_000 + [1_800])
+    assert imported.interval_s == 900, "the one at the end"
+    assert imported.defects["gap"] == 2
+    assert imported.defects["missing_reading"] == 5 + 1
 
 
 def test_londons_half_hours_become_a_register_that_is_read_at_their_ends(tmp_path: Path) -> None:

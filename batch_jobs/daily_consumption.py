@@ -10,6 +10,8 @@ local midnight; disputed series are judged from both sides (`metering/energy/agr
 `measured` then. A reading exactly at midnight ends the earlier day; where there is none, the whole step across midnight
 counts to the day in which it ends (validated intervals interpolate). The days of a series add up to its register
 exactly.
+`import_wh` and `export_wh` sum the registers up; where one that the meter had before the day has no energy in it they
+are null: what is absent is not 0.
 `<register>_from_wh` is the value the day is counted from, `<register>_to_wh` the last in it; gaps, resets and the like
 count the times at which any register has such a step.
 Quality: `missing`, no energy known · `measured` · `incomplete`, energy of another time or none for part of the day: no
@@ -62,7 +64,7 @@ DAYS = pa.schema(
         pa.field("meter_id", pa.string()),
         *[pa.field(name, TIMESTAMP) for name in ("from_at", "to_at")],
         *[pa.field(name, pa.int64()) for name in [*REGISTERS_WH, *SPANS, *NUMBERS]],
-        pa.field("is_whole", pa.bool_()),
+        *[pa.field(name, pa.bool_()) for name in ("is_whole", "lacks_import", "lacks_export")],
     ]
 )
 
@@ -126,7 +128,18 @@ def days(readings: pl.DataFrame) -> pl.DataFrame:
             conflicts=(seen == DeltaReason.CONFLICT.value).sum(),
         )
     )
-    return counts.join(energy, on="meter_id", how="left")
+    was_there = done.join(edges, on="meter_id").filter(is_accepted & (at <= pl.col("day_start")))
+    known = was_there.group_by("meter_id").agg(
+        (pl.col("register") == register).any().alias(f"had_{register}") for register in tables.REGISTERS
+    )
+    days = counts.join(energy, on="meter_id", how="left").join(known, on="meter_id", how="left")
+    lacks = {
+        name: pl.any_horizontal(
+            pl.col(f"had_{register}") & pl.col(f"{register}_wh").is_null() for register in registers
+        )
+        for name, registers in (("lacks_import", tables.IMPORTS), ("lacks_export", tables.EXPORTS))
+    }
+    return days.with_columns(**lacks)
 
 
 def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date) -> DataFrame:
@@ -149,16 +162,19 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
     results = per_shard(near.unionByName(older).unionByName(long_ago.select(*near.columns)), days, DAYS)
     imports, exports = _sum(tables.IMPORTS), _sum(tables.EXPORTS)
     is_known = F.coalesce(*REGISTERS_WH).isNotNull()
+    is_whole = F.col("is_whole") & ~(
+        F.coalesce("lacks_import", F.lit(False)) | F.coalesce("lacks_export", F.lit(False))
+    )
     quality = (
         F.when(~is_known, Quality.MISSING.value)
-        .when(F.col("is_whole"), Quality.MEASURED.value)
+        .when(is_whole, Quality.MEASURED.value)
         .otherwise(Quality.INCOMPLETE.value)
     )
     return (
         with_silent(results, registry.select("meter_id"), registry, date, "usage_point_id", "interval_s")
         .fillna(0, NUMBERS)
-        .withColumn("import_wh", imports)
-        .withColumn("export_wh", exports)
+        .withColumn("import_wh", F.when(~F.coalesce("lacks_import", F.lit(False)), imports))
+        .withColumn("export_wh", F.when(~F.coalesce("lacks_export", F.lit(False)), exports))
         .select(
             "meter_id",
             "usage_point_id",

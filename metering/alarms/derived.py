@@ -41,14 +41,14 @@ METER = pl.Schema(
         "observed_at": STAMP,
         "arrival_at": STAMP,
         "equipment_id": pl.String(),
-        "export_wh": pl.Int64(),
+        **dict.fromkeys(EXPORTS_WH, pl.Int64()),
         "is_generator": pl.Boolean(),
         "due_at": STAMP,
         "silent_at": STAMP,
         **{f"has_voltage_{phase.lower()}": pl.Boolean() for phase in PHASES},
     }
 )
-"""State: the newest reading of each meter, its equipment and the last value of its export registers, whether it had
+"""State: the newest reading of each meter, its equipment and the last value of each export register, whether it had
 exported when they were first seen, its newest arrival and the run of that, when it falls silent by the registry's
 interval, since when it is silent, and which phases have ever had a voltage."""
 LEVEL = pl.Schema(
@@ -112,7 +112,7 @@ def conditions() -> dict[str, Condition]:
         )
     load, limit = pl.col("load_w"), pl.col("max_w") * FUSE_FACTOR
     held["implausible_load"] = Condition(Severity.CAUTION, load > limit, load <= limit * LOAD_HYSTERESIS, SHORTEST)
-    exported = pl.col("export_wh") - pl.col("before_export_wh")
+    exported = pl.col("exported_wh")
     is_reverse = ~pl.col("is_generator") & (exported > 0)
     held["reverse_energy"] = Condition(Severity.CAUTION, is_reverse, exported <= 0, quiet=QUIET)
     return held
@@ -140,7 +140,7 @@ def derived_alarms(
         "meter_id",
         newest_at="observed_at",
         before_equipment="equipment_id",
-        held_wh="export_wh",
+        **{f"held_{register}": register for register in EXPORTS_WH},
         was_generator="is_generator",
         **{f"had_voltage_{phase.lower()}": f"has_voltage_{phase.lower()}" for phase in PHASES},
     )
@@ -159,17 +159,18 @@ def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
     """The readings in order, with what the conditions speak of: limits, load, registers before."""
     named = pl.when(pl.col("equipment_id") != "").then("equipment_id")
     has_load = pl.any_horizontal(pl.col(LOADS[1:]).is_not_null())
-    had_exported = pl.when(~pl.col("dialect").is_in(SUMMED)).then(pl.col("export_wh") > 0)  # a sum began at our own 0
+    says_exported = pl.any_horizontal(pl.col(EXPORTS_WH).is_not_null()) & ~pl.col("dialect").is_in(SUMMED)
+    had_exported = pl.when(says_exported).then(pl.max_horizontal(EXPORTS_WH) > 0)  # a sum began at our own 0
+    is_same_box = (pl.col("equipment") == pl.col("before_equipment")).fill_null(True)
     ordered = (
         rows.sort("meter_id", "observed_at")
         .with_columns(meter=pl.col("meter_id").rle_id())  # a number is compared faster than a name
         .with_columns(
-            export_wh=pl.when(pl.any_horizontal(pl.col(EXPORTS_WH).is_not_null())).then(pl.sum_horizontal(EXPORTS_WH)),
             load_w=pl.coalesce("import_w", pl.when(has_load).then(pl.sum_horizontal(LOADS[1:], ignore_nulls=True))),
             equipment=pl.coalesce(_last_of(named, "meter"), "before_equipment", _next_of(named, "meter")),
         )
         .with_columns(
-            held_wh=pl.when((pl.col("equipment") == pl.col("before_equipment")).fill_null(True)).then("held_wh"),
+            *[pl.when(is_same_box).then(f"held_{register}").alias(f"held_{register}") for register in EXPORTS_WH],
             is_generator=pl.coalesce("was_generator", _first_of(had_exported, "meter")),
             **{
                 f"has_voltage_{phase.lower()}": pl.coalesce(
@@ -186,11 +187,8 @@ def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
         if is_mixed
         else ordered.with_columns(series="meter")
     )
-    last_wh = _last_of(pl.col("export_wh"), "series")
     measured = (
-        by_register.with_columns(
-            before_export_wh=pl.coalesce(_before(last_wh, "series"), "held_wh"), held_wh=pl.coalesce(last_wh, "held_wh")
-        )
+        _with_exported(by_register)
         .join(registry, on="meter_id", how="left", maintain_order="left")
         .with_columns(
             max_w=fuses_w(),
@@ -201,6 +199,19 @@ def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
         )
     )
     return with_rules(measured.sort("meter", "observed_at") if is_mixed else measured)
+
+
+def _with_exported(rows: pl.DataFrame) -> pl.DataFrame:
+    """Adds `exported_wh`, how much the export registers rose, each since its own last value; and those values."""
+    used = [name for name in EXPORTS_WH if rows.get_column(name).count() or rows.get_column(f"held_{name}").count()]
+    rises, last = [], {}
+    for name in used:
+        known, held = _last_of(pl.col(name), "series"), pl.col(f"held_{name}")
+        last[f"held_{name}"] = pl.coalesce(known, held)
+        rises.append(last[f"held_{name}"] - pl.coalesce(_before(known, "series"), held))
+    is_known = pl.any_horizontal(pl.col(EXPORTS_WH).is_not_null())
+    exported = pl.sum_horizontal(rises) if used else pl.lit(None, pl.Int64)
+    return rows.with_columns(exported_wh=pl.when(is_known).then(exported), **last)
 
 
 def _last_of(values: pl.Expr, series: str) -> pl.Expr:
@@ -283,7 +294,12 @@ def _change(row: dict[str, Any], level: dict[str, Any], severity: Severity, clea
 def _newest(rows: pl.DataFrame, meters: pl.DataFrame) -> pl.DataFrame:
     """The meters after the readings that are not late, columns `METER`."""
     last = rows.unique("meter_id", keep="last", maintain_order=True).select(
-        "meter_id", "observed_at", "is_generator", *VOLTAGE_SEEN, equipment_id="equipment", export_wh="held_wh"
+        "meter_id",
+        "observed_at",
+        "is_generator",
+        *VOLTAGE_SEEN,
+        equipment_id="equipment",
+        **{register: f"held_{register}" for register in EXPORTS_WH},
     )
     kept = [name for name in last.columns if name != "meter_id"]
     has_moved = pl.col("observed_at_now").is_not_null()

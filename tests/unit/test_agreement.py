@@ -1,13 +1,14 @@
 """Wild values in a plausible series: what the stream refuses, and what the night finds of the energy."""
 
 import random
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
 from metering.energy.agreement import agreed
-from metering.energy.walk import Limits, walk
+from metering.energy.walk import Judge, Limits, walk
 
 LIMITS = Limits(max_w=17_250, interval_s=900, quantum_wh=1)
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -143,3 +144,19 @@ def test_a_named_box_whose_first_value_is_wild_has_no_phantom_reset() -> None:
     assert [(step["reason"], step["delta_wh"]) for step in found if step["delta_wh"] is not None] == [
         ("first", 0), ("ok", 100), ("meter_exchange", 0), ("first", 0), ("ok", 100), ("ok", 100),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("judge", [walk, agreed])
+def test_a_register_ends_where_the_registry_says_so(judge: Judge) -> None:
+    quarter = 91 * A_DAY
+    reads = [row(0, 99_200_000), row(quarter, 300_000), row(2 * quarter, 1_400_000)]
+    five_digits = Limits(max_w=69_000, interval_s=None, quantum_wh=1_000, wraps_wh=100_000_000)
+    assert [(step["reason"], step["delta_wh"]) for step in judge(None, reads, five_digits).steps] == [
+        ("first", 0), ("rollover", 1_100_000), ("ok", 1_100_000),
+    ]  # fmt: skip
+    counter = replace(LIMITS, wraps_wh=2**24)
+    over = judge(None, [row(0, 2**24 - 100), row(1, 200), row(2, 250)], counter).steps
+    assert [step["delta_wh"] for step in over] == [0, 300, 50]
+    for value in (2**24 // 2 + 1, -1):  # not behind the end; none at all
+        back = judge(None, [row(0, 2**24 - 200), row(1, 2**24 - 100), row(2, value), row(3, 2**24 - 50)], counter)
+        assert sum(step["delta_wh"] or 0 for step in back.steps) == 150

@@ -1,7 +1,6 @@
 """Energy from registers: the columns against the definition, the invariant, and each reason by example."""
 
 from collections import Counter
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -490,15 +489,3 @@ def test_a_record_is_in_the_bucket_that_its_registers_say_together() -> None:
 def test_a_record_redelivered_long_after_is_never_stored_again_when_its_registers_moved_apart() -> None:
     first = [wide_record(0, 0, import_t1=100, import_t2=100), wide_record(1, 60, import_t2=110)]
     assert buckets(first, [wide_record(2, 0, import_t1=100, import_t2=100)])[0] in ("late", "duplicate")
-
-
-def test_a_register_ends_where_the_registry_says_so() -> None:
-    quarterly = Limits(max_w=69_000, interval_s=None, quantum_wh=1_000)
-    reads = rows((0, 99_200_000), (7_862_400, 300_000), (15_724_800, 1_400_000))
-    expected = [("first", 0), ("rollover", 1_100_000), ("ok", 1_100_000)]
-    assert reasons(walk(None, reads, replace(quarterly, wraps_wh=100_000_000)).steps) == expected
-    counter = Limits(max_w=17_250, interval_s=900, quantum_wh=1, wraps_wh=2**24)
-    assert reasons(walk(None, rows((0, 2**24 - 100), (900, 200)), counter).steps) == [("first", 0), ("rollover", 300)]
-    for value in (2**24 // 2 + 1, -1):  # not behind the end; none at all
-        held = walk(None, rows((0, 2**24 - 100), (900, value)), counter).steps
-        assert reasons(held)[1] == ("implausible", None)

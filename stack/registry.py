@@ -1,0 +1,231 @@
+"""What the registry knows of meters, corrected from a CSV: `stack registry import`.
+
+A row names a meter and what is to be put right; an empty field stays as it was, `null` makes it unknown. The newest row
+of the meter is corrected where it lies; a `valid_from` that the meter has not makes a row of its own from then on, and
+a meter that the registry has not is added. Either all rows of a file are taken or none.
+"""
+
+import csv
+import json
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+from zoneinfo import available_timezones
+
+import polars as pl
+import pyarrow as pa
+import typer
+from rich.console import Console
+
+from lake.paths import table_path
+from lake.publishing import written
+from lake.reading import registered
+from metering.registry import MOST
+from metering.voltage.windows import JURISDICTIONS
+from schemas.errors import ConfigError, exits
+from schemas.tables import PHASES, REGISTRY, polars_schema
+from schemas.topics import METER_ID
+
+UNKNOWN = "null"
+NAMED = 5  # wrong fields that are named; the others are counted
+ROWS = polars_schema(REGISTRY)
+app = typer.Typer(help="What the registry knows of meters.", no_args_is_help=True, add_completion=False)
+
+
+class Corrected(NamedTuple):
+    """What `correct` returns.
+
+    Attributes:
+        corrected: meters whose newest row was put right.
+        dated: meters that have a further row from a date on.
+        added: meters that the registry had not.
+        notes: what is as it was written and may not be meant.
+    """
+
+    corrected: int
+    dated: int
+    added: int
+    notes: list[str]
+
+
+def correct(file: Path, today: date) -> Corrected:
+    """Takes the rows of a CSV into the registry.
+
+    Args:
+        file: with a header: meter_id and other columns of `schemas.tables.REGISTRY`.
+        today: dates the file of what is new.
+
+    Raises:
+        ConfigError: a field is wrong: file, line, column, found, expected; nothing was taken.
+    """
+    given = _rows(file)
+    known = registered(pl.Series("meter_id", [row["meter_id"] for _, row in given], pl.String))
+    before = {row["meter_id"]: row for row in known.iter_rows(named=True)}
+    new: list[dict[str, Any]] = []
+    replaced: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
+    counts = {"corrected": 0, "dated": 0, "added": 0}
+    for _, row in given:
+        old = before.get(row["meter_id"])
+        nothing = dict.fromkeys(ROWS, None)
+        whole = {name: row.get(name, (old or nothing)[name]) for name in ROWS}
+        if old is None:
+            whole["usage_point_id"] = whole["usage_point_id"] or row["meter_id"]
+            counts["added"] += 1
+            new.append(whole)
+        elif row.get("valid_from") not in (None, old["valid_from"]):
+            counts["dated"] += 1
+            new.append(whole)
+        else:
+            counts["corrected"] += 1
+            replaced.setdefault(old["file"], {})[_key(old)] = whole
+    for path, rows in replaced.items():
+        _replace(Path(path), rows)
+    if new:
+        name = f"import-{file.stem}-{uuid.uuid4().hex[:8]}.parquet"
+        written(pl.DataFrame(new, schema=ROWS), table_path("registry") / f"date={today.isoformat()}" / name)
+    places = sorted({row["jurisdiction"] for _, row in given if row.get("jurisdiction")} - set(JURISDICTIONS))
+    notes = [f"jurisdiction {', '.join(places)}: no limits are known, voltages are not judged"] if places else []
+    return Corrected(**counts, notes=notes)
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["meter_id"], row["valid_from"], row["usage_point_id"]
+
+
+def _replace(path: Path, rows: dict[tuple[Any, ...], dict[str, Any]]) -> None:
+    """Puts rows of a file of the registry right, in one step."""
+    found = pl.scan_parquet(
+        path, schema=ROWS, hive_partitioning=False, missing_columns="insert", extra_columns="ignore",
+        cast_options=pl.ScanCastOptions(integer_cast="upcast"),
+    ).collect()  # fmt: skip
+    written(pl.DataFrame([rows.get(_key(row), row) for row in found.iter_rows(named=True)], schema=ROWS), path)
+
+
+def _rows(file: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Line and fields of each row, of those that are not empty.
+
+    Raises:
+        ConfigError: see `correct`.
+    """
+    try:
+        lines = list(csv.reader(file.read_text(encoding="utf-8-sig").splitlines(), strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        msg = f"cannot read {file}: {getattr(error, 'strerror', None) or error}"
+        raise ConfigError(msg) from error
+    header = [name.strip() for name in lines[0]] if lines else []
+    unknown = sorted(set(header) - set(ROWS))
+    if unknown or "meter_id" not in header or len(set(header)) < len(header):
+        wrong = f"no such column: {', '.join(unknown)}" if unknown else f"the header is {','.join(header)!r}"
+        msg = f"{file}:1: {wrong}; expected meter_id and others of {', '.join(ROWS)}, each once"
+        raise ConfigError(msg)
+    problems: list[str] = []
+    rows: list[tuple[int, dict[str, Any]]] = []
+    seen: dict[tuple[Any, Any], int] = {}
+    for number, fields in enumerate(lines[1:], 2):
+        if not any(field.strip() for field in fields):
+            continue
+        if len(fields) != len(header):
+            problems.append(f"{file}:{number}: {len(fields)} fields, expected {len(header)}")
+            continue
+        row: dict[str, Any] = {}
+        for name, text in zip(header, (field.strip() for field in fields), strict=True):
+            try:
+                if text:
+                    row[name] = None if text == UNKNOWN and name != "meter_id" else _value(name, text)
+            except ValueError:
+                problems.append(f"{file}:{number}: {name} is {text!r}, expected {_expected(name)}")
+        if not row.get("meter_id"):
+            problems += [] if fields[header.index("meter_id")].strip() else [f"{file}:{number}: meter_id is empty"]
+            continue
+        key = row["meter_id"], row.get("valid_from")
+        if key in seen:
+            problems.append(f"{file}:{number}: {row['meter_id']} has a row in line {seen[key]} already")
+        seen.setdefault(key, number)
+        rows.append((number, row))
+    if problems or not rows:
+        more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        raise ConfigError("; ".join(problems[:NAMED]) + more if problems else f"{file} has no row below its header")
+    return rows
+
+
+def _expected(name: str) -> str:
+    """What a field may be, in words."""
+    kind = REGISTRY.field(name).type
+    words = {
+        "meter_id": "1 to 64 letters, digits, _ and -",
+        "phases": f"some of {','.join(PHASES)}, in this order",
+        "time_zone": "an IANA time zone such as Europe/Amsterdam",
+        **{name: f"a whole number of 1 to {most:,}" for name, most in MOST.items()},
+    }
+    if pa.types.is_timestamp(kind):
+        return "a time with its offset, such as 2024-05-01T00:00:00+02:00"
+    return words.get(name) or ("true or false" if kind == pa.bool_() else "a text")
+
+
+def _value(name: str, text: str) -> Any:
+    """A field's value; raises ValueError where it is none (`_expected`)."""
+    kind = REGISTRY.field(name).type
+    value: Any = text
+    if pa.types.is_timestamp(kind):
+        value = datetime.fromisoformat(text)
+        is_right = value.tzinfo is not None
+    elif kind == pa.bool_():
+        is_right, value = text.lower() in ("true", "false"), text.lower() == "true"
+    elif kind == pa.int64():
+        value = int(text)
+        is_right = text.isascii() and text.isdecimal() and 1 <= value <= MOST[name]
+    elif name == "phases":
+        phases = [each.strip() for each in text.split(",")]
+        is_right, value = phases == [each for each in PHASES if each in phases], ",".join(phases)
+    else:
+        is_right = (name != "meter_id" or bool(METER_ID.fullmatch(text))) and (
+            name != "time_zone" or text in available_timezones()
+        )
+    if not is_right:
+        raise ValueError
+    return value.astimezone(UTC) if isinstance(value, datetime) else value
+
+
+@app.callback()
+def _registry() -> None:
+    """What the registry knows of meters."""
+
+
+@app.command("import")
+def import_(
+    files: Annotated[list[Path], typer.Argument(help="CSV files, each with a header of the registry's columns.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per file on standard output.")] = False,
+) -> None:
+    """Put right what the registry knows of meters, and add meters.
+
+    A row names a meter and what is to be put right. An empty field stays as it was, null makes it unknown.
+
+    For example, a meter in a net of 3 × 230 V without neutral, and one behind current transformers:
+
+    meter_id,nominal_mv,phases,is_unlimited
+
+    m1,133000,"L1,L3",
+
+    m2,,,true
+
+    .venv/bin/stack registry import meters.csv
+    """
+    console = Console(highlight=False)
+    with exits():
+        for file, done in _done(files):
+            if as_json:
+                typer.echo(json.dumps({"file": str(file), **done._asdict()}))
+                continue
+            line = f"{file}: {done.corrected:,} corrected, {done.dated:,} dated, {done.added:,} added"
+            console.print(line, markup=False, soft_wrap=True)
+            for note in done.notes:
+                console.print(f"  {note}", markup=False, soft_wrap=True)
+
+
+def _done(files: list[Path]) -> Iterator[tuple[Path, Corrected]]:
+    for file in files:
+        _rows(file)  # all are right before one is taken
+    for file in files:
+        yield file, correct(file, datetime.now(UTC).date())

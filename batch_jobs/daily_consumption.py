@@ -42,7 +42,7 @@ from schemas import tables
 from schemas.closed_lists import ACCEPTED_DELTAS, DeltaReason
 from schemas.codec import TIMESTAMP
 
-KNOWN = ["phases", "nominal_mv", "fuse_a", "jurisdiction", "is_unlimited", "wraps_wh", "interval_s"]
+KNOWN = ["phases", "nominal_mv", "fuse_a", "default_fuse_a", "jurisdiction", "is_unlimited", "wraps_wh", "interval_s"]
 REGISTERS_WH = [f"{register}_wh" for register in tables.REGISTERS]
 VALUES = [*REGISTERS_WH, "equipment_id"]
 DAYS_BEFORE = 7

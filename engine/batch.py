@@ -14,7 +14,7 @@ import polars as pl
 from polars import selectors
 
 from engine.job import MEMORY, SAID, BatchContext, Frames, Output, Source, StreamingJob
-from engine.settings import ClockSettings
+from engine.settings import JudgeSettings
 from engine.state import Manifest, hashes_of
 from lake.publishing import BatchKey
 from metering import accounting
@@ -88,7 +88,7 @@ class Arrived:
             self._hashes[by] = hashes_of(rows, by).unique()
         return self._hashes[by]
 
-    def possible(self, settings: ClockSettings) -> tuple[pl.DataFrame, pl.DataFrame]:
+    def possible(self, settings: JudgeSettings) -> tuple[pl.DataFrame, pl.DataFrame]:
         """Valid rows whose clock can be right, and the verdicts of the others."""
         limits = settings.max_ahead_s, settings.max_behind_s
         if limits not in self._possible:

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engine.session import spark_session
-from engine.settings import ClockSettings
+from engine.settings import JudgeSettings
 from lake.locks import files_kept
 from lake.paths import report_path, table_path
 from lake.publishing import publish_report
@@ -154,7 +154,7 @@ def impossible_clock(max_ahead_s: int, max_behind_s: int) -> Column:
 
 
 def rows_of(
-    job: BatchJob, lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date, limits: ClockSettings
+    job: BatchJob, lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date, limits: JudgeSettings
 ) -> DataFrame:
     """A report's rows, in its columns: what the engine does for a job as declared, its transform, the check.
 
@@ -171,7 +171,8 @@ def rows_of(
     is_impossible = F.coalesce(impossible_clock(limits.max_ahead_s, limits.max_behind_s), F.lit(False))
     refused = [name for table in job.refuses_impossible_clocks for name in (table, arrived(table))]
     believable = {name: lake[name].where(~is_impossible) for name in refused if name in lake}
-    rows = job.transform({**lake, **believable}, registry, date)
+    known = registry.withColumn("default_fuse_a", F.lit(limits.default_fuse_a).cast("long"))
+    rows = job.transform({**lake, **believable}, known, date)
     declared = spark_schema(REPORTS[job.report])
     found, wanted = (
         {field.name: field.dataType.simpleString() for field in schema} for schema in (rows.schema, declared)
@@ -243,7 +244,7 @@ def _read(session: SparkSession, name: str, date: datetime.date, days_before: in
     return session.read.schema(spark_schema(REPORTS[name])).parquet(*parts)
 
 
-def _arrived(session: SparkSession, table: str, date: datetime.date, limits: ClockSettings) -> DataFrame:
+def _arrived(session: SparkSession, table: str, date: datetime.date, limits: JudgeSettings) -> DataFrame:
     """Rows of a table that came in the UTC days that a local day can touch: of all days that a clock can say."""
     days = utc_days(date)
     first, last = days[0] - datetime.timedelta(seconds=limits.max_behind_s), days[-1]
@@ -255,7 +256,7 @@ def _arrived(session: SparkSession, table: str, date: datetime.date, limits: Clo
     return read_table(session, table, dates).where((at >= begin) & (at < end))
 
 
-def publish(session: SparkSession, job: BatchJob, date: datetime.date, limits: ClockSettings) -> int:
+def publish(session: SparkSession, job: BatchJob, date: datetime.date, limits: JudgeSettings) -> int:
     """Replaces one date of a job's report.
 
     Args:
@@ -290,7 +291,7 @@ def silent(date: datetime.date) -> str | None:
     return f"The lake has no readings of {date.isoformat()}; {known}. The reports will say no more than that."
 
 
-def run(jobs: Iterable[BatchJob], date: datetime.date, limits: ClockSettings, as_json: bool = False) -> None:
+def run(jobs: Iterable[BatchJob], date: datetime.date, limits: JudgeSettings, as_json: bool = False) -> None:
     """Runs the jobs, some at once, each after those whose reports it reads, and says rows and seconds of each.
 
     A report that cannot be read or written stops those that read it, and no other.
@@ -360,7 +361,7 @@ def reason(error: Exception) -> str:
     return (named or lines or [type(error).__name__])[0].lstrip(": ")
 
 
-def _timed(session: SparkSession, job: BatchJob, date: datetime.date, limits: ClockSettings) -> tuple[int, float]:
+def _timed(session: SparkSession, job: BatchJob, date: datetime.date, limits: JudgeSettings) -> tuple[int, float]:
     """Publishes one job's report. Returns rows and seconds."""
     began = time.monotonic()
     return publish(session, job, date, limits), time.monotonic() - began
@@ -382,7 +383,7 @@ def command(jobs: list[BatchJob]) -> None:
             if day.year not in YEARS:
                 msg = f"--date is a day of the years {YEARS.start} to {YEARS.stop - 1}, not {date}"
                 raise ConfigError(msg)
-            run(jobs, day, load(ClockSettings), as_json)
+            run(jobs, day, load(JudgeSettings), as_json)
 
     main.__doc__ = f"Writes the reports of one local day: {', '.join(job.name for job in jobs)}."
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -2,22 +2,25 @@
 
 from pydantic import Field
 
+from metering.energy.delta_engine import DEFAULT_FUSE_A
 from settings import Settings
 
 
-class ClockSettings(Settings):
-    """When a meter's clock is impossible, for the stream and for the night.
+class JudgeSettings(Settings):
+    """What a meter can say, for the stream and for the night.
 
     Attributes:
         max_ahead_s: how far a meter's clock may be ahead of the arrival before it is impossible.
         max_behind_s: how far behind; a meter that was offline sends readings of months ago.
+        default_fuse_a: A of each of three phases of a connection whose fuse the registry does not know.
     """
 
     max_ahead_s: int = Field(36 * 3600, ge=0)
     max_behind_s: int = Field(400 * 24 * 3600, ge=0)
+    default_fuse_a: int = Field(DEFAULT_FUSE_A, ge=1, le=1_000_000)
 
 
-class StreamSettings(ClockSettings):
+class StreamSettings(JudgeSettings):
     """Settings of the streaming jobs.
 
     Attributes:

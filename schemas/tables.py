@@ -52,9 +52,9 @@ REGISTRY = _columns(
     wraps_wh=LONG,
 )  # fmt: skip
 """One row per meter and usage point; `phases` is `L1` or `L1,L2,L3`, `interval_s` the expected seconds between
-readings; null is unknown, and then no rule that needs it applies, but the plausible maximum takes 3 × 100 A.
-`is_unlimited`: no fuse bounds what it takes, such as behind current transformers. `wraps_wh`: where its registers begin
-again at 0; null is at a power of ten."""
+readings; null is unknown, and then no rule that needs it applies, but the plausible maximum takes three phases of a
+setting (100 A). `is_unlimited`: no fuse bounds what it takes, such as behind current transformers. `wraps_wh`: where
+its registers begin again at 0; null is at a power of ten."""
 CONSUMPTION_DELTAS = _columns(
     meter_id=STRING, register=STRING, previous_at=TIMESTAMP, observed_at=TIMESTAMP, previous_wh=LONG, wh=LONG,
     delta_wh=LONG, reason=STRING, segment_id=STRING, equipment_id=STRING, run_id=STRING, inferred=pa.bool_(),

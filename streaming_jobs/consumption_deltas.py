@@ -30,7 +30,9 @@ NAME = Path(__file__).stem
 
 def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """Steps of every register; see the module."""
-    readings = delta_engine.with_limits(rows.join(registry.select("meter_id", *KNOWN), on="meter_id", how="left"))
+    known = rows.join(registry.select("meter_id", *KNOWN), on="meter_id", how="left")
+    default_fuse_a = pl.lit(context.settings.default_fuse_a, pl.Int64)
+    readings = delta_engine.with_limits(known.with_columns(default_fuse_a=default_fuse_a))
     result = delta_engine.steps(readings, state["baseline"])
     quarters = intervals.quarter_hours(result.steps, state["open"], result.baseline)
     return Output(

@@ -22,7 +22,7 @@ from schemas.tables import CONFLICTS, CONSUMPTION_DELTAS, REGISTERS, polars_sche
 
 STAMP = pl.Datetime("us", "UTC")
 PHASE_VOLTAGE_V = 230  # the plausible maximum takes the nominal voltage where the registry has none
-DEFAULT_FUSE_A, DEFAULT_PHASES = 100, 3  # of a connection whose fuse is not known
+DEFAULT_FUSE_A, DEFAULT_PHASES = 100, 3  # of a connection whose fuse is not known, where no setting says otherwise
 FUSE_FACTOR = 1.1  # a fuse carries a little more than its rating for hours
 QUANTA_WH = {"pv-home": 100, "nem13": 1_000}  # dialects whose registers do not count single Wh
 SUMMED = ["nem12"]  # dialects whose registers an importer summed from intervals: they began at 0 with the log
@@ -84,12 +84,14 @@ def with_limits(readings: pl.DataFrame) -> pl.DataFrame:
     """Adds `max_w`, the most power that is plausible, and `quantum_wh` by the dialect.
 
     A fuse carries a little more than its rating for hours, and that at the highest legal voltage. Where no fuse is
-    known it is that of a large house connection; null, no limit, only where the registry says so.
+    known it is the setting's, three times; null, no limit, only where the registry says so.
 
     Args:
-        readings: dialect, and of the registry phases, nominal_mv, fuse_a, jurisdiction, is_unlimited.
+        readings: dialect, of the registry phases, nominal_mv, fuse_a, jurisdiction, is_unlimited, and default_fuse_a.
     """
-    known_w = pl.coalesce(fuses_w(), pl.coalesce("fuse_a", pl.lit(DEFAULT_FUSE_A)) * DEFAULT_PHASES * _nominal_v())
+    set_a = pl.col("default_fuse_a").max()  # of the others, for a meter that the registry has not
+    default_a = pl.coalesce("default_fuse_a", set_a, pl.lit(DEFAULT_FUSE_A))
+    known_w = pl.coalesce(fuses_w(), pl.coalesce("fuse_a", default_a) * DEFAULT_PHASES * _nominal_v())
     highest = 1 + highest_pct() / 100
     return readings.with_columns(
         max_w=pl.when(~pl.col("is_unlimited").fill_null(False)).then((known_w * highest * FUSE_FACTOR).cast(pl.Int64)),

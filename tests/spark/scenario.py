@@ -22,7 +22,7 @@ from pyspark.sql import SparkSession
 
 from engine.job import StreamingJob
 from engine.night import BatchJob, arrived, rows_of
-from engine.settings import ClockSettings, StreamSettings
+from engine.settings import JudgeSettings, StreamSettings
 from kafka_io.ranges import KAFKA
 from lake.reading import spark_schema
 from schemas.codec import arrow_schema, decode, encode
@@ -185,7 +185,7 @@ def night(session: SparkSession, job: BatchJob, folder: Path) -> dict[str, list[
         lake[name] = session.createDataFrame(rows, spark_schema(schema))
     lake |= {arrived(name): lake[name] for name in job.by_arrival}
     day = date.fromisoformat(settings_of(folder)["date"])
-    return {job.name: rows_of(job, lake, registry, day, ClockSettings()).toArrow().to_pylist()}
+    return {job.name: rows_of(job, lake, registry, day, JudgeSettings()).toArrow().to_pylist()}
 
 
 def summed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from batch_jobs import discovered
 from engine.night import BatchJob, in_order, publish, silent
-from engine.settings import ClockSettings
+from engine.settings import JudgeSettings
 from lake.locks import files_replaced, report_run
 from lake.paths import glob_of, report_path, table_path
 from lake.reading import newest_registry, read_registry, registry_files
@@ -25,7 +25,7 @@ from settings import home
 DAY = datetime.date(2024, 6, 10)
 MIDNIGHT = datetime.datetime(2024, 6, 10, tzinfo=datetime.UTC)
 ROOT = Path(__file__).parents[2]
-LIMITS = ClockSettings()
+LIMITS = JudgeSettings()
 ALARM_IDS = pa.schema([TABLES["alarms"].field("alarm_id")])
 
 

@@ -447,10 +447,11 @@ def test_the_plausible_maximum_is_fuse_times_phases_times_the_highest_legal_volt
             "jurisdiction": [None, "ANSI-C84.1", "EN50160", None, None],
             "is_unlimited": [None, False, None, None, True],
             "dialect": ["dsmr-5", "pv-home", None, "london", None],
+            "default_fuse_a": [100, 100, None, None, 100],
         },
         schema={
             "phases": pl.String, "fuse_a": pl.Int64, "nominal_mv": pl.Int64, "jurisdiction": pl.String,
-            "is_unlimited": pl.Boolean, "dialect": pl.String,
+            "is_unlimited": pl.Boolean, "dialect": pl.String, "default_fuse_a": pl.Int64,
         },
     )  # fmt: skip
     assert with_limits(known)["max_w"].to_list() == [20_872, 3_491, 20_872, 83_490, None]

@@ -197,7 +197,7 @@ def test_a_forbidden_import_is_found(package: str, source: str) -> None:
 
 def test_a_stream_in_the_night_is_found() -> None:
     assert wrong_imports("engine", "night", "from engine.stream import StreamSettings")
-    assert not wrong_imports("engine", "night", "from engine.settings import ClockSettings")
+    assert not wrong_imports("engine", "night", "from engine.settings import JudgeSettings")
 
 
 @pytest.mark.parametrize("path", modules("tests"), ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -90,6 +90,7 @@ class Imported:
         intervals_s: usual step of each meter in whole seconds; null with fewer than two readings.
         refused: the first records that were left out: file, line and reason.
         registry: meter_id and what else the log knows of its meters, columns of `schemas.tables.REGISTRY`.
+        events: columns of `replay.tape.log_schema("event")`, where the log has some.
     """
 
     readings: pa.Table
@@ -99,6 +100,7 @@ class Imported:
     intervals_s: dict[str, int | None]
     refused: list[str] = field(default_factory=list)
     registry: pl.DataFrame | None = None
+    events: pa.Table | None = None
 
     @property
     def interval_s(self) -> int | None:

@@ -61,6 +61,8 @@ OBJECTS = {f"1-{channel}:{code}": quantity for channel in (0, 1) for code, quant
 
 OTHER_TARIFF = re.compile(r"1-\d+:[12]\.8\.\d+")
 """Active energy of a tariff, or by a way of counting, that a reading has no register for."""
+FAILURE_LOG = re.compile(r"1-0:99[.:]97[.:]0\(")
+FAILURE = re.compile(r"\((\d{12}[SW])\)\((\d{1,12})\*s\)")
 WITH_CRC = ("1-3:0.2.8(", "0-0:96.1.4(", "0-0:1.0.0(")
 LINE = re.compile(r"\d+-\d+:\d+[.:]\d+[.:]\d+(?:[.:*]\d+)?(?:\([^()]*\))+|(?:\([^()]*\))+|")
 """An object, the second line of an older gas object, or the blank line after the identification."""
@@ -271,6 +273,24 @@ def _check_total(found: dict[str, Any], way: str, step_wh: float) -> None:
         found[f"{way}_t1_wh"] = total
     elif total is not None and abs(total - sum(tariffs)) > step_wh * (len(tariffs) + 1):
         raise _bad(None, f"total {way} {total} Wh, and its tariffs are {sum(tariffs)} Wh")
+
+
+def power_failures(telegram: bytes) -> list[tuple[datetime, datetime]]:
+    """Begin and end of the long power failures in a telegram's failure log (1-0:99.97.0), as far as they can be read.
+
+    A telegram repeats the log of the meter's last ones; a meter whose clock was never set writes what cannot be.
+    """
+    found = []
+    for line in telegram.decode("ascii", "replace").splitlines():
+        if not FAILURE_LOG.match(line):
+            continue
+        for stamp, seconds in FAILURE.findall(line):
+            try:
+                end = _stamp(line, stamp)
+                found.append((end - timedelta(seconds=int(seconds)), end))
+            except (InvalidMessage, OverflowError):
+                continue
+    return found
 
 
 def split_telegrams(data: bytes) -> Iterator[tuple[int, bytes]]:

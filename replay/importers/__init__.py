@@ -98,7 +98,7 @@ def import_log(
     defects.update(_between_logs(done, again))
     tape = write_tape(
         folder, readings=pa.concat_tables(imported.readings for imported in done),
-        events=log_schema("event").empty_table(), registry=registry.to_arrow().cast(REGISTRY),
+        events=_events(done), registry=registry.to_arrow().cast(REGISTRY),
         format=format, source=logs[0].name if len(logs) == 1 else f"{len(logs)} logs",
         time_zone=done[0].time_zone, rows_in=rows_in, defects=+defects,
         interval_s=most_common(step for imported in done for step in imported.intervals_s.values()),
@@ -113,6 +113,12 @@ def _read(module: ModuleType, logs: list[Path], asked: Asked) -> Iterator[tuple[
         yield from ((logs[0], imported) for imported in module.read_together(logs, of_each))
     else:
         yield from ((path, module.read(path, one)) for path, one in zip(logs, of_each, strict=True))
+
+
+def _events(done: list[Imported]) -> pa.Table:
+    """All logs' events in the order of time, as a tape has them."""
+    found = [imported.events for imported in done if imported.events is not None]
+    return pa.concat_tables([log_schema("event").empty_table(), *found]).sort_by("observed_at")
 
 
 def _between_logs(done: list[Imported], meters: pl.Series) -> Counter[str]:

@@ -1,12 +1,15 @@
 """DSMR P1 telegrams one after the other, as a serial port gives them (DSMR 2.2 to 5, eMUCS, Smarty, P1 of others)."""
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from replay.log import Asked, Defect, Imported, Log, as_frame
-from replay.tape import STAMPED_BY_RUN
-from schemas.dsmr import decode_telegram, is_whole, split_telegrams
+from replay.tape import STAMPED_BY_RUN, log_schema
+from schemas.dsmr import decode_telegram, is_whole, power_failures, split_telegrams
 from schemas.errors import InvalidMessage
 
 FILES = ("*.txt", "*.txt.gz", "*.log", "*.log.gz")
@@ -21,14 +24,15 @@ def read(path: Path, asked: Asked) -> Imported:
 
     Its first record is mostly cut off, and its last may be: these are counted. The stamps carry their season, so that
     the time zone is for the reports only; its default goes by the first telegram's dialect. DSMR 2.2 and 3 have no
-    clock: `first_at` is taken for the first telegram, and ten seconds more for each one that follows.
+    clock: `first_at` is taken for the first telegram, and ten seconds more for each one that follows. Long power
+    failures of the telegrams' failure log that ended within the log become events, each once.
 
     Raises:
         BadLog: a telegram that does not decode, or half of one in the middle.
     """
     log = Log(path, asked, ZONE)
     pieces = list(split_telegrams(log.data))
-    rows = []
+    rows, failures = [], set[tuple[datetime, datetime]]()
     for index, (line, piece) in enumerate(pieces):
         log.rows_in += 1
         if not is_whole(piece):
@@ -40,13 +44,27 @@ def read(path: Path, asked: Asked) -> Imported:
         at = asked.first_at and asked.first_at + index * STEP
         try:
             rows.append(_decoded(log, piece, asked, at))
+            failures |= set(power_failures(piece))
             log.defects[Defect.NO_CLOCK] += rows[-1]["dialect"] in WITHOUT_CLOCK
         except InvalidMessage as error:
             hint = "" if at or "without a time" not in error.detail else "; --first-at gives it one"
             log.refuse(line, error.detail + hint)
     if asked.timezone is None and rows:
         log.zone = type(log.zone)(TIME_ZONES.get(rows[0]["dialect"], log.zone.key))
-    return log.close(as_frame([{name: row[name] for name in row if name not in STAMPED_BY_RUN} for row in rows]))
+    imported = log.close(as_frame([{name: row[name] for name in row if name not in STAMPED_BY_RUN} for row in rows]))
+    return replace(imported, events=_events(failures, rows))
+
+
+def _events(failures: set[tuple[datetime, datetime]], rows: list[dict[str, Any]]) -> pa.Table:
+    """Failure and return of the power failures that ended within the log, in the order of time."""
+    times = [row["observed_at"] for row in rows]
+    known = [(begin, end) for begin, end in failures if times and min(times) <= end <= max(times)]
+    moments = [(at, code) for begin, end in known for at, code in ((begin, "failed"), (end, "returned"))]
+    event = {"dialect": "dsmr", "dialect_version": "*", "source_table": "failure_log"}
+    return pa.Table.from_pylist(
+        [{**event, "meter_id": rows[0]["meter_id"], "observed_at": at, "code": code} for at, code in sorted(moments)],
+        log_schema("event"),
+    )
 
 
 def _decoded(log: Log, telegram: bytes, asked: Asked, at: datetime | None) -> dict[str, Any]:

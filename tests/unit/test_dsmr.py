@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.codec import decode, encode
-from schemas.dsmr import crc16, decode_telegram, is_whole, split_telegrams, with_crc
+from schemas.dsmr import crc16, decode_telegram, is_whole, power_failures, split_telegrams, with_crc
 from schemas.errors import InvalidMessage
 
 LOGS = Path(os.environ.get("METER_LOGS") or Path(__file__).parent.parent / "logs")
@@ -336,3 +336,11 @@ def test_a_total_is_the_first_register_where_no_tariff_counts() -> None:
     plain = "/XMX5XMXABCE000018914\r\n\r\n1-0:1.8.0(004179.186*kWh)\r\n{}0-0:1.0.0(190324150519W)\r\n!"
     for tariffs in ("", "1-0:1.8.1(000000.000*kWh)\r\n1-0:1.8.2(000000.000*kWh)\r\n"):
         assert decode_telegram(with_crc(plain.format(tariffs)), "m1")["import_t1_wh"] == 4_179_186
+
+
+def test_a_failure_log_is_read_as_far_as_it_can_be() -> None:
+    line = "1-0:99.97.0(3)(0-0:96.7.19)(190324141000W)(0000000600*s)(000101000001W)(2147583646*s)(190399000000W)(5*s)"
+    found = power_failures(with_crc(V5.removesuffix("!") + line + "\n!"))
+    assert found[0] == (datetime(2019, 3, 24, 13, 0, tzinfo=UTC), datetime(2019, 3, 24, 13, 10, tzinfo=UTC))
+    assert len(found) == 2, "a stamp that is no time is left out"
+    assert power_failures(with_crc(V5.removesuffix("!") + "1-0:99.97.0(0)(0-0:96.7.19)\n!")) == []

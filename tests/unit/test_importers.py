@@ -2,7 +2,7 @@
 
 import gzip
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 
@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metering.alarms.life_cycle import with_meaning
 from replay.fields import number
 from replay.importers import formats, import_log
 from replay.tape import read_tape
+from schemas.dsmr import with_crc
 from schemas.errors import BadLog, ConfigError
 from tests.logs_by_hand import LOGS, LONDON, OWN, PV, UCI, column, log, nem12, read
 
@@ -246,3 +248,24 @@ def test_a_fuse_that_is_none_is_the_operators_to_mend(tmp_path: Path, fuse: str)
 def test_the_time_zone_goes_by_the_dialect_unless_it_is_named() -> None:
     assert read(OWN / "p1-telegrams" / "own-be.txt", "dsmr").time_zone == "Europe/Brussels"
     assert read(OWN / "p1-telegrams" / "own-be.txt", "dsmr", timezone="UTC").time_zone == "UTC"
+
+
+def test_failures_of_a_telegrams_log_are_events_of_the_tape_each_once_where_they_lie_in_the_log(tmp_path: Path) -> None:
+    def telegram(minute: int, failures: str) -> bytes:
+        stamp = f"2405011{minute // 60}{minute % 60:02d}00S"
+        text = f"/OWN5\\TEST\n\n1-3:0.2.8(50)\n0-0:1.0.0({stamp})\n1-0:1.8.1(000001.000*kWh)\n1-0:99.97.0{failures}\n!"
+        return with_crc(text)
+
+    old, new = "(240430120000S)(0000000400*s)", "(240501103000S)(0000001200*s)"
+    pieces = [telegram(0, f"(1)(0-0:96.7.19){old}")]
+    pieces += [telegram(minute, f"(2)(0-0:96.7.19){old}{new}") for minute in (31, 32)]
+    log = tmp_path / "p1.txt"
+    log.write_bytes(b"".join(pieces))
+    tape, _ = import_log(log, "dsmr", tmp_path / "tape")
+    events = [(row["observed_at"], row["source_table"], row["code"]) for row in tape.events.to_pylist()]
+    assert events == [
+        (datetime(2024, 5, 1, 8, 10, tzinfo=UTC), "failure_log", "failed"),
+        (datetime(2024, 5, 1, 8, 30, tzinfo=UTC), "failure_log", "returned"),
+    ]
+    coded = with_meaning(pl.DataFrame(tape.events))
+    assert coded.select("alarm_type", "edge").rows() == [("power_failure", "raise"), ("power_failure", "clear")]

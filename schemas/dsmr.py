@@ -64,6 +64,8 @@ OTHER_TARIFF = re.compile(r"1-\d+:[12]\.8\.\d+")
 FAILURE_LOG = re.compile(r"1-0:99[.:]97[.:]0\(")
 FAILURE = re.compile(r"\((\d{12}[SW])\)\((\d{1,12})\*s\)")
 WITH_CRC = ("1-3:0.2.8(", "0-0:96.1.4(", "0-0:1.0.0(")
+NO_CRC = ("/ISk5\\2MIE",)
+"""Identifications of meters that have a clock and no CRC (Iskraemeco's for Ireland)."""
 LINE = re.compile(r"\d+-\d+:\d+[.:]\d+[.:]\d+(?:[.:*]\d+)?(?:\([^()]*\))+|(?:\([^()]*\))+|")
 """An object, the second line of an older gas object, or the blank line after the identification."""
 NUMBER = re.compile(r"\d{1,12}(?:\.\d{1,6})?")
@@ -190,7 +192,8 @@ def _body(telegram: bytes, check_crc: bool) -> list[str]:
                 raise _bad(None, f"CRC is {actual:04X}, the telegram says {expected:04X}")
     except ValueError as error:
         raise _bad(None, f"garbled: {error}") from error
-    if not written and check_crc and any(line.startswith(WITH_CRC) for line in lines):
+    needs_crc = any(line.startswith(WITH_CRC) for line in lines) and not lines[0].startswith(NO_CRC)
+    if not written and check_crc and needs_crc:
         raise _bad(None, "no CRC, which every telegram with a version or a clock has")
     return lines
 

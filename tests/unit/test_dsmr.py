@@ -344,3 +344,10 @@ def test_a_failure_log_is_read_as_far_as_it_can_be() -> None:
     assert found[0] == (datetime(2019, 3, 24, 13, 0, tzinfo=UTC), datetime(2019, 3, 24, 13, 10, tzinfo=UTC))
     assert len(found) == 2, "a stamp that is no time is left out"
     assert power_failures(with_crc(V5.removesuffix("!") + "1-0:99.97.0(0)(0-0:96.7.19)\n!")) == []
+
+
+def test_an_irish_meter_has_a_clock_and_no_crc() -> None:
+    irish = "/ISk5\\2MIE5X-200\r\n\r\n0-0:96.1.0(1)\r\n0-0:1.0.0(230202132747W)\r\n1-0:1.8.1(000010.181*kWh)\r\n!\r\n"
+    reading = decode_telegram(irish.encode(), "m1")
+    assert (reading["import_t1_wh"], reading["dialect"]) == (10_181, "p1")
+    assert "no CRC" in detail_of(irish.replace("MIE5", "XIE5").encode())

@@ -17,6 +17,7 @@ from schemas.closed_lists import Band, DeltaReason, VoltageEvent
 from schemas.tables import PHASES, VOLTAGE_EVENTS, VOLTAGE_WINDOWS, polars_schema
 
 WINDOW = timedelta(minutes=10)  # EN 50160 judges means over ten minutes
+SAME = 1e-9  # of sums of times that are evenly apart: rounding makes no more of it
 A_VOLTAGE_MV = 10_000  # what an unconnected terminal reads is less
 HIGHEST_PCT = 10.0  # the highest legal deviation where the jurisdiction is not known
 
@@ -232,19 +233,22 @@ def windows(samples: pl.DataFrame) -> pl.DataFrame:
         pl.when(((pl.col("live") & (1 << number)) > 0) & has_phase(phase)).then(voltage).alias(voltage)
         for number, (phase, voltage) in enumerate(zip(PHASES, VOLTAGES, strict=True))
     ]
-    wide = (
-        samples.with_columns(of_phases)
-        .sort("observed_at")
-        .group_by("meter_id", window_start=window_start())
-        .agg(
-            pl.col("nominal_mv", "jurisdiction", "run_id").last(),
-            **{
-                f"{name}_{phase}": statistic(pl.col(voltage))
-                for phase, voltage in zip(PHASES, VOLTAGES, strict=True)
-                for name, statistic in STATISTICS.items()
-            },
-        )
+    into = pl.col("observed_at").dt.epoch("us") % (WINDOW // timedelta(microseconds=1))
+    ordered = samples.with_columns(of_phases).sort("observed_at").with_columns(into_us=into.cast(pl.Float64))
+    wide = ordered.group_by("meter_id", window_start=window_start()).agg(
+        pl.col("nominal_mv", "jurisdiction", "run_id").last(),
+        rows=pl.len(),
+        first_us=pl.col("into_us").min(),
+        last_us=pl.col("into_us").max(),
+        sum_us=pl.col("into_us").sum(),
+        squares_us2=(pl.col("into_us") ** 2).sum(),
+        **{
+            f"{name}_{phase}": statistic(pl.col(voltage))
+            for phase, voltage in zip(PHASES, VOLTAGES, strict=True)
+            for name, statistic in STATISTICS.items()
+        },
     )
+    wide = _with_means_over_time(wide, ordered)
     keys = ["meter_id", "window_start", "nominal_mv", "jurisdiction", "run_id"]
     totals = pl.concat(
         [
@@ -265,6 +269,49 @@ def windows(samples: pl.DataFrame) -> pl.DataFrame:
         .cast(WINDOWS)
         .sort("meter_id", "phase", "window_start")
     )
+
+
+def _with_means_over_time(wide: pl.DataFrame, ordered: pl.DataFrame) -> pl.DataFrame:
+    """Puts the means of windows right whose samples are not evenly apart: by how long each stands.
+
+    A sample stands for half the time to each of its neighbours in the window, at the ends as long on the outer side as
+    on the inner one. So a burst counts no more than a single sample, and of evenly spaced ones it is the plain mean.
+
+    Args:
+        wide: of `windows`: a row a meter and window, with `rows`, first, last, sum and sum of squares of the samples'
+            times in the window, and of each phase sample_count and exact_mv.
+        ordered: the samples in the order of time.
+    """
+    window = ["meter_id", "window_start"]
+    first, rows = pl.col("first_us"), pl.col("rows").cast(pl.Float64)
+    step = (pl.col("last_us") - first) / pl.max_horizontal(rows - 1, 1)
+    even_sum = rows * (first + pl.col("last_us")) / 2
+    even_squares = rows * first**2 + first * step * rows * (rows - 1) + step**2 * rows * (rows - 1) * (2 * rows - 1) / 6
+    is_even = [
+        (found - even).abs() <= even * SAME
+        for found, even in ((pl.col("sum_us"), even_sum), (pl.col("squares_us2"), even_squares))
+    ]
+    is_cut = [pl.col(f"sample_count_{phase}").is_between(1, pl.col("rows") - 1) for phase in PHASES]
+    uneven = wide.filter(~pl.all_horizontal(is_even) | pl.any_horizontal(is_cut)).select(window)
+    if uneven.is_empty():
+        return wide
+    concerned = ordered.with_columns(window_start=window_start()).join(
+        uneven, on=window, how="semi", maintain_order="left"
+    )
+    for phase, voltage in zip(PHASES, VOLTAGES, strict=True):
+        gap = pl.col("observed_at").diff().dt.total_microseconds().cast(pl.Float64)
+        after = gap.shift(-1)
+        stands = gap.fill_null(after) + after.fill_null(gap)
+        mean = (pl.col(voltage) * stands).sum() / stands.sum()
+        means = (
+            concerned.drop_nulls(voltage)
+            .group_by(window)
+            .agg(over_time=pl.when(gap.min() < gap.max()).then(mean))
+            .drop_nulls("over_time")
+        )
+        exact = pl.coalesce("over_time", f"exact_mv_{phase}").alias(f"exact_mv_{phase}")
+        wide = wide.join(means, on=window, how="left", maintain_order="left").with_columns(exact).drop("over_time")
+    return wide
 
 
 def has_phase(phase: str) -> pl.Expr:

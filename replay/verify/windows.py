@@ -63,12 +63,19 @@ def made_windows(voltages: str) -> str:
 
     Meters of several runs are left out.
     """
-    return f"""SELECT meter_id, phase, time_bucket(INTERVAL 10 MINUTE, observed_at) AS window_start,
-            count(*) AS n, min(mv) AS low, max(mv) AS high, avg(mv) AS mean
+    return f"""SELECT meter_id, phase, window_start, count(*) AS n, min(mv) AS low, max(mv) AS high,
+            coalesce(sum(mv * (coalesce(gap, after) + coalesce(after, gap)))
+                / sum(coalesce(gap, after) + coalesce(after, gap)), avg(mv)) AS mean
         FROM (
-            SELECT meter_id, observed_at, upper(split_part(name, '_', 2)) AS phase, mv,
+            SELECT *, time_bucket(INTERVAL 10 MINUTE, observed_at) AS window_start,
+                CAST(epoch_us(observed_at) - epoch_us(lag(observed_at) OVER near) AS DOUBLE) AS gap,
+                CAST(epoch_us(lead(observed_at) OVER near) - epoch_us(observed_at) AS DOUBLE) AS after
+            FROM (SELECT meter_id, observed_at, upper(split_part(name, '_', 2)) AS phase, mv,
                 min(observed_at) FILTER (mv >= {A_VOLTAGE_MV}) OVER (PARTITION BY meter_id, name) AS live_since
             FROM (UNPIVOT (FROM {voltages} ANTI JOIN shared USING (meter_id) WHERE turn = 1) ON {VOLTAGE_LIST}
                 INTO NAME name VALUE mv))
-        LEFT JOIN (SELECT meter_id, phases FROM newest_registry) USING (meter_id)
-        WHERE observed_at >= live_since AND coalesce(contains(phases, phase), true) GROUP BY ALL"""
+            LEFT JOIN (SELECT meter_id, phases FROM newest_registry) USING (meter_id)
+            WHERE observed_at >= live_since AND coalesce(contains(phases, phase), true)
+            WINDOW near AS (PARTITION BY meter_id, phase, time_bucket(INTERVAL 10 MINUTE, observed_at)
+                ORDER BY observed_at))
+        GROUP BY ALL"""

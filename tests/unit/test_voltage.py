@@ -1,6 +1,7 @@
 """Voltage windows: what they hold, when they are over, and the bands."""
 
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import polars as pl
@@ -147,6 +148,34 @@ def test_a_limit_itself_is_within_the_band(
 ) -> None:
     row = sample(0, 0, mv, jurisdiction=jurisdiction, nominal_mv=nominal_mv)
     assert windows(pl.DataFrame([row], schema=SAMPLES | JUDGED_BY))["band"].to_list() == [band]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 599_999), st.integers(200_000, 260_000) | st.none()),
+        min_size=1, max_size=12, unique_by=lambda pair: pair[0],
+    ),
+)  # fmt: skip
+def test_a_mean_is_over_time_each_sample_stands_for_half_the_time_to_its_neighbours(
+    drawn: list[tuple[int, int | None]],
+) -> None:
+    rows = [sample(n, ms / 60_000, mv, voltage_l2_mv=230_000) for n, (ms, mv) in enumerate(drawn)]
+    known = sorted((ms, mv) for ms, mv in drawn if mv is not None)
+    found = windows(pl.DataFrame(rows, schema=SAMPLES | JUDGED_BY)).filter(pl.col("phase") == "L1")
+    if len(known) < 2:
+        assert found["mean_mv"].to_list() == [mv for _, mv in known]
+        return
+    gaps = [later - earlier for (earlier, _), (later, _) in pairwise(known)]
+    stands = [one + other for one, other in zip([gaps[0], *gaps], [*gaps, gaps[-1]], strict=True)]
+    mean = sum(mv * stand for (_, mv), stand in zip(known, stands, strict=True)) / sum(stands)
+    assert abs(found["mean_mv"].item() - mean) <= 0.51
+
+
+def test_a_burst_of_samples_counts_no_more_than_one_that_stands_as_long() -> None:
+    burst = [sample(n, n / 60, 250_000) for n in range(60)]
+    calm = [sample(100 + n, 1 + n, 230_000) for n in range(1, 9)]
+    (mean,) = windows(pl.DataFrame([*burst, *calm], schema=SAMPLES | JUDGED_BY))["mean_mv"].to_list()
+    assert 232_500 < mean < 234_500, "a ninth to a sixth of the time, not seven eighths of the samples"
 
 
 def test_a_phase_that_the_registry_has_not_or_that_never_had_a_voltage_has_no_window() -> None:

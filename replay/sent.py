@@ -122,7 +122,7 @@ class Run:
         truth = run_folder(self.ledger.run_id) / "truth.parquet"
         lake.execute(f"CREATE VIEW truth AS FROM read_parquet('{truth}')")
         lake.execute(
-            f"""CREATE TEMP TABLE limits AS SELECT meter_id, interval_s,
+            f"""CREATE TEMP TABLE limits AS SELECT meter_id, interval_s, wraps_wh,
                 CASE WHEN is_unlimited THEN NULL ELSE CAST(trunc(
                     coalesce(fuse_a * coalesce(len(string_split(phases, ',')), 3), {UNKNOWN_FUSE_A} * 3)
                     * coalesce(nominal_mv, 230000) / 1000

@@ -64,9 +64,9 @@ def _wrong_steps() -> str:
     """
     at = "register || ' ' || strftime(observed_at, '%Y-%m-%d %H:%M:%S')"
     wh_max = f"max_w * (epoch(observed_at) - epoch(previous_at)) / 3600 + {STEP_SLACK_WH}"
-    full = "CAST(power(10, greatest(length(CAST(previous_wh AS VARCHAR)), 6)) AS BIGINT)"
+    full = "coalesce(wraps_wh, CAST(power(10, greatest(length(CAST(previous_wh AS VARCHAR)), 6)) AS BIGINT))"
     return f"""WITH accepted AS (
-            SELECT d.*, l.max_w, l.interval_s,
+            SELECT d.*, l.max_w, l.interval_s, l.wraps_wh,
                 coalesce(lag(observed_at) OVER segment, lag(observed_at) OVER series) AS before_at,
                 coalesce(lag(wh) OVER segment, lag(wh) OVER series) AS before_wh,
                 coalesce(last_value(nullif(equipment_id, '') IGNORE NULLS) OVER segment_before,

@@ -53,7 +53,8 @@ def open_lake() -> duckdb.DuckDBPyConnection:
         _add_view(connection, table, schema, [glob_of(table_path(table)), str(table_path(table) / "*.parquet")])
     written = {path.name for path in report_path("").glob("*_v*")}
     for report in sorted({*REPORTS, *written}):
-        if _add_view(connection, report, REPORTS.get(report, pa.schema([])), [glob_of(report_path(report))]):
+        columns = pa.schema([*REPORTS.get(report, []), pa.field("date", pa.date32())])
+        if _add_view(connection, report, columns, [glob_of(report_path(report))]):
             connection.execute(f'CREATE OR REPLACE VIEW "{report.rpartition("_v")[0]}" AS FROM "{report}"')
     connection.register("newest_registry", newest_registry(registry_files()).to_arrow())
     return connection

@@ -364,6 +364,9 @@ def once(
         stack = _stack(mode, is_asked=True)
         if isinstance(stack, ContainerStack):
             sys.exit(stack.attached(service, arguments or []))
+        if service == "--help":
+            typer.echo("Usage: stack once nightly|replay ARGUMENTS; each says which: stack once nightly --help")
+            return
         module = {"nightly": "batch_jobs", "replay": "replay"}.get(service)
         if module is None:
             msg = f"no such service: {service}; there are nightly and replay"
@@ -436,6 +439,7 @@ def sql(
     import duckdb
 
     from lake.queries import open_lake
+    from lake.reading import registry_files
 
     def work() -> None:
         stack = _stack()
@@ -456,7 +460,8 @@ def sql(
                 else:
                     rows.show(max_width=console.width)
                     if not rows.limit(1).fetchall():
-                        problems.print(f"No rows in {stack.home}: METERSTREAM_HOME names another home", soft_wrap=True)
+                        hint = "" if registry_files() else ": METERSTREAM_HOME names another home"
+                        problems.print(f"No rows in {stack.home}{hint}", soft_wrap=True)
             except duckdb.Error as error:
                 msg = f"{error}\nThe lake is that of {stack.home}"
                 raise ConfigError(msg) from error

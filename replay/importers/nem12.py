@@ -216,7 +216,8 @@ def _meter_id(text: str) -> str:
 
 def _channel(record: list[str]) -> _Channel:
     suffix, serial, unit, minutes = (record[place].strip() for place in (4, 6, 7, 8))
-    length = timedelta(minutes=int(minutes)) if minutes.isascii() and minutes.isdecimal() else timedelta(0)
+    is_number = minutes.isascii() and minutes.isdecimal() and len(minutes) <= 4
+    length = timedelta(minutes=int(minutes)) if is_number else timedelta(0)
     if not timedelta(0) < length <= DAY or DAY % length:
         msg = f"field 9: no interval length: {minutes!r}, expected minutes that divide a day"
         raise ValueError(msg)

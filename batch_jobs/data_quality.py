@@ -14,7 +14,7 @@ By arrival: `quarantined…` are counted on the local day on which they came, wh
 found, and one of last month too. A record that two stages refused counts once. `dead_letters` have no sure meter: they
 are dated by the UTC day of received_at, wall time also for a replay.
 `arrived` are all readings that came on the local day, `of_other_days` those among them that their own clock dates
-elsewhere, by `furthest_s` at most: a meter whose clock is wrong is seen on the day it comes.
+elsewhere by more than an hour, and by `furthest_s` at most: a meter whose clock is wrong is seen on the day it comes.
 `missing` and `completeness_pct` compare the distinct ones with the day's true length over the expected interval, null
 where none is known. `longest_gap_s` is the longest time without a reading, from midnight to midnight.
 `max_clock_ahead_s`: the most that a reading was dated after its own arrival (a wrong clock); `max_delay_s`: the most
@@ -54,6 +54,7 @@ QUARANTINES = {
     f"quarantined_{reason.value}": reason
     for reason in (QuarantineReason.IMPOSSIBLE_CLOCK, QuarantineReason.CONFLICT, QuarantineReason.IMPLAUSIBLE)
 }
+ON_ITS_WAY_S = 3_600  # so long a reading may take over midnight
 COUNTS = ["received", "distinct_readings", "duplicate", "conflict"]
 TIMES = ["longest_gap_s", "max_clock_ahead_s", "max_delay_s"]
 DAYS = pa.schema([pa.field("meter_id", pa.string()), *[pa.field(name, pa.int64()) for name in [*COUNTS, *TIMES]]])
@@ -122,8 +123,8 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
         .agg(F.countDistinct(*place).alias("quarantined"), *by_reason)
     )
     came = with_local_day(lake[arrived("readings")], registry, date).where(is_read_in_day("arrival_at"))
-    is_other = ~is_read_in_day("observed_at")
     apart_s = F.abs(F.col("observed_at").cast("double") - F.col("arrival_at").cast("double")).cast("long")
+    is_other = ~is_read_in_day("observed_at") & (apart_s > ON_ITS_WAY_S)
     by_arrival = came.groupBy("meter_id").agg(
         F.countDistinct(*place).alias("arrived"),
         F.countDistinct(F.when(is_other, F.struct(*place))).alias("of_other_days"),

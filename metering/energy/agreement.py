@@ -75,7 +75,8 @@ def _kept(rows: list[dict[str, Any]], limits: Limits) -> set[int]:
                 has_edge, old = True, broken_at[other]
                 if old is not None and number - old > 2 * AT_MOST_OUT:
                     old = None
-                is_return = old is not None and is_edge(old, number)
+                olds = [] if old is None else [each for each in (old, before[old]) if each is not None]
+                is_return = any(is_edge(each, number) for each in olds)
                 value = worth[other] - (RETURN_PRICE if is_return else 0)
                 if value > best:
                     best, at, broken = value, other, None if is_return else old

@@ -226,11 +226,11 @@ def _unrolled_wh(before: int, value: int, limit: float | None, limits: Limits) -
     Where nobody says at what the register ends, the value before is near to a power of ten: by what flows in an hour,
     however long the silence was.
     """
-    near = UNKNOWN_LIMIT_WH if limit is None else limit
     if limits.wraps_wh:
         is_half = value < limits.wraps_wh / 2 <= before < limits.wraps_wh
         unrolled = limits.wraps_wh - before + value
-        return unrolled if is_half and value >= 0 and unrolled <= near else None
+        return unrolled if is_half and value >= 0 and (limit is None or unrolled <= limit) else None
+    near = UNKNOWN_LIMIT_WH if limit is None else limit
     nearly = limits.step_wh(max(AN_HOUR_S, limits.interval_s or 0))
     left = 10 ** max(len(str(before)), MIN_REGISTER_DIGITS) - before
     is_near = value >= 0 and left + value <= near and left <= (near if nearly is None else nearly)

@@ -63,6 +63,11 @@ class _Day:
     qualities: list[str]
     updated: str = ""
 
+    @property
+    def place(self) -> tuple[str, str, datetime]:
+        """Which day of which NMI and suffix: a version may have another length, unit or serial."""
+        return self.channel.meter_id, self.channel.suffix, self.begin
+
 
 @dataclass
 class _File:
@@ -264,12 +269,16 @@ def _values(record: list[str]) -> int | None:
     return next((place for place, field in enumerate(record[2:]) if field.strip()[:1].isalpha()), None)
 
 
-def _energy(place: int, text: str, channel: _Channel) -> int | None:
+def _number(place: int, text: str, factor: int) -> int | None:
     try:
-        energy = exact(text, channel.micro_wh)
+        return exact(text, factor)
     except ValueError as error:
         msg = f"field {place + 1}: {error}"
         raise ValueError(msg) from error
+
+
+def _energy(place: int, text: str, channel: _Channel) -> int | None:
+    energy = _number(place, text, channel.micro_wh)
     least = 0 if channel.register else -MAX_EXACT
     if energy is not None and not least <= energy < MAX_EXACT:
         msg = f"field {place + 1}: {text.strip()!r} is {'below 0' if energy < 0 else 'too much'}, expected an energy"
@@ -282,11 +291,10 @@ def _newest(log: Log, days: list[_Day]) -> list[_Day]:
 
     Of versions without one, or with the same, all stay: which of them is right nobody says.
     """
-    newest: dict[tuple[_Channel, datetime], str] = {}
+    newest: dict[tuple[str, str, datetime], str] = {}
     for day in days:
-        place = day.channel, day.begin
-        newest[place] = max(newest.get(place, ""), day.updated)
-    kept = [day for day in days if day.updated == newest[day.channel, day.begin]]
+        newest[day.place] = max(newest.get(day.place, ""), day.updated)
+    kept = [day for day in days if day.updated == newest[day.place]]
     log.defects[Defect.SUPERSEDED] += sum(len(day.energies) for day in days) - sum(len(day.energies) for day in kept)
     return kept
 
@@ -354,13 +362,13 @@ def _register_reads(
     reads = []
     for place in (8, 13):
         at = _stamp(place + 1, record[place + 1])
-        wh = exact(record[place], MICRO_WH[unit] // MICRO_WH_PER_WH)
+        wh = _number(place, record[place], MICRO_WH[unit] // MICRO_WH_PER_WH)
         if wh is None or not 0 <= wh < MAX_EXACT:
             msg = f"field {place + 1}: no register: {record[place]!r}"
             raise ValueError(msg)
         reads.append((meter_id, at, serial, register, wh))
     before, after = (wh for *_, wh in reads)
-    end = _end_of(record[8], before, after, exact(record[18], MICRO_WH[unit] // MICRO_WH_PER_WH), MICRO_WH[unit])
+    end = _end_of(record[8], before, after, _number(18, record[18], MICRO_WH[unit] // MICRO_WH_PER_WH), MICRO_WH[unit])
     if end:
         wraps.setdefault(meter_id, set()).add(end)
     for place in (8, 13):
@@ -374,9 +382,13 @@ def _end_of(text: str, before: int, after: int, quantity: int | None, micro_wh: 
     unit_wh, digits = micro_wh // MICRO_WH_PER_WH, text.strip().partition(".")[0]
     if after < before and quantity is not None:
         end, rest = divmod(before - after + quantity, unit_wh)
-        return end * unit_wh if not rest and str(end).rstrip("0") == "1" and end * unit_wh > before else None
+        if not rest and str(end).rstrip("0") == "1" and end * unit_wh > before:
+            return end * unit_wh
+        if quantity < before:  # of an exchange; a larger one is by a multiplier
+            return None
     is_padded = digits.startswith("0") and len(digits) > 1
-    return 10 ** len(digits) * unit_wh if is_padded or after < before else None
+    end = 10 ** len(digits) * unit_wh
+    return end if (is_padded or after < before) and max(before, after) < end else None
 
 
 def _stamp(place: int, text: str) -> datetime:

@@ -125,6 +125,11 @@ def test_zeros_that_a_register_without_a_limit_comes_back_from_are_no_reset() ->
     assert [reason for reason, _ in steps].count("glitch") == 2
 
 
+def test_a_value_that_is_too_high_by_what_is_plausible_and_a_zero_after_it_are_no_segment() -> None:
+    values = [*range(1_000, 2_200, 60), 5_300, 0, *range(2_320, 3_400, 60)]
+    assert total(night(*values, limits=Limits(max_w=20_000, interval_s=900, quantum_wh=1))) == 3_340 - 1_000
+
+
 def test_a_reset_goes_on_however_long() -> None:
     values = [*range(20_000, 22_000, 100), *range(0, 30_000, 100)]
     assert total(night(*values)) == 1_900 + 29_900
@@ -153,6 +158,9 @@ def test_a_register_ends_where_the_registry_says_so(judge: Judge) -> None:
     five_digits = Limits(max_w=69_000, interval_s=None, quantum_wh=1_000, wraps_wh=100_000_000)
     assert [(step["reason"], step["delta_wh"]) for step in judge(None, reads, five_digits).steps] == [
         ("first", 0), ("rollover", 1_100_000), ("ok", 1_100_000),
+    ]  # fmt: skip
+    assert [step["delta_wh"] for step in judge(None, reads, replace(five_digits, max_w=None)).steps] == [
+        0, 1_100_000, 1_100_000,
     ]  # fmt: skip
     counter = replace(LIMITS, wraps_wh=2**24)
     over = judge(None, [row(0, 2**24 - 100), row(1, 200), row(2, 250)], counter).steps

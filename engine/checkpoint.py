@@ -120,17 +120,10 @@ def query_id(checkpoint: Path) -> str:
     return str(json.loads(metadata.read_text())["id"])
 
 
-def topic_ids(checkpoint: Path) -> dict[str, str]:
-    """Kafka's ids of the topics that a job reads, as they were when it last began: a topic made anew has another."""
-    file = checkpoint / "topics"
-    found: dict[str, str] = json.loads(file.read_text()) if _has_json(file, 0, 1) else {}
+def topic_ids(checkpoint: Path, batch_id: int) -> dict[str, str]:
+    """Kafka's ids of the topics that a batch read: a topic made anew has another."""
+    found: dict[str, str] = _facts(checkpoint, batch_id).get("topicIds", {})
     return found
-
-
-def keep_topic_ids(checkpoint: Path, ids: Mapping[str, str]) -> None:
-    """Writes them, before a record is read."""
-    if topic_ids(checkpoint) != ids:
-        write(checkpoint / "topics", json.dumps(dict(ids)))
 
 
 def forget_plan(checkpoint: Path, batch_id: int) -> None:
@@ -148,7 +141,9 @@ def last_plan(checkpoint: Path) -> int | None:
     return max((int(plan.name) for plan in (checkpoint / "offsets").glob("[0-9]*")), default=None)
 
 
-def plan(checkpoint: Path, batch_id: int, starts: Offsets, ends: Offsets, at: datetime) -> None:
+def plan(
+    checkpoint: Path, batch_id: int, starts: Offsets, ends: Offsets, at: datetime, topic_ids: Mapping[str, str]
+) -> None:
     """Says what a batch takes, before it begins: the same when it is tried again.
 
     Args:
@@ -157,8 +152,11 @@ def plan(checkpoint: Path, batch_id: int, starts: Offsets, ends: Offsets, at: da
         starts: topic and partition → the first offset that it takes.
         ends: the offset that comes next after it.
         at: when it was planned.
+        topic_ids: topic → Kafka's id of it, as far as it is known.
     """
-    facts = {"batchTimestampMs": round(at.timestamp() * 1000), "startOffsets": _nested(starts)}
+    facts = {
+        "batchTimestampMs": round(at.timestamp() * 1000), "startOffsets": _nested(starts), "topicIds": dict(topic_ids)
+    }  # fmt: skip
     text = f"v1\n{json.dumps(facts)}\n{json.dumps(_nested(ends))}"
     write(checkpoint / "offsets" / str(batch_id), text)
 

@@ -50,6 +50,7 @@ class Runner:
         settings: of the streaming jobs.
         checkpoint: folder of its checkpoint.
         place: topic and partition → the offset that it takes next; what is not there it takes from the oldest on.
+        topic_ids: topic → Kafka's id of it, which the place is of; what is not there nobody knows.
     """
 
     def __init__(self, job: StreamingJob, settings: StreamSettings) -> None:
@@ -57,6 +58,7 @@ class Runner:
         self.settings = settings
         self.checkpoint = home() / "state" / "checkpoints" / f"{job.name}-v{job.version}"
         self.place: Offsets = {}
+        self.topic_ids: dict[str, str] = {}
         self._is_first = True
         self._merger: Merger | None = None
         self._before: state.Manifest = {}
@@ -89,6 +91,7 @@ class Runner:
         last = checkpoints.last_commit(self.checkpoint)
         self._last, self._is_first = (-1 if last is None else last), True
         self.place = {} if last is None else checkpoints.offsets_after(self.checkpoint, last)
+        self.topic_ids = {} if last is None else checkpoints.topic_ids(self.checkpoint, last)
         self._before = {} if last is None else self._left_by(last)
         self._clocks = {}
         for source in self.job.sources:
@@ -130,7 +133,7 @@ class Runner:
             taken = [each for each in ranges if each.topic in self.topics]
             starts = self.place | {(each.topic, each.partition): each.start_offset for each in taken}
             ends = starts | {(each.topic, each.partition): each.end_offset for each in taken}
-            checkpoints.plan(self.checkpoint, number, starts, ends, at)
+            checkpoints.plan(self.checkpoint, number, starts, ends, at, self.topic_ids)
         return self._plan(f"{number:08d}", registry)
 
     def _undo_flush(self, number: int) -> None:

@@ -20,7 +20,6 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
-from engine import checkpoint as checkpoints
 from engine import metrics
 from engine.batch import BatchPlan
 from engine.checkpoint import (
@@ -111,7 +110,7 @@ class Stream:
         """
         for runner in self.runners:
             metrics.alive(runner.job.name, self._alive)
-            known = checkpoints.topic_ids(runner.checkpoint)
+            known = runner.topic_ids
             made_anew = {topic for topic, name in topic_ids.items() if known.get(topic, name) != name}
             left = runner.unfinished()
             if made_anew & {each.topic for each in left}:
@@ -120,7 +119,7 @@ class Stream:
             elif left:
                 self._batch([runner], left, datetime.now(UTC))
             runner.place = self._begin(runner, oldest, newest, made_anew)
-            checkpoints.keep_topic_ids(runner.checkpoint, {**known, **topic_ids})
+            runner.topic_ids = {**known, **topic_ids}
         furthest: Offsets = {}
         for runner in self.runners:
             furthest |= {at: max(offset, furthest.get(at, 0)) for at, offset in runner.place.items()}
@@ -207,6 +206,7 @@ class Stream:
         for runner in self.runners if made_anew else []:
             log.warning("records are gone", job=runner.job.name, made_anew=sorted(made_anew))
             runner.place = {at: 0 if at[0] in made_anew else offset for at, offset in runner.place.items()}
+            runner.topic_ids = {topic: name for topic, name in runner.topic_ids.items() if topic not in made_anew}
 
     def process(self, ends: Offsets, at: datetime) -> int:
         """Does a micro-batch, in batches of at most so many records a topic. Returns how many records came.

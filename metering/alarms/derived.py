@@ -8,7 +8,7 @@ several intervals, on the arrival clock of its run. A condition that holds on ra
 Alarms).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import polars as pl
 from metering.accounting import verdicts
 from metering.alarms.life_cycle import ALARMS, alarm_id
 from metering.clocks import STAMP, watermark_of
-from metering.energy.delta_engine import FUSE_FACTOR, SUMMED, fuses_w
+from metering.energy.delta_engine import FUSE_FACTOR, QUANTA_WH, SUMMED, fuses_w
 from metering.voltage.windows import VOLTAGES, has_phase, has_voltage, with_rules
 from schemas.closed_lists import AlarmSource, AlarmState, DeltaReason, Severity
 from schemas.tables import EXPORTS, PHASES
@@ -25,7 +25,8 @@ from schemas.tables import EXPORTS, PHASES
 HYSTERESIS_PCT = 1.0
 LOAD_HYSTERESIS = 0.95  # of the limit: below it the load is back
 SHORTEST = timedelta(minutes=1)
-QUIET = timedelta(minutes=15)  # a register in steps of 1 Wh stands still for minutes while little is exported
+QUIET_S = 900  # a register in steps of 1 Wh stands still for minutes while little is exported
+LEAST_EXPORT_W = 50  # a coarser one for as long as this takes for a step
 SILENT_INTERVALS = 4
 SILENT_AT_LEAST = timedelta(minutes=15)
 LOADS = ["import_w", *[f"import_{phase.lower()}_w" for phase in PHASES]]
@@ -72,14 +73,14 @@ class Condition:
         is_out: the condition holds.
         is_back: it holds no longer; between the two it stays as it was.
         shortest: how long it holds before the alarm is raised.
-        quiet: how long it has not held before it is over.
+        quiet_s: for how many seconds it has not held before it is over.
     """
 
     severity: Severity
     is_out: pl.Expr
     is_back: pl.Expr
     shortest: timedelta = timedelta()
-    quiet: timedelta = timedelta()
+    quiet_s: pl.Expr = field(default_factory=lambda: pl.lit(0))
 
 
 class DerivedAlarms(NamedTuple):
@@ -104,17 +105,21 @@ def conditions() -> dict[str, Condition]:
     for phase, voltage in zip(PHASES, VOLTAGES, strict=True):
         deviation = ((pl.col(voltage) - pl.col("nominal_mv")) / pl.col("nominal_mv") * 100).round(9)
         low, high = pl.col("low_pct"), pl.col("high_pct")
+        is_judged = has_phase(phase) & low.is_not_null() & pl.col("nominal_mv").is_not_null()  # else nothing is out
         held[f"voltage_low_{phase.lower()}"] = Condition(
-            Severity.CAUTION, deviation < low, deviation >= low + HYSTERESIS_PCT, SHORTEST
+            Severity.CAUTION, deviation < low, (deviation >= low + HYSTERESIS_PCT) | ~is_judged, SHORTEST
         )
         held[f"voltage_high_{phase.lower()}"] = Condition(
-            Severity.CAUTION, deviation > high, deviation <= high - HYSTERESIS_PCT, SHORTEST
+            Severity.CAUTION, deviation > high, (deviation <= high - HYSTERESIS_PCT) | ~is_judged, SHORTEST
         )
     load, limit = pl.col("load_w"), pl.col("max_w") * FUSE_FACTOR
-    held["implausible_load"] = Condition(Severity.CAUTION, load > limit, load <= limit * LOAD_HYSTERESIS, SHORTEST)
+    is_back = (load <= limit * LOAD_HYSTERESIS) | limit.is_null()
+    held["implausible_load"] = Condition(Severity.CAUTION, load > limit, is_back, SHORTEST)
     exported = pl.col("exported_wh")
     is_reverse = ~pl.col("is_generator") & (exported > 0)
-    held["reverse_energy"] = Condition(Severity.CAUTION, is_reverse, exported <= 0, quiet=QUIET)
+    quantum_wh = pl.col("dialect").replace_strict(QUANTA_WH, default=1, return_dtype=pl.Int64)
+    quiet_s = pl.max_horizontal(pl.lit(QUIET_S), quantum_wh * 3_600 // LEAST_EXPORT_W)
+    held["reverse_energy"] = Condition(Severity.CAUTION, is_reverse, exported <= 0, quiet_s=quiet_s)
     return held
 
 
@@ -251,12 +256,12 @@ def _held(rows: pl.DataFrame, levels: pl.DataFrame) -> tuple[pl.DataFrame, list[
         concerned = pl.concat([holding, rows.get_column("meter_id").filter(is_out)]).unique()
         measured = rows.with_columns(is_out).filter(pl.col("meter_id").is_in(concerned.implode())).select(
             "meter_id", "observed_at", "arrival_at", "run_id",
-            is_out=alarm_type, is_back=condition.is_back.fill_null(False),
+            is_out=alarm_type, is_back=condition.is_back.fill_null(False), quiet_s=condition.quiet_s,
         )  # fmt: skip
         for row in measured.iter_rows(named=True):
             key = (row["meter_id"], alarm_type)
             level = state.get(key)
-            if level and row["is_back"] and row["observed_at"] - level["held_at"] < condition.quiet:
+            if level and row["is_back"] and (row["observed_at"] - level["held_at"]).total_seconds() < row["quiet_s"]:
                 continue
             if row["is_back"]:
                 if level and level["is_open"]:
@@ -325,32 +330,37 @@ def _silence(
     A meter is silent from when it is due until its next arrival, whether that comes in the same batch or in a later
     one; in the last batch so far it is where the watermark says that nothing earlier can come.
     """
+    run = pl.col("run_id")
+    is_of_last_run = (
+        run.rle_id() == run.rle_id().last() if readings.get_column("run_id").n_unique() > 1 else pl.lit(True)
+    )
     heard = readings.group_by("meter_id").agg(
-        heard_at=pl.col("arrival_at").min(),
-        newest_heard_at=pl.col("arrival_at").max(),
-        heard_run=pl.col("run_id").sort_by("arrival_at").last(),
+        earliest_at=pl.col("arrival_at").min(),
+        latest_at=pl.col("arrival_at").max(),
+        newest_heard_at=pl.col("arrival_at").filter(is_of_last_run).max(),
+        heard_run=run.last(),
     )
     limit = pl.max_horizontal(pl.duration(seconds=pl.col("interval_s") * SILENT_INTERVALS), pl.lit(SILENT_AT_LEAST))
     limits = registry.select("meter_id", limit=pl.when(pl.col("interval_s").is_not_null()).then(limit))
+    is_heard = pl.col("earliest_at").is_not_null()
+    is_same_run = pl.col("heard_run").eq_missing(pl.col("run_id")) & pl.col("arrival_at").is_not_null()
     known = (
         newest.join(heard, on="meter_id", how="left", maintain_order="left")
         .join(limits, on="meter_id", how="left", maintain_order="left")
         .with_columns(
-            silence_at=pl.when(pl.col("heard_at").is_not_null()).then("silent_at"),
-            silent_at=pl.when(pl.col("heard_at").is_null()).then("silent_at"),
+            silence_at=pl.when(is_heard).then("silent_at"),
+            silent_at=pl.when(~is_heard).then("silent_at"),
             arrival_before="arrival_at",
             run_before="run_id",
-        )
-        .with_columns(
-            run_id=pl.when(
-                pl.col("arrival_at").is_null() | (pl.col("newest_heard_at") >= pl.col("arrival_at"))
-            ).then("heard_run").otherwise("run_id"),
-            arrival_at=pl.max_horizontal("arrival_at", "newest_heard_at"),
+            arrival_at=pl.when(is_heard & ~is_same_run)
+            .then("newest_heard_at")
+            .otherwise(pl.max_horizontal("arrival_at", "newest_heard_at")),
+            run_id=pl.when(is_heard).then("heard_run").otherwise("run_id"),
         )
         .with_columns(due_at=pl.col("arrival_at") + pl.col("limit"))
-    )  # fmt: skip
-    is_long = pl.col("newest_heard_at") - pl.min_horizontal("arrival_before", "heard_at") > pl.col("limit")
-    spanning = known.filter(pl.col("heard_at").is_not_null() & (is_long | pl.col("silence_at").is_not_null()))
+    )
+    is_long = pl.col("latest_at") - pl.min_horizontal("arrival_before", "earliest_at") > pl.col("limit")
+    spanning = known.filter(is_heard & (is_long | pl.col("silence_at").is_not_null()))
     is_new = is_silent(watermarks)
     changes: list[dict[str, Any]] = []
     for silence in _silences(spanning, readings).iter_rows(named=True):
@@ -366,20 +376,27 @@ def _silence(
 
 
 def _silences(meters: pl.DataFrame, readings: pl.DataFrame) -> pl.DataFrame:
-    """Silences that ended with an arrival of this batch: meter_id, run_id, since_at, arrival_at, is_new."""
-    before = meters.select("meter_id", run_id="run_before", arrival_at="arrival_before", is_before=pl.lit(True))
-    arrivals = readings.join(meters.select("meter_id"), on="meter_id", how="semi").select(
-        "meter_id", "run_id", "arrival_at", is_before=pl.lit(False)
+    """Silences that ended with an arrival of this batch: meter_id, run_id, since_at, arrival_at, is_new.
+
+    In the order in which Kafka has the records; from one run to another no time passes: each has a clock of its own.
+    """
+    before = meters.select(
+        "meter_id",
+        run_id="run_before",
+        arrival_at="arrival_before",
+        offset=pl.lit(-1, pl.Int64),
+        is_before=pl.lit(True),
     )
-    since = meters.select("meter_id", "limit", "silence_at")
+    arrivals = readings.join(meters.select("meter_id"), on="meter_id", how="semi").select(
+        "meter_id", "run_id", "arrival_at", "offset", is_before=pl.lit(False)
+    )
     between = (
         pl.concat([before.drop_nulls("arrival_at"), arrivals])
-        .sort("meter_id", "arrival_at", "is_before", descending=[False, False, True])
-        .join(since, on="meter_id", how="left", maintain_order="left")
+        .sort("meter_id", "offset")
+        .join(meters.select("meter_id", "limit", "silence_at"), on="meter_id", how="left", maintain_order="left")
+        .with_columns(spell=pl.struct("meter_id", "run_id").rle_id())
         .with_columns(
-            since_at=pl.when(pl.col("run_id").eq_missing(pl.col("run_id").shift(1)))
-            .then(pl.col("arrival_at").shift(1) + pl.col("limit"))
-            .over("meter_id"),
+            since_at=pl.col("arrival_at").cum_max().shift(1).over("spell") + pl.col("limit"),
             is_first=pl.col("is_before").shift(1).over("meter_id").fill_null(False),
         )
     )

@@ -263,6 +263,19 @@ def test_a_topic_that_was_made_anew_and_outgrew_the_old_one_is_not_read_from_its
     take(None, feed, Runner(job, SETTINGS), topic_id="another")
 
 
+def test_a_loss_that_was_accepted_and_of_which_nothing_was_read_yet_is_no_accepted_one(home: Path) -> None:
+    job, feed = readings_lake.JOB, Feed()
+    feed.add(*batches()[:2])
+    take(None, feed, Runner(job, SETTINGS))
+    accepting = Runner(job, SETTINGS.model_copy(update={"accept_loss": True}))
+    accepting.resume()
+    nothing = dict.fromkeys(feed.ends[-1], 0)
+    Stream(None, [accepting], feed.fetch).catch_up(nothing, nothing, {READINGS.name: "another"})  # empty, and stopped
+    feed.add(batches()[2])
+    with pytest.raises(StateLost, match="of a topic that was made anew"):
+        take(None, feed, Runner(job, SETTINGS), topic_id="another")
+
+
 @pytest.mark.parametrize("gone", ["all", "offsets and commits"])
 def test_a_checkpoint_that_is_gone_beside_its_state_is_told(home: Path, gone: str) -> None:
     job, feed, done = consumption_deltas.JOB, Feed(), Runner(consumption_deltas.JOB, SETTINGS)

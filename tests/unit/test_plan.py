@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint import offsets_after, plan, planned, planned_at
+from engine.checkpoint import offsets_after, plan, planned, planned_at, topic_ids
 from engine.stream import bounded, require_same_partitions
 from kafka_io.ranges import Range
 from schemas.errors import StateLost
@@ -13,8 +13,9 @@ from schemas.errors import StateLost
 
 def test_a_plan_is_what_a_batch_takes_and_where_it_ends(tmp_path: Path) -> None:
     at = datetime(2024, 3, 31, tzinfo=UTC)
-    plan(tmp_path, 0, {("t", 0): 5, ("t", 1): 0}, {("t", 0): 9, ("t", 1): 0}, at)
-    plan(tmp_path, 1, {("t", 0): 9, ("t", 1): 0}, {("t", 0): 12, ("t", 1): 3, ("u", 2): 4}, at)
+    plan(tmp_path, 0, {("t", 0): 5, ("t", 1): 0}, {("t", 0): 9, ("t", 1): 0}, at, {"t": "id"})
+    plan(tmp_path, 1, {("t", 0): 9, ("t", 1): 0}, {("t", 0): 12, ("t", 1): 3, ("u", 2): 4}, at, {})
+    assert (topic_ids(tmp_path, 0), topic_ids(tmp_path, 1)) == ({"t": "id"}, {})
     assert planned(tmp_path, 0) == [Range("t", 0, 5, 9)]
     assert planned(tmp_path, 1) == [Range("t", 0, 9, 12), Range("t", 1, 0, 3), Range("u", 2, 0, 4)]
     assert offsets_after(tmp_path, 1) == {("t", 0): 12, ("t", 1): 3, ("u", 2): 4}

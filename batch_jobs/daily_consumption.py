@@ -105,7 +105,8 @@ def days(readings: pl.DataFrame) -> pl.DataFrame:
         spans.append(pl.coalesce("previous_wh", "wh").filter(mine).first().alias(f"{register}_from_wh"))
         spans.append(pl.col("wh").filter(mine).last().alias(f"{register}_to_wh"))
     crosses = (reason == DeltaReason.GAP.value) & (pl.col("previous_at") < pl.col("day_start"))
-    is_lost = (reason == DeltaReason.GAP.value) & pl.col("is_summed")
+    span = at - pl.col("previous_at")  # channels of one meter may have other lengths
+    is_lost = pl.col("is_summed") & (span > GAP_FACTOR * span.median().over("meter_id", "register"))
     wrong = [DeltaReason.RESET, DeltaReason.METER_EXCHANGE, DeltaReason.GLITCH, DeltaReason.CONFLICT]
     breaks = is_first | crosses | is_lost | reason.is_in([each.value for each in wrong])
     left_s = (pl.col("day_end").first() - at.filter(is_accepted).max()).dt.total_seconds()
@@ -156,9 +157,15 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
         (F.col("observed_at") > evening) & (F.col("observed_at") <= morning)
     )
     older = _last_of_each_day(readings.where(F.col("observed_at") <= evening))
-    known = older.select("meter_id").distinct()
+    known = older.groupBy("meter_id").agg(*[F.max(name).isNotNull().alias(f"has_{name}") for name in REGISTERS_WH])
     oldest = with_local_day(_from_long_ago(lake["consumption_deltas"]), registry, date, *KNOWN)
-    long_ago = oldest.where(F.col("observed_at") <= F.col("day_start") - edge).join(known, "meter_id", "left_anti")
+    unknown = {name: F.when(~F.coalesce(f"has_{name}", F.lit(False)), F.col(name)) for name in REGISTERS_WH}
+    long_ago = (
+        oldest.where(F.col("observed_at") <= F.col("day_start") - edge)
+        .join(known, "meter_id", "left")
+        .withColumns(unknown)
+        .where(F.coalesce(*REGISTERS_WH).isNotNull())
+    )
     results = per_shard(near.unionByName(older).unionByName(long_ago.select(*near.columns)), days, DAYS)
     imports, exports = _sum(tables.IMPORTS), _sum(tables.EXPORTS)
     is_known = F.coalesce(*REGISTERS_WH).isNotNull()
@@ -197,12 +204,14 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
 
 
 def _last_of_each_day(readings: DataFrame) -> DataFrame:
-    """The last reading with a register per meter and UTC day: enough for a baseline, also where one of them is wild."""
+    """The last reading with each register per meter and UTC day: enough for a baseline, also where one is wild."""
     newest = F.struct("observed_at", -F.col("partition"), -F.col("offset"))  # of duplicates the first received
+    last = [F.max_by(F.struct(*readings.columns), F.when(F.col(name).isNotNull(), newest)) for name in REGISTERS_WH]
     return (
         readings.where(F.coalesce(*REGISTERS_WH).isNotNull())
         .groupBy("meter_id", F.to_date("observed_at"))
-        .agg(F.max_by(F.struct(*readings.columns), newest).alias("last"))
+        .agg(F.array_distinct(F.array_compact(F.array(*last))).alias("last"))
+        .select(F.explode("last").alias("last"))
         .select("last.*")
     )
 

@@ -11,13 +11,13 @@ from typing import Any
 from metering.energy.walk import Limits, Walked, begin_of, begun, gone_on, step_between, step_of
 from schemas.closed_lists import DeltaReason
 
-AT_MOST_OUT = 16
+AT_MOST_OUT = 32
 """Readings that may be left out in a row, before what comes then must be another segment."""
 BREAK_PRICE = 1.5
 """Readings that the begin of a segment is worth: two that agree with each other begin one, one alone does not."""
 NAMED_PRICE = 0.75
 """The same where the equipment is another by its name: one reading is enough."""
-RETURN_PRICE = 9.0
+RETURN_PRICE = 33.0
 """The same where the reading follows from one before those that it does not follow from: they are wild rather. So is a
 segment from which a reading goes on that follows from the one before the segment, too."""
 

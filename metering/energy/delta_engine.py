@@ -15,7 +15,7 @@ import polars as pl
 
 from metering.accounting import BUCKETS
 from metering.deduplication import FIRST
-from metering.energy.walk import GAP_FACTOR, HELD, Judge, Limits, walk
+from metering.energy.walk import COARSE_WH, GAP_FACTOR, HELD, Judge, Limits, walk
 from metering.voltage.windows import highest_pct
 from schemas.closed_lists import DeltaReason
 from schemas.tables import CONFLICTS, CONSUMPTION_DELTAS, REGISTERS, polars_schema
@@ -147,7 +147,11 @@ def steps(readings: pl.DataFrame, baseline: pl.DataFrame, judge: Judge = walk) -
         )
         .with_columns(span_s=(at - pl.col("before_at")).dt.total_microseconds() / 1e6)
     )
-    too_much = (wh - pl.col("before_wh")) > pl.col("max_w") * pl.col("span_s") / 3600 + pl.col("quantum_wh")
+    coarse = pl.lit(1)
+    for step in reversed(COARSE_WH[:-1]):  # as `coarseness_wh`
+        coarse = pl.when((wh % step == 0) & (pl.col("before_wh") % step == 0)).then(step).otherwise(coarse)
+    quantum = pl.max_horizontal("quantum_wh", coarse)
+    too_much = (wh - pl.col("before_wh")) > pl.col("max_w") * pl.col("span_s") / 3600 + quantum
     plain = (
         pl.col("before_at").is_null()
         | (

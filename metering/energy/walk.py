@@ -16,6 +16,7 @@ GAP_FACTOR = 1.5  # a span of one and a half expected intervals has lost a readi
 UNKNOWN_LIMIT_WH = 1_000  # so near to 0 is near in any case; to a rollover, where there is no limit
 AN_HOUR_S = 3_600  # near to a register's begin or end is what flows in an hour, however long the silence was
 MIN_REGISTER_DIGITS = 6  # no register in Wh is smaller than 1,000 kWh
+COARSE_WH = (1_000, 100, 10, 1)  # registers count in whole kWh, tenths, hundredths or single Wh
 HELD = ["held_at", "held_wh", "held_equipment", "held_run", "held_segment"]
 
 
@@ -35,9 +36,14 @@ class Limits:
     quantum_wh: int
     wraps_wh: int | None = None
 
-    def step_wh(self, span_s: float) -> float | None:
-        """The largest plausible step over a span, Wh."""
-        return None if self.max_w is None else self.max_w * span_s / 3600 + self.quantum_wh
+    def step_wh(self, span_s: float, quantum_wh: int = 1) -> float | None:
+        """The largest plausible step over a span, Wh; of a register in coarser steps than is known of it, too."""
+        return None if self.max_w is None else self.max_w * span_s / 3600 + max(self.quantum_wh, quantum_wh)
+
+
+def coarseness_wh(*values: int) -> int:
+    """The coarsest step of a register, 1 Wh to 1 kWh, that both values can be of."""
+    return next(step for step in COARSE_WH if not any(value % step for value in values))
 
 
 def segment_id(meter_id: str, register: str, start: datetime) -> str:
@@ -208,7 +214,7 @@ def step_between(last: dict[str, Any], row: dict[str, Any], limits: Limits) -> t
     """Reason and energy of a step forward in time; None where the value does not follow."""
     span_s = (row["observed_at"] - last["previous_at"]).total_seconds()
     before, value = last["previous_wh"], row["wh"]
-    limit = limits.step_wh(span_s)
+    limit = limits.step_wh(span_s, coarseness_wh(before, value))
     if row["equipment_id"] and last["equipment_id"] and row["equipment_id"] != last["equipment_id"]:
         return DeltaReason.METER_EXCHANGE, 0
     if value >= before:
@@ -227,9 +233,9 @@ def _unrolled_wh(before: int, value: int, limit: float | None, limits: Limits) -
     however long the silence was.
     """
     if limits.wraps_wh:
-        is_half = value < limits.wraps_wh / 2 <= before < limits.wraps_wh
+        is_over = value < limits.wraps_wh / 4 and limits.wraps_wh * 3 / 4 <= before < limits.wraps_wh
         unrolled = limits.wraps_wh - before + value
-        return unrolled if is_half and value >= 0 and (limit is None or unrolled <= limit) else None
+        return unrolled if is_over and value >= 0 and (limit is None or unrolled <= limit) else None
     near = UNKNOWN_LIMIT_WH if limit is None else limit
     nearly = limits.step_wh(max(AN_HOUR_S, limits.interval_s or 0))
     left = 10 ** max(len(str(before)), MIN_REGISTER_DIGITS) - before

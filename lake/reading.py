@@ -77,6 +77,12 @@ def newest_registry(files: RegistryFiles) -> pl.DataFrame:
         raise
 
 
+def all_registered(meter_ids: pl.Series) -> pl.DataFrame:
+    """All rows of each of these meters as they were registered, with the `file` that has them, the newest first."""
+    rows = _registry(registry_files(), with_file=True).filter(is_among(meter_ids)).collect()
+    return rows.sort("meter_id", "valid_from", descending=[False, True], nulls_last=[True, True], maintain_order=True)
+
+
 def registered(meter_ids: pl.Series) -> pl.DataFrame:
     """The newest row of each of these meters as it was registered, with the `file` that has it."""
     return newest(_registry(registry_files(), with_file=True).filter(is_among(meter_ids)).collect())

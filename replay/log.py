@@ -30,6 +30,7 @@ GAP_FACTOR = 1.5  # as the delta engine: a step of one and a half usual ones has
 USUAL_SHARE = 0.1  # of a meter's steps, and
 USUAL_COUNT = 10  # steps: so many make a second length usual too
 BIN = 0.1  # steps that differ by less are of one length: clocks and senders jitter
+AT_THE_END = 101  # steps, of which the last usual length is taken
 AROUND = 1001  # steps, in which a length is frequent or is not
 
 
@@ -53,6 +54,7 @@ class Defect(StrEnum):
     SUBSTITUTED = "substituted"
     ESTIMATED = "estimated"
     SUPERSEDED = "superseded"
+    OTHER_SUM = "other_sum"
     NO_CLOCK = "no_clock"
     SAME_METER_AGAIN = "same_meter_again"
     AMBIGUOUS_LOCAL_TIME = "ambiguous_local_time"
@@ -304,7 +306,10 @@ def fields_of(lines: Iterable[str], delimiter: str = ",") -> Iterator[tuple[int,
         try:
             yield number, next(csv.reader([line], delimiter=delimiter, strict=True), [])
         except csv.Error as error:
-            yield number, error
+            yield (
+                number,
+                csv.Error("a quotation mark that does not enclose a whole field") if '"' in str(error) else error,
+            )
 
 
 def look_at_times(readings: pl.DataFrame, defects: Counter[str]) -> dict[str, int | None]:
@@ -318,7 +323,8 @@ def look_at_times(readings: pl.DataFrame, defects: Counter[str]) -> dict[str, in
         step = own.get_column("observed_at").diff().dt.total_microseconds().drop_nulls() / 1e6
         usual = _usual_steps_s(step.filter(step > 0).round(0).cast(pl.Int64).clip(1))
         local = _usual_where_it_lies(step, usual)
-        intervals_s[str(meter_id)] = int(local[-1]) if usual else None
+        at_the_end = _usual_where_it_lies(step.tail(AT_THE_END), usual)
+        intervals_s[str(meter_id)] = int(at_the_end[-1]) if usual else None
         defects[Defect.BACKWARD_STEP] += int((step < 0).sum())
         if usual:
             is_long = step > GAP_FACTOR * local

@@ -132,7 +132,7 @@ def _stamp(line: str, value: str) -> datetime:
     try:
         return datetime(2000 + year, month, day, hour, minute, second, tzinfo=SEASONS[match[7]]).astimezone(UTC)
     except ValueError as error:
-        raise _bad(line, str(error)) from error
+        raise _bad(line, "no such time") from error
 
 
 def _equipment(value: str) -> str:
@@ -216,7 +216,6 @@ def decode_telegram(
     is_fine = any("*255(" in line for line in lines)
     found: dict[str, Any] = {}
     power = ""
-    steps_wh = [1.0]  # of its registers: what each is cut to
     for line in lines:
         code, opened, rest = line.partition("(")
         known = OBJECTS.get(code)
@@ -248,34 +247,42 @@ def decode_telegram(
             value = _number(line, text, unit, is_fine)
         if field == "import_w":
             power = text
-        if unit == "Wh":
-            number, _, written = text.partition("*")
-            steps_wh.append(UNITS[unit][written.lower()] / 10 ** len(number.partition(".")[2]))
         for name, each in (_signed(field, value) if is_fine and isinstance(value, int) else {field: value}).items():
             if found.setdefault(name, each) != each:
                 raise _bad(None, f"{name} twice, {found[name]} and {each}")
-    dialect = "iec62056-21" if is_fine else _dialect(found, identification, power)
+    of_lines = _dialect(found, identification, power)
+    dialect = "iec62056-21" if is_fine and of_lines in ("p1", "dsmr-3", "dsmr-2.2") else of_lines
     for way in ("import", "export"):
-        _check_total(found, way, max(steps_wh))
+        _take_total(found, way)
     if found.setdefault("observed_at", clock) is None:
         raise _bad(None, f"{dialect} telegram without a time (0-0:1.0.0)")
     return {**_nothing(), **found, "meter_id": meter_id, "dialect": dialect}
 
 
-def _check_total(found: dict[str, Any], way: str, step_wh: float) -> None:
-    """Takes a total for the first register where no tariff has counted; else it is a check of them.
-
-    Args:
-        found: fields so far.
-        way: `import` or `export`.
-        step_wh: what each register is cut to.
-    """
+def _take_total(found: dict[str, Any], way: str) -> None:
+    """Takes a total for the first register where no tariff has counted."""
     total = found.pop(f"{way}_wh", None)
-    tariffs = [found[name] for tariff in TARIFFS if (name := f"{way}_t{tariff}_wh") in found]
-    if total is not None and not any(tariffs):
+    if total is not None and not any(found.get(f"{way}_t{tariff}_wh") for tariff in TARIFFS):
         found[f"{way}_t1_wh"] = total
-    elif total is not None and abs(total - sum(tariffs)) > step_wh * (len(tariffs) + 1):
-        raise _bad(None, f"total {way} {total} Wh, and its tariffs are {sum(tariffs)} Wh")
+
+
+def beyond_tariffs_wh(telegram: bytes, reading: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Way → by how much its total exceeds the tariffs, and what each is cut to, Wh; where both are there.
+
+    A total has counted since the meter was made, a tariff since it is used: the difference need not be 0, but where it
+    grows energy flows that no tariff shows.
+    """
+    found = {}
+    for code, way in (("1", "import"), ("2", "export")):
+        match = re.search(
+            rf"1-[01]:{code}\.8\.0(?:\*255)?\((\d+)(?:\.(\d+))?\*(k?)Wh\)", telegram.decode("ascii", "replace")
+        )
+        tariffs = [wh for tariff in TARIFFS if (wh := reading[f"{way}_t{tariff}_wh"]) is not None]
+        if match and any(tariffs):
+            whole, part, kilo = match[1], match[2] or "", match[3]
+            step = (1000 if kilo else 1) / 10 ** len(part)
+            found[way] = int(int(whole + part) * step) - sum(tariffs), max(1, int(step)) * (len(tariffs) + 1)
+    return found
 
 
 def power_failures(telegram: bytes) -> list[tuple[datetime, datetime]]:
@@ -299,6 +306,7 @@ def power_failures(telegram: bytes) -> list[tuple[datetime, datetime]]:
 def split_telegrams(data: bytes) -> Iterator[tuple[int, bytes]]:
     """(number of its first line from 1, bytes) of each telegram in a log, and of each fragment (see `is_whole`)."""
     start, lines = 1, list[bytes]()
+    data = data.translate(None, b"\0\x1a")  # some ports send a NUL between telegrams, some systems end a file with a ^Z
     for number, match in enumerate(LOG_LINE.finditer(data), 1):
         line = match.group()
         if line.startswith(b"/") or not lines:

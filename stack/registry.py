@@ -21,7 +21,7 @@ from rich.console import Console
 
 from lake.paths import table_path
 from lake.publishing import written
-from lake.reading import registered
+from lake.reading import all_registered
 from metering.registry import MOST
 from metering.voltage.windows import JURISDICTIONS
 from schemas.errors import ConfigError, exits
@@ -29,6 +29,8 @@ from schemas.tables import PHASES, REGISTRY, polars_schema
 from schemas.topics import METER_ID
 
 UNKNOWN = "null"
+FIRST = datetime(1, 1, 1, tzinfo=UTC)
+LEAST = {"nominal_mv": 10_000}  # less is in volts
 NAMED = 5  # wrong fields that are named; the others are counted
 ROWS = polars_schema(REGISTRY)
 app = typer.Typer(help="What the registry knows of meters.", no_args_is_help=True, add_completion=False)
@@ -61,27 +63,35 @@ def correct(file: Path, today: date) -> Corrected:
         ConfigError: a field is wrong: file, line, column, found, expected; nothing was taken.
     """
     given = _rows(file)
-    known = registered(pl.Series("meter_id", [row["meter_id"] for _, row in given], pl.String))
-    before = {row["meter_id"]: row for row in known.iter_rows(named=True)}
+    known = all_registered(pl.Series("meter_id", [row["meter_id"] for _, row in given], pl.String))
+    of_meter: dict[str, list[dict[str, Any]]] = {}
+    for row in known.iter_rows(named=True):  # the newest first
+        of_meter.setdefault(row["meter_id"], []).append({**row, "key": _key(row)})
     new: list[dict[str, Any]] = []
     replaced: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
     counts = {"corrected": 0, "dated": 0, "added": 0}
     for _, row in given:
-        old = before.get(row["meter_id"])
-        nothing = dict.fromkeys(ROWS, None)
-        whole = {name: row.get(name, (old or nothing)[name]) for name in ROWS}
-        if old is None:
-            whole["usage_point_id"] = whole["usage_point_id"] or row["meter_id"]
-            counts["added"] += 1
+        rows = of_meter.setdefault(row["meter_id"], [])
+        since = row.get("valid_from")
+        same = next((each for each in rows if since in (None, each["valid_from"])), None)
+        older = [each for each in rows if since and each["valid_from"] and each["valid_from"] < since]
+        before = same or next(iter([*older, *rows]), None) or dict.fromkeys(ROWS)
+        whole = {name: row.get(name, before[name]) for name in ROWS}
+        whole["usage_point_id"] = whole["usage_point_id"] or row["meter_id"]
+        if same is None:
+            counts["dated" if rows else "added"] += 1
             new.append(whole)
-        elif row.get("valid_from") not in (None, old["valid_from"]):
-            counts["dated"] += 1
-            new.append(whole)
+            rows.append({**whole, "file": None, "key": _key(whole)})
+            rows.sort(key=lambda each: each["valid_from"] or FIRST, reverse=True)
+        elif same["file"] is None:  # of a line before
+            same |= whole
+            new[:] = [whole if _key(each) == same["key"] else each for each in new]
         else:
             counts["corrected"] += 1
-            replaced.setdefault(old["file"], {})[_key(old)] = whole
-    for path, rows in replaced.items():
-        _replace(Path(path), rows)
+            replaced.setdefault(same["file"], {})[same["key"]] = whole
+            same |= whole
+    for path, corrected in replaced.items():
+        _replace(Path(path), corrected)
     if new:
         name = f"import-{file.stem}-{uuid.uuid4().hex[:8]}.parquet"
         written(pl.DataFrame(new, schema=ROWS), table_path("registry") / f"date={today.isoformat()}" / name)
@@ -134,7 +144,7 @@ def _rows(file: Path) -> list[tuple[int, dict[str, Any]]]:
             try:
                 if text:
                     row[name] = None if text == UNKNOWN and name != "meter_id" else _value(name, text)
-            except ValueError:
+            except (ValueError, OverflowError):
                 problems.append(f"{file}:{number}: {name} is {text!r}, expected {_expected(name)}")
         if not row.get("meter_id"):
             problems += [] if fields[header.index("meter_id")].strip() else [f"{file}:{number}: meter_id is empty"]
@@ -157,7 +167,7 @@ def _expected(name: str) -> str:
         "meter_id": "1 to 64 letters, digits, _ and -",
         "phases": f"some of {','.join(PHASES)}, in this order",
         "time_zone": "an IANA time zone such as Europe/Amsterdam",
-        **{name: f"a whole number of 1 to {most:,}" for name, most in MOST.items()},
+        **{name: f"a whole number of {LEAST.get(name, 1):,} to {most:,}" for name, most in MOST.items()},
     }
     if pa.types.is_timestamp(kind):
         return "a time with its offset, such as 2024-05-01T00:00:00+02:00"
@@ -175,7 +185,7 @@ def _value(name: str, text: str) -> Any:
         is_right, value = text.lower() in ("true", "false"), text.lower() == "true"
     elif kind == pa.int64():
         value = int(text)
-        is_right = text.isascii() and text.isdecimal() and 1 <= value <= MOST[name]
+        is_right = text.isascii() and text.isdecimal() and LEAST.get(name, 1) <= value <= MOST[name]
     elif name == "phases":
         phases = [each.strip() for each in text.split(",")]
         is_right, value = phases == [each for each in PHASES if each in phases], ",".join(phases)

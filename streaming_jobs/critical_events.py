@@ -9,7 +9,7 @@ Lateness: nothing is too late: no state is kept.
 Duplicates: what comes twice is sent twice, with the same event_id.
 Restart: from the last checkpoint: what was sent since then is sent again, with the same event_id.
 Voltages are judged of meters whose nominal voltage the registry knows, on the phases that it has. What an unconnected
-terminal reads (below 10 V) is no voltage here: that a phase lost its own, the meter's events and derived_alarms say.
+terminal reads (below 50 V) is no voltage here: that a phase lost its own, the meter's events and derived_alarms say.
 
 What cannot be decoded is left out here: readings_lake keeps it, with the reason. Real-time mode takes no Python code
 and no shuffle, so Avro is decoded by Spark itself, and each Kafka partition holds a task slot for good.

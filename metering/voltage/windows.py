@@ -18,7 +18,7 @@ from schemas.tables import PHASES, VOLTAGE_EVENTS, VOLTAGE_WINDOWS, polars_schem
 
 WINDOW = timedelta(minutes=10)  # EN 50160 judges means over ten minutes
 SAME = 1e-9  # of sums of times that are evenly apart: rounding makes no more of it
-A_VOLTAGE_MV = 10_000  # what an unconnected terminal reads is less
+A_VOLTAGE_MV = 50_000  # what an unconnected terminal reads is less
 HIGHEST_PCT = 10.0  # the highest legal deviation where the jurisdiction is not known
 
 BANDS = pl.DataFrame(

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from replay.log import Asked, Defect, Imported, Log, as_frame
 from replay.tape import STAMPED_BY_RUN, log_schema
-from schemas.dsmr import decode_telegram, is_whole, power_failures, split_telegrams
+from schemas.dsmr import beyond_tariffs_wh, decode_telegram, is_whole, power_failures, split_telegrams
 from schemas.errors import InvalidMessage
 
 FILES = ("*.txt", "*.txt.gz", "*.log", "*.log.gz")
@@ -32,7 +32,7 @@ def read(path: Path, asked: Asked) -> Imported:
     """
     log = Log(path, asked, ZONE)
     pieces = list(split_telegrams(log.data))
-    rows, failures = [], set[tuple[datetime, datetime]]()
+    rows, failures, totals = [], set[tuple[datetime, datetime]](), dict[str, int]()
     for index, (line, piece) in enumerate(pieces):
         log.rows_in += 1
         if not is_whole(piece):
@@ -45,6 +45,10 @@ def read(path: Path, asked: Asked) -> Imported:
         try:
             rows.append(_decoded(log, piece, asked, at))
             failures |= set(power_failures(piece))
+            for way, (beyond, step) in beyond_tariffs_wh(piece, rows[-1]).items():
+                before = totals.setdefault(way, beyond)
+                log.defects[Defect.OTHER_SUM] += abs(beyond - before) > step
+                totals[way] = before if abs(beyond - before) <= step else beyond
             log.defects[Defect.NO_CLOCK] += rows[-1]["dialect"] in WITHOUT_CLOCK
         except InvalidMessage as error:
             hint = "" if at or "without a time" not in error.detail else "; --first-at gives it one"

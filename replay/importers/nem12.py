@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import MAXYEAR, datetime, timedelta
 from itertools import chain
 from pathlib import Path
@@ -32,6 +32,7 @@ QUALITIES = {"S": Defect.SUBSTITUTED, "F": Defect.SUBSTITUTED, "E": Defect.ESTIM
 SENDER_ZONES = {"WPNTKS": "Australia/Perth"}
 """Sender in the header → its market's clock, where that is not the eastern one."""
 DAY = timedelta(days=1)
+PADDING = "\0\x1a"  # what some systems end a file with
 REGISTERS = list(CHANNELS.values())
 READ: dict[str, Any] = {
     "meter_id": pl.String,
@@ -62,6 +63,15 @@ class _Day:
     energies: list[int | None]
     qualities: list[str]
     updated: str = ""
+    is_replaced: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """No interval is replaced yet."""
+        self.is_replaced = [False] * len(self.energies)
+
+    def has_value(self, place: int) -> bool:
+        """Whether an interval has one: not of quality N, no data."""
+        return self.energies[place] is not None and self.qualities[place] != "N"
 
     @property
     def place(self) -> tuple[str, str, datetime]:
@@ -111,7 +121,7 @@ def read_together(paths: Sequence[Path], asked: Sequence[Asked]) -> list[Importe
 
 def _parsed(path: Path, asked: Asked, suffixes: dict[tuple[str, str], list[str]]) -> _File:
     log = Log(path, asked, ZONE)
-    lines = fields_of(io.StringIO(log.text(), newline=""))
+    lines = fields_of(io.StringIO(log.text().rstrip(PADDING), newline=""))
     _, header = next(lines, (1, []))
     begin = [] if isinstance(header, csv.Error) else [field.strip() for field in header]
     if begin[:1] == ["200"]:  # a portal left the header out; what follows is a channel of a NEM12 all the same
@@ -221,12 +231,16 @@ def _meter_id(text: str) -> str:
 
 def _channel(record: list[str]) -> _Channel:
     suffix, serial, unit, minutes = (record[place].strip() for place in (4, 6, 7, 8))
+    suffix = suffix.upper()
     is_number = minutes.isascii() and minutes.isdecimal() and len(minutes) <= 4
     length = timedelta(minutes=int(minutes)) if is_number else timedelta(0)
     if not timedelta(0) < length <= DAY or DAY % length:
         msg = f"field 9: no interval length: {minutes!r}, expected minutes that divide a day"
         raise ValueError(msg)
     factor = MICRO_WH.get(unit.upper())
+    if factor and not suffix:
+        msg = f"field 5: no NMI suffix of a channel in {unit}, expected one of {', '.join(CHANNELS)}"
+        raise ValueError(msg)
     if not factor and suffix in CHANNELS:
         msg = f"field 8: unit {unit!r} of {suffix}, expected {', '.join(MICRO_WH)}"
         raise ValueError(msg)
@@ -240,6 +254,8 @@ def _day(record: list[str], channel: _Channel | None) -> _Day:
         msg = "a day without a channel (200)"
         raise ValueError(msg)
     count, values = DAY // channel.length, _values(record)
+    if values != count and len(record) > 2 + count and record[2 + count].strip()[:1].isalpha():
+        values = count  # so many are there: one of them is no number
     if values != count:
         minutes = channel.length // timedelta(minutes=1)
         found = f"{len(record) - 2} fields after the date and no quality" if values is None else f"{values} values"
@@ -287,16 +303,25 @@ def _energy(place: int, text: str, channel: _Channel) -> int | None:
 
 
 def _newest(log: Log, days: list[_Day]) -> list[_Day]:
-    """The days without those of which a version with a newer UpdateDateTime is there; those are counted.
+    """The days without what a version with a newer UpdateDateTime has another value of; those are counted.
 
-    Of versions without one, or with the same, all stay: which of them is right nobody says.
+    Of an interval without a value in the newer one, as where a box was exchanged within the day, the older one's value
+    counts. Of versions without an UpdateDateTime, or with the same, all stay: which of them is right nobody says.
     """
-    newest: dict[tuple[str, str, datetime], str] = {}
+    versions: dict[tuple[str, str, datetime], list[_Day]] = {}
     for day in days:
-        newest[day.place] = max(newest.get(day.place, ""), day.updated)
-    kept = [day for day in days if day.updated == newest[day.place]]
-    log.defects[Defect.SUPERSEDED] += sum(len(day.energies) for day in days) - sum(len(day.energies) for day in kept)
-    return kept
+        versions.setdefault(day.place, []).append(day)
+    for several in versions.values():
+        for day in several:
+            newer = [other for other in several if other.updated > day.updated]
+            for place, energy in enumerate(day.energies):
+                is_there = any(len(other.energies) != len(day.energies) or other.has_value(place) for other in newer)
+                if is_there and day.has_value(place):
+                    log.defects[Defect.SUPERSEDED] += 1
+                if newer:
+                    day.energies[place] = None if is_there else energy
+                    day.is_replaced[place] = is_there
+    return days
 
 
 def _intervals_in(record: list[str], channel: _Channel | None) -> int:
@@ -325,9 +350,10 @@ def _intervals(log: Log, days: list[_Day], register: str) -> pl.DataFrame:
         if channel.register != register:
             continue
         for place, (energy, quality) in enumerate(zip(day.energies, day.qualities, strict=True)):
-            if energy is None or quality == "N":
-                log.defects[Defect.EMPTY_FIELDS] += 1
+            if not day.has_value(place):
+                log.defects[Defect.EMPTY_FIELDS] += not day.is_replaced[place]
                 continue
+            assert energy is not None
             if quality in QUALITIES:
                 log.defects[QUALITIES[quality]] += 1
             begun_at = day.begin + place * channel.length
@@ -350,7 +376,11 @@ def _register_reads(
     meter_id, serial, unit = _meter_id(record[1]), record[6].strip() or None, record[19].strip().upper()
     way = record[7].strip()
     if way not in NEM13_WAYS or unit not in MICRO_WH:
-        wrong = f"field 8: {way!r}, expected E or I" if way not in NEM13_WAYS else f"field 20: {unit!r}, expected KWH"
+        wrong = (
+            f"field 8: {way!r}, expected E or I"
+            if way not in NEM13_WAYS
+            else f"field 20: {unit!r}, expected {', '.join(MICRO_WH)}"
+        )
         raise ValueError(wrong)
     suffix = record[4].strip() or record[3].strip()
     known = suffixes.setdefault((meter_id, way), [])
@@ -369,6 +399,13 @@ def _register_reads(
         reads.append((meter_id, at, serial, register, wh))
     before, after = (wh for *_, wh in reads)
     end = _end_of(record[8], before, after, _number(18, record[18], MICRO_WH[unit] // MICRO_WH_PER_WH), MICRO_WH[unit])
+    quantity = _number(18, record[18], MICRO_WH[unit] // MICRO_WH_PER_WH)
+    if (
+        quantity is not None
+        and after >= before
+        and abs(quantity - (after - before)) > MICRO_WH[unit] // MICRO_WH_PER_WH
+    ):
+        log.defects[Defect.OTHER_SUM] += 1
     if end:
         wraps.setdefault(meter_id, set()).add(end)
     for place in (8, 13):
@@ -400,4 +437,9 @@ def _stamp(place: int, text: str) -> datetime:
 
 
 def _as_read(reads: list[tuple[Any, ...]]) -> pl.DataFrame:
+    """The reads; where a box ends and the next begins at one time, the next begins a second later."""
+    boxes: dict[tuple[Any, ...], Any] = {}
+    for number, (meter_id, at, serial, register, wh) in enumerate(reads):
+        if boxes.setdefault((meter_id, at, register), serial) != serial:
+            reads[number] = (meter_id, at + timedelta(seconds=1), serial, register, wh)
     return pl.DataFrame(reads, READ | {"wh": pl.Int64}, orient="row").with_columns(dialect=pl.lit("nem13"))

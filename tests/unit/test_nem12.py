@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from metering.energy.walk import Limits, walk
 from replay.importers import import_log
 from schemas.errors import BadLog
 from tests.logs_by_hand import column, log, minutes_after, nem12, read
@@ -95,7 +96,9 @@ def test_a_day_that_comes_again_is_kept_as_duplicate_or_conflict_and_summed_once
         ([channel(nmi="N 1"), day(20240201, 1, 2)], 2, "no NMI"),
         ([channel(), day(20240201, 1, 2, quality="V"), "400,1,3,A,,"], 4, "no stretch of 2 intervals"),
         ([channel(), day(20240201, -1, 2)], 3, "field 3: '-1' is below 0, expected an energy"),
-        ([channel(), day(20240201, 1, "x")], 3, "2 values and a quality"),
+        ([channel(), day(20240201, 1, "x")], 3, "field 4: not a number: 'x'"),
+        ([channel("").replace("E1B1", ""), day(20240201, 1, 2)], 2, "field 5: no NMI suffix of a channel in kWh"),
+        ([channel().replace("SER1", '"S"1'), day(20240201, 1, 2)], 2, "a quotation mark that does not enclose"),
         ([channel(), day(20240201, 1, "1,5")], 3, "3 values, expected 2 values and a quality: .* 720 minutes"),
         ([channel(), day(20240201, 1)], 3, "1 values, expected 2 values"),
         ([channel(), "300,20240201,1"], 3, "1 fields after the date and no quality, expected 2 values"),
@@ -278,3 +281,31 @@ def test_a_channel_of_energy_without_its_unit_is_refused_and_not_another_quantit
     text = nem12(channel().replace("kWh", ""), day(20240201, 1, 2))
     with pytest.raises(BadLog, match=r"log.csv:2: field 8: unit '' of E1, expected KWH, WH, MWH"):
         read(log(tmp_path / "log.csv", text), "nem12")
+
+
+def test_a_box_that_was_exchanged_within_a_day_costs_no_energy_of_either(tmp_path: Path) -> None:
+    def half(serial: str, updated: int, *qualities: str) -> list[str]:
+        values = day(20240201, 1, 2, quality="V").removesuffix(",,,,") + f",,,{updated},"
+        quality = [f"400,{place},{place},{each},," for place, each in enumerate(qualities, 1)]
+        return [channel().replace("SER1", serial), values, *quality]
+
+    path = log(tmp_path / "log.csv", nem12(*half("A", 20240202000000, "A", "N"), *half("B", 20240203000000, "N", "A")))
+    imported = read(path, "nem12")
+    assert column(imported, "import_t1_wh") == [0, 1000, 3000]
+    assert imported.defects == {"empty_fields": 1}
+
+
+def test_a_nem13s_box_may_begin_where_the_one_before_ends(tmp_path: Path) -> None:
+    def read_of(serial: str, old: int, new: int, since: int, until: int, quantity: int) -> str:
+        both = f"E,{old},{since}000000,A,,,{new},{until}000000,A,,,{quantity}"
+        return f"250,NMI1,,1,11,1,{serial},{both},KWH,,,"
+
+    rows = [read_of("S1", 100, 200, 20240101, 20240401, 100), read_of("S2", 0, 150, 20240401, 20240701, 6_000)]
+    imported = read(
+        log(tmp_path / "log.csv", "\n".join(["100,NEM13,202405010000,MDA1,Ret1", *rows, "900\0\x1a"])), "nem12"
+    )
+    assert column(imported, "import_t1_wh") == [100_000, 200_000, 0, 150_000]
+    assert imported.defects == {"other_sum": 1}, "a multiplier, which the registers do not have"
+    steps = walk(None, [{**row, "register": "import_t1", "wh": row["import_t1_wh"], "run_id": None}
+                        for row in imported.readings.to_pylist()], Limits(69_000, None, 1_000)).steps  # fmt: skip
+    assert sum(step["delta_wh"] or 0 for step in steps) == 250_000

@@ -67,6 +67,16 @@ def test_a_meter_that_the_registry_has_not_is_added_and_a_date_begins_a_row(home
     assert now("m1")["fuse_a"] == 80, "the newest row is the one that is put right"
 
 
+def test_rows_of_one_file_build_on_each_other_and_a_date_that_is_there_is_put_right(home: Path) -> None:
+    february, march = "2024-02-01T00:00:00Z", "2024-03-01T00:00:00Z"
+    done = correct(csv_of(home, f"meter_id,valid_from,fuse_a,phases\nm1,{february},35,\nm1,{march},,L1\n"), TODAY)
+    assert (done.corrected, done.dated, done.added) == (0, 2, 0)
+    assert (now("m1")["fuse_a"], now("m1")["phases"]) == (35, "L1")
+    done = correct(csv_of(home, f"meter_id,valid_from,fuse_a\nm1,{february},40\n"), TODAY)
+    assert (done.corrected, done.dated, done.added) == (1, 0, 0)
+    assert now("m1")["fuse_a"] == 35, "the newest is as it was"
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -80,6 +90,8 @@ def test_a_meter_that_the_registry_has_not_is_added_and_a_date_begins_a_row(home
         ("meter_id,fuse_a\na.b,1\n", "meters.csv:2: meter_id is 'a.b', expected 1 to 64 letters"),
         ("meter_id,fuse_a\n,1\n", "meters.csv:2: meter_id is empty"),
         ("meter_id,phases\nm1,L4\n", "meters.csv:2: phases is 'L4', expected some of L1,L2,L3, in this order"),
+        ("meter_id,nominal_mv\nm1,230\n", "meters.csv:2: nominal_mv is '230', expected a whole number of 10,000 to "),
+        ("meter_id,valid_from\nm1,0001-01-01T00:00:00+02:00\n", "meters.csv:2: valid_from is '0001-01-01"),
         ("meter_id,time_zone\nm1,Mars\n", "meters.csv:2: time_zone is 'Mars', expected an IANA time zone"),
         ("meter_id,is_unlimited\nm1,1\n", "meters.csv:2: is_unlimited is '1', expected true or false"),
         ("meter_id,valid_from\nm1,2024-05-01\n", "valid_from is '2024-05-01', expected a time with its offset"),

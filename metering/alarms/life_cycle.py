@@ -28,11 +28,13 @@ OPEN = pl.Schema(
         "changed_at": STAMP,
         "updated_at": STAMP,
         "is_open": pl.Boolean(),
-        "unmatched": pl.List(STAMP),
+        "before_at": STAMP,
+        "unmatched": pl.List(pl.Struct({"after": STAMP, "at": STAMP})),
     }
 )
-"""State: the newest alarm of each meter and type, also when it is cleared, so that a late event finds it; and the
-times of clears since then that closed nothing: the raise of one may still come."""
+"""State: the newest alarm of each meter and type, also when it is cleared, so that a late event finds it; when the one
+before it ended; and clears that closed nothing, each with the end of the alarm before it: its raise, which must be
+between the two, may still come."""
 MOST_UNMATCHED = 8
 ONCE = pl.Schema({"meter_id": pl.String(), "event_type": pl.String(), "counted_at": STAMP})
 """State: when an event that meters send twice was counted last, of each meter and type."""
@@ -115,11 +117,12 @@ def lives(events: pl.DataFrame, open_alarms: pl.DataFrame, once: pl.DataFrame) -
         last = state.get(key)
         if last and _edge(event) == Edge.RAISE.value and (cleared_at := _clear_of(last, event["event_at"])):
             opened = _raised(event)
-            state[key] = {
-                **_cleared(opened, cleared_at), "changed_at": last["changed_at"],
-                "unmatched": [at for at in last["unmatched"] if at > cleared_at],
-            }  # fmt: skip
-            changes += [_change(opened, event), _change(state[key], event)]
+            closed = _cleared(opened, cleared_at)
+            state[key] = _with_closed(last, closed)
+            changes += [_change(opened, event), _change(closed, event)]
+            continue
+        if last and _edge(event) == Edge.CLEAR.value and _is_of_an_older_one(last, event["event_at"]):
+            state[key] = {**last, "unmatched": _with_clear(last["unmatched"], last["before_at"], event["event_at"])}
             continue
         if last and event["event_at"] < last["changed_at"]:
             late.append((event["partition"], event["offset"]))
@@ -176,11 +179,42 @@ def _edge(event: dict[str, Any]) -> str:
 
 def _clear_of(last: dict[str, Any], raised_at: datetime) -> datetime | None:
     """When an alarm that is raised now was cleared already; None where it was not, or nobody can say."""
-    if last["is_open"] or (last["cleared_at"] and raised_at <= last["cleared_at"]):
+    if last["is_open"] and raised_at >= last["raised_at"]:
         return None
-    after = [at for at in last["unmatched"] if at >= raised_at]
+    after = [
+        each["at"]
+        for each in last["unmatched"]
+        if raised_at <= each["at"] and (each["after"] is None or each["after"] < raised_at)
+    ]
     is_forgotten = len(last["unmatched"]) == MOST_UNMATCHED == len(after)  # an earlier clear may have been its own
     return min(after) if after and not is_forgotten else None
+
+
+def _is_of_an_older_one(last: dict[str, Any], cleared_at: datetime) -> bool:
+    """Whether a clear is older than the newest alarm, and not than what came before that."""
+    is_older = last["raised_at"] is not None and cleared_at < last["raised_at"]
+    return bool(is_older and (last["before_at"] is None or cleared_at > last["before_at"]))
+
+
+def _with_clear(unmatched: list[dict[str, Any]], after: datetime | None, at: datetime) -> list[dict[str, Any]]:
+    """The clears that closed nothing, in the order of time, with one more."""
+    return sorted([*unmatched, {"after": after, "at": at}], key=lambda each: each["at"])[-MOST_UNMATCHED:]
+
+
+def _with_closed(last: dict[str, Any], closed: dict[str, Any]) -> dict[str, Any]:
+    """The state with an alarm that is closed already; it is the newest one, or lies before that."""
+    raised_at, cleared_at = closed["raised_at"], closed["cleared_at"]
+    unmatched = [
+        {**each, "after": cleared_at if each["after"] is None else max(each["after"], cleared_at)}
+        if each["at"] > cleared_at
+        else each
+        for each in last["unmatched"]
+        if each["at"] != cleared_at
+    ]
+    if last["raised_at"] is None or raised_at > last["raised_at"]:
+        return {**closed, "changed_at": last["changed_at"], "before_at": last["cleared_at"], "unmatched": unmatched}
+    before_at = max(filter(None, (last["before_at"], cleared_at)))
+    return {**last, "before_at": before_at, "unmatched": unmatched}
 
 
 def _change(alarm: dict[str, Any], event: dict[str, Any]) -> dict[str, Any]:
@@ -202,9 +236,10 @@ def _after(last: dict[str, Any] | None, event: dict[str, Any]) -> dict[str, Any]
             return {**updated, "repeat_count": last["repeat_count"] + 1, "changed_at": at}
         return _cleared(updated, at)
     if _edge(event) == Edge.RAISE.value:
-        return _raised(event)
+        kept = {"before_at": last["cleared_at"], "unmatched": last["unmatched"]} if last else {}
+        return {**_raised(event), **kept}
     known = last or {**dict.fromkeys(OPEN), **{name: event[name] for name in KEY}, "repeat_count": 0, "unmatched": []}
-    unmatched = [*known["unmatched"], at][-MOST_UNMATCHED:]
+    unmatched = _with_clear(known["unmatched"], known["cleared_at"], at)
     return {**known, "is_open": False, "changed_at": at, "unmatched": unmatched}
 
 
@@ -220,6 +255,7 @@ def _raised(event: dict[str, Any]) -> dict[str, Any]:
         "changed_at": event["event_at"],
         "updated_at": event["arrival_at"],
         "is_open": True,
+        "before_at": None,
         "unmatched": [],
     }
 

@@ -1,7 +1,7 @@
 """Alarms: raised, repeated, cleared, by the code tables."""
 
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Any
 
 import polars as pl
@@ -118,6 +118,18 @@ def test_each_raise_is_closed_by_the_first_clear_after_it_of_those_that_came_bef
     assert result.alarms["raised_at"].to_list() == [at(0), at(0), at(10), at(10)]
 
 
+@pytest.mark.parametrize("order", list(permutations(range(4))), ids=str)
+def test_failures_and_returns_in_whatever_order_give_alarms_that_are_true(order: tuple[int, ...]) -> None:
+    """Of two failures each alarm has a true begin and end, or lasts from the first to the last; none stays open."""
+    moments = [(0, "1"), (40, "2"), (60, "1"), (65, "2")]
+    result = move(*[[event(offset, *moments[number])] for offset, number in enumerate(order)])
+    found = set(result.alarms.filter(pl.col("state") == "cleared").select("raised_at", "cleared_at").rows())
+    assert found <= {(at(0), at(40)), (at(60), at(65)), (at(0), at(65))}
+    assert not result.open["is_open"].any() or moments[order[-1]][1] == "1" or len(found) > 0
+    if order in ((3, 2, 1, 0), (1, 2, 0, 3), (1, 3, 2, 0), (1, 3, 0, 2), (0, 1, 2, 3)):
+        assert found == {(at(0), at(40)), (at(60), at(65))}
+
+
 def test_a_raise_older_than_all_clears_that_are_remembered_is_late_since_another_may_have_been_its_own() -> None:
     clears = [event(number, 10 + number, "2") for number in range(9)]
     result = move(clears, [event(20, 5, "1")])
@@ -135,7 +147,7 @@ def test_within_a_batch_the_meters_own_order_counts_not_that_of_arrival() -> Non
 def test_an_event_older_than_the_newest_change_of_its_alarm_is_late_and_changes_nothing() -> None:
     result = move([event(0, 10, "1")], [event(1, 5, "1"), event(2, 5, "2"), event(3, 10, "40")])
     assert changes(result) == [("power_failure", "active", 0), ("terminal_cover_open", "active", 0)]
-    assert buckets(result) == ["late", "late", "stored"]
+    assert buckets(result) == ["late", "stored", "stored"], "the clear waits for a raise before it"
 
 
 def test_meters_and_types_have_alarms_of_their_own() -> None:

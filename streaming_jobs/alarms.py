@@ -67,7 +67,7 @@ def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, conte
 
 JOB = StreamingJob(
     name=NAME,
-    version=9,
+    version=8,
     sources=(
         Source(
             EVENTS,

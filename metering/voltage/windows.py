@@ -102,15 +102,22 @@ def with_live(readings: pl.DataFrame, live: pl.DataFrame) -> tuple[pl.DataFrame,
         The readings, and the new state: the same frame where nothing is new.
     """
     at = pl.col("observed_at")
-    first = readings.group_by("meter_id").agg(
-        at.filter(has_voltage(voltage)).min().alias(f"new_{since}")
-        for since, voltage in zip(SINCE, VOLTAGES, strict=True)
-    )
-    both = live.join(first, on="meter_id", how="full", coalesce=True, maintain_order="left_right")
-    is_new = [pl.col(since).is_null() & pl.col(f"new_{since}").is_not_null() for since in SINCE]
-    if both.select(pl.any_horizontal(is_new).any()).item():
-        known = [pl.coalesce(since, f"new_{since}").alias(since) for since in SINCE]
-        live = both.select("meter_id", *known).filter(pl.any_horizontal(pl.col(SINCE).is_not_null()))
+    whole = live.filter(pl.all_horizontal(pl.col(SINCE).is_not_null())) if sum(live.null_count().row(0)) else live
+    is_known = readings.get_column("meter_id").is_in(whole.get_column("meter_id").implode())
+    if not is_known.all():
+        first = (
+            readings.filter(~is_known)
+            .group_by("meter_id")
+            .agg(
+                at.filter(has_voltage(voltage)).min().alias(f"new_{since}")
+                for since, voltage in zip(SINCE, VOLTAGES, strict=True)
+            )
+        )
+        both = live.join(first, on="meter_id", how="full", coalesce=True, maintain_order="left_right")
+        is_new = [pl.col(since).is_null() & pl.col(f"new_{since}").is_not_null() for since in SINCE]
+        if both.select(pl.any_horizontal(is_new).any()).item():
+            known = [pl.coalesce(since, f"new_{since}").alias(since) for since in SINCE]
+            live = both.select("meter_id", *known).filter(pl.any_horizontal(pl.col(SINCE).is_not_null()))
     is_plain = readings.select(pl.all_horizontal(has_voltage(name).all() for name in VOLTAGES)).item()
     if is_plain:
         return readings.with_columns(live=pl.lit(ALL_PHASES, pl.Int64)), live

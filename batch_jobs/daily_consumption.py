@@ -169,19 +169,17 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
     results = per_shard(near.unionByName(older).unionByName(long_ago.select(*near.columns)), days, DAYS)
     imports, exports = _sum(tables.IMPORTS), _sum(tables.EXPORTS)
     is_known = F.coalesce(*REGISTERS_WH).isNotNull()
-    is_whole = F.col("is_whole") & ~(
-        F.coalesce("lacks_import", F.lit(False)) | F.coalesce("lacks_export", F.lit(False))
-    )
     quality = (
         F.when(~is_known, Quality.MISSING.value)
-        .when(is_whole, Quality.MEASURED.value)
+        .when(F.col("is_whole") & ~F.col("lacks_import") & ~F.col("lacks_export"), Quality.MEASURED.value)
         .otherwise(Quality.INCOMPLETE.value)
     )
     return (
         with_silent(results, registry.select("meter_id"), registry, date, "usage_point_id", "interval_s")
         .fillna(0, NUMBERS)
-        .withColumn("import_wh", F.when(~F.coalesce("lacks_import", F.lit(False)), imports))
-        .withColumn("export_wh", F.when(~F.coalesce("lacks_export", F.lit(False)), exports))
+        .fillna(False, ["lacks_import", "lacks_export"])
+        .withColumn("import_wh", F.when(~F.col("lacks_import"), imports))
+        .withColumn("export_wh", F.when(~F.col("lacks_export"), exports))
         .select(
             "meter_id",
             "usage_point_id",

@@ -85,7 +85,12 @@ def all_registered(meter_ids: pl.Series) -> pl.DataFrame:
 
 def registered(meter_ids: pl.Series) -> pl.DataFrame:
     """The newest row of each of these meters as it was registered, with the `file` that has it."""
-    return newest(_registry(registry_files(), with_file=True).filter(is_among(meter_ids)).collect())
+    return newest(all_registered(meter_ids))
+
+
+def registered_in(file: Path) -> pl.DataFrame:
+    """The rows of one file of the registry, in its columns of today."""
+    return _registry(((str(file), 0),)).collect()
 
 
 def _registry(files: RegistryFiles, with_file: bool = False) -> pl.LazyFrame:

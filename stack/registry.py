@@ -21,7 +21,7 @@ from rich.console import Console
 
 from lake.paths import table_path
 from lake.publishing import written
-from lake.reading import all_registered
+from lake.reading import all_registered, registered_in
 from metering.registry import MOST
 from metering.voltage.windows import JURISDICTIONS
 from schemas.errors import ConfigError, exits
@@ -106,11 +106,9 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _replace(path: Path, rows: dict[tuple[Any, ...], dict[str, Any]]) -> None:
     """Puts rows of a file of the registry right, in one step."""
-    found = pl.scan_parquet(
-        path, schema=ROWS, hive_partitioning=False, missing_columns="insert", extra_columns="ignore",
-        cast_options=pl.ScanCastOptions(integer_cast="upcast"),
-    ).collect()  # fmt: skip
-    written(pl.DataFrame([rows.get(_key(row), row) for row in found.iter_rows(named=True)], schema=ROWS), path)
+    written(
+        pl.DataFrame([rows.get(_key(row), row) for row in registered_in(path).iter_rows(named=True)], schema=ROWS), path
+    )
 
 
 def _rows(file: Path) -> list[tuple[int, dict[str, Any]]]:

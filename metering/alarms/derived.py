@@ -46,7 +46,7 @@ METER = pl.Schema(
         "is_generator": pl.Boolean(),
         "due_at": STAMP,
         "silent_at": STAMP,
-        **{f"has_voltage_{phase.lower()}": pl.Boolean() for phase in PHASES},
+        **dict.fromkeys(VOLTAGE_SEEN, pl.Boolean()),
     }
 )
 """State: the newest reading of each meter, its equipment and the last value of each export register, whether it had
@@ -147,7 +147,7 @@ def derived_alarms(
         before_equipment="equipment_id",
         **{f"held_{register}": register for register in EXPORTS_WH},
         was_generator="is_generator",
-        **{f"had_voltage_{phase.lower()}": f"has_voltage_{phase.lower()}" for phase in PHASES},
+        **{f"before_{seen}": seen for seen in VOLTAGE_SEEN},
     )
     marked = readings.join(before, on="meter_id", how="left", maintain_order="left").with_columns(
         is_late=(pl.col("observed_at") <= pl.col("newest_at")).fill_null(False)
@@ -178,10 +178,8 @@ def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
             *[pl.when(is_same_box).then(f"held_{register}").alias(f"held_{register}") for register in EXPORTS_WH],
             is_generator=pl.coalesce("was_generator", _first_of(had_exported, "meter")),
             **{
-                f"has_voltage_{phase.lower()}": pl.coalesce(
-                    f"had_voltage_{phase.lower()}", _last_of(pl.when(has_voltage(voltage)).then(True), "meter")
-                )
-                for phase, voltage in zip(PHASES, VOLTAGES, strict=True)
+                seen: pl.coalesce(f"before_{seen}", _last_of(pl.when(has_voltage(voltage)).then(True), "meter"))
+                for seen, voltage in zip(VOLTAGE_SEEN, VOLTAGES, strict=True)
             },
         )
     )
@@ -198,8 +196,8 @@ def _measured(rows: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
         .with_columns(
             max_w=fuses_w(),
             **{
-                voltage: pl.when(has_phase(phase) & pl.col(f"has_voltage_{phase.lower()}")).then(voltage)
-                for phase, voltage in zip(PHASES, VOLTAGES, strict=True)
+                voltage: pl.when(has_phase(phase) & pl.col(seen)).then(voltage)
+                for phase, voltage, seen in zip(PHASES, VOLTAGES, VOLTAGE_SEEN, strict=True)
             },
         )
     )

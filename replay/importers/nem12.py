@@ -397,15 +397,11 @@ def _register_reads(
             msg = f"field {place + 1}: no register: {record[place]!r}"
             raise ValueError(msg)
         reads.append((meter_id, at, serial, register, wh))
-    before, after = (wh for *_, wh in reads)
-    end = _end_of(record[8], before, after, _number(18, record[18], MICRO_WH[unit] // MICRO_WH_PER_WH), MICRO_WH[unit])
-    quantity = _number(18, record[18], MICRO_WH[unit] // MICRO_WH_PER_WH)
-    if (
-        quantity is not None
-        and after >= before
-        and abs(quantity - (after - before)) > MICRO_WH[unit] // MICRO_WH_PER_WH
-    ):
+    (before, after), unit_wh = (wh for *_, wh in reads), MICRO_WH[unit] // MICRO_WH_PER_WH
+    quantity = _number(18, record[18], unit_wh)
+    if quantity is not None and after >= before and abs(quantity - (after - before)) > unit_wh:
         log.defects[Defect.OTHER_SUM] += 1
+    end = _end_of(record[8], before, after, quantity, unit_wh)
     if end:
         wraps.setdefault(meter_id, set()).add(end)
     for place in (8, 13):
@@ -414,9 +410,9 @@ def _register_reads(
     return reads
 
 
-def _end_of(text: str, before: int, after: int, quantity: int | None, micro_wh: int) -> int | None:
+def _end_of(text: str, before: int, after: int, quantity: int | None, unit_wh: int) -> int | None:
     """Where a register ends, Wh: by the Quantity of a step over the end, or by the zeros before a read's digits."""
-    unit_wh, digits = micro_wh // MICRO_WH_PER_WH, text.strip().partition(".")[0]
+    digits = text.strip().partition(".")[0]
     if after < before and quantity is not None:
         end, rest = divmod(before - after + quantity, unit_wh)
         if not rest and str(end).rstrip("0") == "1" and end * unit_wh > before:

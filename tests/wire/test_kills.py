@@ -372,7 +372,10 @@ def test_a_killed_worker_a_batch_that_fails_and_a_deleted_checkpoint_change_no_r
         assert process.returncode not in (0, None)  # so that the supervisor starts it again
     job = "voltage_deviation"
     query_id = driver.query_id(job)
-    shutil.rmtree(driver.checkpoint(job))  # and the repair that the error of a lost state names
+    shutil.rmtree(driver.checkpoint(job))
+    assert driver.to_the_end() == 1
+    assert "its state is there, and what it has read is gone" in (driver.home / "log").read_text(errors="replace")
+    shutil.rmtree(driver.home / "state" / job)  # the repair that the error names
     for part in (driver.home / "lake").rglob(f"{job}-{query_id}-*"):
         part.unlink()
     assert driver.to_the_end() == 0

@@ -8,6 +8,7 @@ due, or all where that is little (`engine/state.py`); what it gives goes back to
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import polars as pl
 
 from engine.batch import Arrived, Settled, forgotten, settled
@@ -111,34 +112,59 @@ def applied(
         context: of the batch.
     """
     out = settled(arrived, job, source, registry, known, context)
-    owners = _owners(parts, handed, arrived) if len(parts) > 1 else None
-    changed, clocks = [], {}
-    for part, mine in zip(parts, handed, strict=True):
-        after = {
-            kind: mine[kind].rows if out.state[kind] is known[kind] else _of(part, out.state[kind], owners)
-            for kind in source.kept
-        }
-        if CLOCKS in source.kept:
-            rows = arrived.valid if len(parts) == 1 else arrived.valid.filter(pl.col("partition") == part.partition)
-            after[CLOCKS] = clocks[part.name] = clock(rows, mine[CLOCKS].rows, context.watermarks)
-        changed += changes(part.name, part.stocks, mine, after, source.keys)
+    owners = _owners(parts, handed, known, arrived) if len(parts) > 1 else None
+    after = [{kind: mine[kind].rows for kind in source.kept} for mine in handed]
+    for kind in source.kept:
+        if out.state[kind] is not known[kind]:
+            for new, rows in zip(after, _split(parts, out.state[kind], owners), strict=True):
+                new[kind] = rows
+    clocks = _clocks(parts, handed, known, arrived, context) if CLOCKS in source.kept else {}
+    changed = []
+    for part, mine, new in zip(parts, handed, after, strict=True):
+        if clocks:
+            new[CLOCKS] = clocks[part.name]
+        changed += changes(part.name, part.stocks, mine, new, source.keys)
     return Applied(out, changed, clocks)
 
 
-def _owners(parts: Sequence[Part], handed: Sequence[Mapping[str, Taken]], arrived: Arrived) -> pl.DataFrame:
+def _clocks(
+    parts: Sequence[Part], handed: Sequence[Mapping[str, Taken]], known: Frames, arrived: Arrived, context: BatchContext
+) -> dict[str, pl.DataFrame]:
+    """Name of a partition → its clock after the batch."""
+    if len(parts) == 1:
+        return {parts[0].name: clock(arrived.valid, known[CLOCKS], context.watermarks)}
+    before = _numbered(parts, handed, known[CLOCKS], CLOCKS)
+    after = clock(arrived.valid, before, context.watermarks, ("partition", "run_id"))
+    found = after.partition_by("partition", include_key=False, as_dict=True)
+    return {part.name: found.get((part.partition,), known[CLOCKS].clear()) for part in parts}
+
+
+def _owners(
+    parts: Sequence[Part], handed: Sequence[Mapping[str, Taken]], known: Frames, arrived: Arrived
+) -> pl.DataFrame:
     """Meter → number of its partition: of all meters of records and state."""
     found = [arrived.valid.select("meter_id", "partition")] if "meter_id" in arrived.valid.columns else []
-    for part, mine in zip(parts, handed, strict=True):
-        number = pl.lit(part.partition, pl.Int64).alias("partition")
-        found += [one.rows.select("meter_id", number) for one in mine.values() if "meter_id" in one.rows.columns]
+    found += [
+        _numbered(parts, handed, rows.select("meter_id"), kind)
+        for kind, rows in known.items()
+        if "meter_id" in rows.columns and "partition" not in rows.columns
+    ]
     return pl.concat(found).unique("meter_id", keep="first", maintain_order=True)
 
 
-def _of(part: Part, rows: pl.DataFrame, owners: pl.DataFrame | None) -> pl.DataFrame:
-    """The rows of a kind of state that belong to a partition."""
-    if owners is None:
-        return rows
-    if "partition" in rows.columns:
-        return rows.filter(pl.col("partition") == part.partition)
-    mine = owners.filter(pl.col("partition") == part.partition)
-    return rows.join(mine, on="meter_id", how="semi", maintain_order="left")
+def _numbered(
+    parts: Sequence[Part], handed: Sequence[Mapping[str, Taken]], rows: pl.DataFrame, kind: str
+) -> pl.DataFrame:
+    """The rows of a kind of all partitions, each with the number of its partition."""
+    numbers = np.repeat([part.partition for part in parts], [len(mine[kind].rows) for mine in handed])
+    return rows.with_columns(pl.Series("partition", numbers, pl.Int64))
+
+
+def _split(parts: Sequence[Part], rows: pl.DataFrame, owners: pl.DataFrame | None) -> list[pl.DataFrame]:
+    """The rows of a kind of state by the partition that they belong to."""
+    if owners is None or rows.is_empty():
+        return [rows] * len(parts)
+    is_placed = "partition" in rows.columns
+    placed = rows if is_placed else rows.join(owners, on="meter_id", how="left", maintain_order="left")
+    found = placed.partition_by("partition", include_key=is_placed, as_dict=True)
+    return [found.get((part.partition,), rows.clear()) for part in parts]

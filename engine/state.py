@@ -229,8 +229,10 @@ def _replaced(
     is_long = len(before.files) >= LONGEST_CHAIN or len(before.rows) + len(given) > MOST_ROWS * present
     if by and before.files and not is_long and present > SMALL_ROWS:
         return np.flatnonzero(taken).astype(np.uint32), given.rechunk()
-    rest = before.rows.filter(pl.Series(before.is_there & ~taken))
-    return None, pl.concat([rest, given], rechunk=True) if len(rest) else given.rechunk()
+    rest = before.is_there & ~taken
+    if not rest.any():
+        return None, given.rechunk()
+    return None, pl.concat([before.rows.filter(pl.Series(rest)), given], rechunk=True)
 
 
 def write(folder: Path, batch: int, changed: Sequence[Changed]) -> list[Change]:
@@ -253,10 +255,10 @@ def write(folder: Path, batch: int, changed: Sequence[Changed]) -> list[Change]:
             place = f"{change.partition}/{change.kind}"
             if change.gone is not None:
                 members.writestr(f"{place}/{GONE}", change.gone.tobytes())
-            with members.open(f"{place}/{ROWS}", "w", force_zip64=True) as member:
-                rows = change.new.to_arrow(compat_level=pl.CompatLevel.newest())
-                with pa.ipc.new_file(member, rows.schema) as file:  # a third of what Polars takes for a small one
-                    file.write_table(rows)
+            rows, member = change.new.to_arrow(compat_level=pl.CompatLevel.newest()), pa.BufferOutputStream()
+            with pa.ipc.new_file(member, rows.schema) as file:  # a third of what Polars takes for a small one
+                file.write_table(rows)
+            members.writestr(f"{place}/{ROWS}", memoryview(member.getvalue()))
             written.append((change.partition, change.kind, Kept(after.files, int(after.is_there.sum()))))
     part.rename(folder / name)
     return written

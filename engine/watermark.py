@@ -1,6 +1,6 @@
 """The watermark, up to which windows are over: ours is by arrivals, Spark's is the maximum over all rows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
 import polars as pl
@@ -20,19 +20,22 @@ CLOCK = pl.Schema(
 watermark of the batch."""
 
 
-def clock(rows: pl.DataFrame, known: pl.DataFrame, watermarks: pl.DataFrame) -> pl.DataFrame:
+def clock(
+    rows: pl.DataFrame, known: pl.DataFrame, watermarks: pl.DataFrame, by: Sequence[str] = ("run_id",)
+) -> pl.DataFrame:
     """The partition's clock after a batch, columns `CLOCK`: arrivals are ours, so one meter's clock moves nobody's.
 
     Args:
         rows: with run_id and arrival_at.
         known: the clock before.
         watermarks: of this batch, columns `WATERMARKS`: they become the next one's `previous_watermark`.
+        by: with `partition` the clocks of several, in rows, known and what comes of them.
     """
-    arrivals = rows.select("run_id", newest_at="arrival_at", has_come=pl.lit(True))
-    before = known.select("run_id", "newest_at", has_come=pl.lit(False))
-    newest = pl.concat([before, arrivals]).group_by("run_id").agg(pl.col("newest_at").max(), pl.col("has_come").any())
+    arrivals = rows.select(*by, newest_at="arrival_at", has_come=pl.lit(True))
+    before = known.select(*by, "newest_at", has_come=pl.lit(False))
+    newest = pl.concat([before, arrivals]).group_by(by).agg(pl.col("newest_at").max(), pl.col("has_come").any())
     watermark = watermarks.select("run_id", watermark_at="watermark")
-    return newest.join(watermark, on="run_id", how="left", nulls_equal=True).select(CLOCK.names())
+    return newest.join(watermark, on="run_id", how="left", nulls_equal=True).select(*dict.fromkeys([*by, *CLOCK]))
 
 
 def watermarks(clocks: Iterable[pl.DataFrame], allowed_lateness_s: float, planned_at: datetime) -> pl.DataFrame:

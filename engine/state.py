@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BufferedWriter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -255,10 +256,10 @@ def write(folder: Path, batch: int, changed: Sequence[Changed]) -> list[Change]:
             place = f"{change.partition}/{change.kind}"
             if change.gone is not None:
                 members.writestr(f"{place}/{GONE}", change.gone.tobytes())
-            rows, member = change.new.to_arrow(compat_level=pl.CompatLevel.newest()), pa.BufferOutputStream()
-            with pa.ipc.new_file(member, rows.schema) as file:  # a third of what Polars takes for a small one
-                file.write_table(rows)
-            members.writestr(f"{place}/{ROWS}", memoryview(member.getvalue()))
+            with members.open(f"{place}/{ROWS}", "w", force_zip64=True) as member, BufferedWriter(member) as out:
+                rows = change.new.to_arrow(compat_level=pl.CompatLevel.newest())
+                with pa.ipc.new_file(out, rows.schema) as file:  # a third of what Polars takes for a small one
+                    file.write_table(rows)
             written.append((change.partition, change.kind, Kept(after.files, int(after.is_there.sum()))))
     part.rename(folder / name)
     return written

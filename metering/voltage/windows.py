@@ -153,9 +153,14 @@ def close_windows(
         close_all: at the end of a run: every window is over.
     """
     window = ["meter_id", "run_id", "window_start"]
-    again = with_seen(readings.select(samples.columns), samples, ["meter_id", "observed_at"], VOLTAGES)
-    marked = readings.with_columns(seen=pl.coalesce("seen", again.get_column("seen")))
-    fresh = marked.filter(pl.col("seen").is_null()).select(*samples.columns, window_start=window_start())
+    unseen = readings.filter(pl.col("seen").is_null())
+    again = with_seen(unseen.select(samples.columns), samples, ["meter_id", "observed_at"], VOLTAGES)
+    marked, fresh = readings, unseen
+    if again.get_column("seen").count():
+        marked = readings.join(again.select(*PLACE, again="seen"), on=PLACE, how="left", maintain_order="left")
+        marked = marked.with_columns(seen=pl.coalesce("seen", "again")).drop("again")
+        fresh = marked.filter(pl.col("seen").is_null())
+    fresh = fresh.select(*samples.columns, window_start=window_start())
     is_past = is_over(watermarks, pl.col("window_start"))
     was_over = fresh.select(is_past).to_series()
     if len(closed):

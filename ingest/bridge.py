@@ -44,6 +44,7 @@ class Bridge:
         self._failure: str | None = None
         self._is_full = False
         self._asked_at = 0.0
+        self._power_failures: dict[str, datetime] = {}
         self._verdicts: deque[bool] = deque(maxlen=BRAKE_WINDOW)
         self._poisoned = 0
         self._is_reported_ready = False
@@ -157,20 +158,25 @@ class Bridge:
             self._ready.unlink(missing_ok=True)
             log.warning("not every session stands, connecting again")
 
-    def _taken(self, topic: str, payload: bytes) -> Routed:
-        """The record of a message, or the dead letter that it is."""
+    def _taken(self, topic: str, payload: bytes) -> list[Routed]:
+        """The records of a message, or the dead letter that it is."""
         self.received += 1
         now = datetime.now(UTC)
         try:
-            record = routed(topic, payload, now, self.settings.accept_run_ids)
+            records = routed(topic, payload, now, self.settings.accept_run_ids, self._power_failures)
         except InvalidMessage as error:
-            record = dead_letter(topic, payload, error, now)
+            records = [dead_letter(topic, payload, error, now)]
             self.dead_letters += 1
             log.warning("dead letter", topic=topic, reason=str(error.reason), detail=error.detail)
-        self._brake(record.topic == DEAD_LETTERS.name)
-        return record
+        self._brake(records[-1].topic == DEAD_LETTERS.name)
+        return records
 
-    def _send(self, record: Routed, pending: Pending) -> None:
+    def _send(self, records: list[Routed], pending: Pending) -> None:
+        pending.left = len(records)
+        for record in records:
+            self._send_one(record, pending)
+
+    def _send_one(self, record: Routed, pending: Pending) -> None:
         while not self._is_full:  # what comes behind a message that was not sent is not sent either
             try:
                 self._producer.produce(
@@ -187,7 +193,7 @@ class Bridge:
     def _delivery_report(self, pending: Pending) -> Callable[[KafkaError | None, Message], None]:
         def delivered(error: KafkaError | None, _: Message) -> None:
             if error is None:
-                pending.is_safe = True
+                pending.left -= 1
             else:
                 self._failure = f"Kafka did not take a record: {error}"
 

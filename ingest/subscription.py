@@ -126,13 +126,18 @@ class Pending:
         mid: its number on this connection.
         fingerprint: of its topic and bytes.
         came_at: when, s.
-        is_safe: whether Kafka has it.
+        left: records of it that Kafka does not have yet.
     """
 
     mid: int
     fingerprint: bytes
     came_at: float
-    is_safe: bool = False
+    left: int = 1
+
+    @property
+    def is_safe(self) -> bool:
+        """Whether Kafka has it."""
+        return self.left == 0
 
 
 class Subscription:
@@ -147,7 +152,7 @@ class Subscription:
         ack_wait_s: of the session.
         settings: of the bridge.
         take: topic and payload → the record for Kafka.
-        send: hands a record to Kafka, which says through the pending message when it is safe.
+        send: hands records to Kafka, which says through the pending message when they are safe.
 
     Attributes:
         failure: what the broker refused, if it did.
@@ -165,8 +170,8 @@ class Subscription:
         pattern: str | None,
         ack_wait_s: float,
         settings: BridgeSettings,
-        take: Callable[[str, bytes], Routed],
-        send: Callable[[Routed, Pending], None],
+        take: Callable[[str, bytes], list[Routed]],
+        send: Callable[[list[Routed], Pending], None],
     ) -> None:
         self.name = name
         self.pattern = pattern
@@ -374,7 +379,7 @@ class Subscription:
         if message.qos:
             self.open.append(pending)
         if message.dup and self._known[pending.fingerprint]:
-            pending.is_safe = True
+            pending.left = 0
             self._known -= Counter([pending.fingerprint])
             return
         self._send(self._take(topic, payload), pending)

@@ -6,10 +6,11 @@ message, ignores the stamp's season flag outside the repeated hour, and takes ab
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from functools import cache
+from operator import itemgetter
 from typing import Any
 
 from schemas.closed_lists import DeadLetterReason
@@ -301,6 +302,18 @@ def power_failures(telegram: bytes) -> list[tuple[datetime, datetime]]:
             except (InvalidMessage, OverflowError):
                 continue
     return found
+
+
+def failure_events(meter_id: str, failures: Iterable[tuple[datetime, datetime]]) -> list[dict[str, Any]]:
+    """Events that say that power failed and returned, in the order of time, by fields of the entity.
+
+    Args:
+        meter_id: whose.
+        failures: of `power_failures`.
+    """
+    moments = [(at, code) for begin, end in sorted(failures) for at, code in ((begin, "failed"), (end, "returned"))]
+    event = {"meter_id": meter_id, "dialect": "dsmr", "dialect_version": "*", "source_table": "failure_log"}
+    return [{**event, "observed_at": at, "code": code} for at, code in sorted(moments, key=itemgetter(0))]
 
 
 def split_telegrams(data: bytes) -> Iterator[tuple[int, bytes]]:

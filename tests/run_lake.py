@@ -84,7 +84,7 @@ def write_lake(sent: Sequence[tuple[str, str, str, bytes]], registry: pl.DataFra
     for number, (kind, meter_id, encoding, payload) in enumerate(sent):
         topic = mqtt_topic(meter_id, kind, encoding)
         try:
-            message = routed(topic, payload, received_at)
+            message = routed(topic, payload, received_at)[0]
         except InvalidMessage as error:
             message = dead_letter(topic, payload, error, received_at)
         partition = 0 if message.topic == DEAD_LETTERS.name else int(shard(meter_id), 16) % 4

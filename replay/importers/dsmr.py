@@ -9,7 +9,14 @@ import pyarrow as pa
 
 from replay.log import Asked, Defect, Imported, Log, as_frame
 from replay.tape import STAMPED_BY_RUN, log_schema
-from schemas.dsmr import beyond_tariffs_wh, decode_telegram, is_whole, power_failures, split_telegrams
+from schemas.dsmr import (
+    beyond_tariffs_wh,
+    decode_telegram,
+    failure_events,
+    is_whole,
+    power_failures,
+    split_telegrams,
+)
 from schemas.errors import InvalidMessage
 
 FILES = ("*.txt", "*.txt.gz", "*.log", "*.log.gz")
@@ -63,12 +70,8 @@ def _events(failures: set[tuple[datetime, datetime]], rows: list[dict[str, Any]]
     """Failure and return of the power failures that ended within the log, in the order of time."""
     times = [row["observed_at"] for row in rows]
     known = [(begin, end) for begin, end in failures if times and min(times) <= end <= max(times)]
-    moments = [(at, code) for begin, end in known for at, code in ((begin, "failed"), (end, "returned"))]
-    event = {"dialect": "dsmr", "dialect_version": "*", "source_table": "failure_log"}
-    return pa.Table.from_pylist(
-        [{**event, "meter_id": rows[0]["meter_id"], "observed_at": at, "code": code} for at, code in sorted(moments)],
-        log_schema("event"),
-    )
+    events = failure_events(rows[0]["meter_id"], known) if rows else []
+    return pa.Table.from_pylist(events, log_schema("event"))
 
 
 def _decoded(log: Log, telegram: bytes, asked: Asked, at: datetime | None) -> dict[str, Any]:

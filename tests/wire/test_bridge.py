@@ -12,7 +12,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from kafka_io.offsets import newest_offsets
 from schemas.codec import decode, encode
 from schemas.dsmr import with_crc
-from schemas.topics import DEAD_LETTERS, READINGS, TOPICS, Topic, mqtt_topic
+from schemas.topics import DEAD_LETTERS, EVENTS, READINGS, TOPICS, Topic, mqtt_topic
 from stack.backlog import waiting_in_broker
 from stack.native import NativeStack
 from tests.brokers import WAY, kill, way
@@ -115,6 +115,20 @@ def test_avro_json_and_telegrams_arrive_as_the_same_kind_of_reading(stack: Nativ
     assert readings["m2"]["import_t1_wh"] == readings["m3"]["import_t1_wh"] == 1234
     assert readings["m2"]["observed_at"] == readings["m3"]["observed_at"] == datetime(2024, 3, 4, 11, tzinfo=UTC)
     assert all(isinstance(reading["received_at"], datetime) for reading in readings.values())
+
+
+def test_a_telegram_is_carried_with_the_power_failure_that_it_tells_of(stack: NativeStack) -> None:
+    log = "1-0:99.97.0(1)(0-0:96.7.19)(240304115000W)(0000000600*s)\r\n!"
+    meters = Meters(stack)
+    for _ in range(3):
+        meters.say(mqtt_topic("m1", encoding="dsmr"), with_crc(TELEGRAM.removesuffix("!") + log))
+    meters.close()
+    assert len(carried(stack, READINGS, 3)) == 3
+    events = carried(stack, EVENTS, 2)
+    assert [(event["meter_id"], event["code"], event["observed_at"]) for event in events] == [
+        ("m1", "failed", datetime(2024, 3, 4, 10, 40, tzinfo=UTC)),
+        ("m1", "returned", datetime(2024, 3, 4, 10, 50, tzinfo=UTC)),
+    ]
 
 
 def test_bad_messages_become_dead_letters_with_their_bytes_and_block_nothing(stack: NativeStack) -> None:

@@ -1,8 +1,9 @@
 """How much a meter imports in each hour of the day: statistics over the four weeks that end with a local day.
 
 The window slides by a day a night (Theodolite's third use case, with a meter for its sensor). An hour counts where the
-energy of all its four quarters is known, so a gap makes a profile of fewer days, never a lower one. An hour that an
-autumn night has twice counts twice, one that a spring night lacks not at all.
+energy of all its four quarters is known and none was without power, so a gap or a power failure makes a profile of
+fewer days, never a lower one. An hour that an autumn night has twice counts twice, one that a spring night lacks not at
+all.
 
 Reads: interval_readings of the day and the 27 days before it; registry (usage point, time zone).
 Writes: load_profile_v1.
@@ -20,6 +21,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from engine.night import DEFAULT_ZONE, BatchJob, command, midnight, with_local_day
+from schemas.closed_lists import IntervalQuality
 from schemas.tables import IMPORTS
 
 DAYS_BEFORE = 27
@@ -34,6 +36,7 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
         with_local_day(lake["interval_readings"], registry, date, "usage_point_id", "time_zone")
         .where(F.col("register").isin(*IMPORTS))
         .withColumn("window_start", midnight(date - datetime.timedelta(days=DAYS_BEFORE), F.col("time_zone")))
+        .where(~F.col("quality").eqNullSafe(IntervalQuality.POWER_FAIL.value))
         .where((F.col("interval_start") >= F.col("window_start")) & (F.col("interval_start") < F.col("day_end")))
         .withColumn("local", F.from_utc_timestamp("interval_start", zone))
         .withColumn("offset_s", F.unix_seconds("local") - F.unix_seconds("interval_start"))

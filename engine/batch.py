@@ -109,7 +109,8 @@ class Settled:
 
     Attributes:
         tables: lake table → rows, in the columns of the table.
-        state: all kinds of the source's state but the clock, which is by partition (`engine.watermark.clock`).
+        state: all kinds of the source's state but the clock, which is by partition (`engine.watermark.clock`); and
+            those that it looks at.
         accounting: where each record went, columns `metering.accounting.LINES`.
     """
 
@@ -129,7 +130,7 @@ def settled(
         source: the rule, and what is to be done for it.
         registry: the newest row of each meter, at least of those in records and state.
         state: what the batch before left, kinds of `source.kept`: of those in `source.keys` at least the rows that are
-            found by a record, or are due.
+            found by a record, or are due; and kinds of `source.beside`.
         context: what is the same for all partitions.
 
     Raises:
@@ -154,7 +155,7 @@ def settled(
     if source.columns:
         marks = selectors.by_name("seen", require_all=False) | selectors.starts_with(FIRST)
         handed = handed.select(*dict.fromkeys([*source.columns, *PLACE]), marks)
-    given = source.transform(handed, registry, {kind: state[kind] for kind in source.state}, context)
+    given = source.transform(handed, registry, {kind: state[kind] for kind in (*source.state, *source.beside)}, context)
     output = declared(given, job, source.state)
     refused = pl.concat([*verdicts, output.verdicts])
     judged = _judged(valid, refused)

@@ -89,6 +89,8 @@ class Source:
             `first_<column>` what the original has in a column of `compares`.
         closes_windows: its arrivals move the watermarks; the rule is called for partitions without rows, too.
         keeps_undecoded: what cannot be decoded becomes a dead letter of this job; else another job's.
+        beside: kinds of state of an earlier source of the job that the rule is handed too, to look at, of the meters of
+            the records: as that source leaves them, which goes first, with what came in the same micro-batch.
     """
 
     topic: Topic
@@ -103,6 +105,7 @@ class Source:
     hands_duplicates: bool = False
     closes_windows: bool = False
     keeps_undecoded: bool = False
+    beside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses what cannot be done for the topic, or contradicts itself.
@@ -227,6 +230,14 @@ class StreamingJob:
         for table, current in self.current.items():
             if sum(current.kind in source.state for source in self.sources) != 1:
                 wrong.append(f"{table} is made of {current.kind}, which is no kind of state of just one source")
+        for number, source in enumerate(self.sources):
+            for kind in source.beside:
+                owners = [other for other in self.sources[:number] if other.by.get(kind) == ("meter_id",)]
+                if [other.topic.partitions for other in owners] != [source.topic.partitions]:
+                    wrong.append(
+                        f"{source.topic.name} looks at {kind}, which is no kind of state by meter_id of just one "
+                        "source before it whose topic has as many partitions"
+                    )
         if foreign := sorted({*self.hands, *self.sends} - set(self.writes)):
             wrong.append(f"hands or sends what it does not write: {', '.join(foreign)}")
         if wrong:
@@ -246,3 +257,7 @@ class StreamingJob:
     def source(self, topic: str) -> Source:
         """Its source of a topic, by name."""
         return next(source for source in self.sources if source.topic.name == topic)
+
+    def beside(self, source: Source) -> dict[str, Source]:
+        """Kind of state that one of its sources looks at → the source that keeps it."""
+        return {kind: next(other for other in self.sources if kind in other.state) for kind in source.beside}

@@ -89,6 +89,22 @@ def together(source: Source, handed: Sequence[Mapping[str, Taken]]) -> dict[str,
     }
 
 
+def looked_at(stocks: Sequence[Stock], arrived: Arrived) -> pl.DataFrame:
+    """The rows of a kind of state of another source that belong to the meters of the records.
+
+    Args:
+        stocks: the kind, of the partitions with the numbers of the lot.
+        arrived: the records.
+    """
+    meters = arrived.hashes(("meter_id",))
+    return pl.concat(
+        [
+            stock.present if stock.is_small else stock.rows.filter(pl.Series(stock.found(meters, None)))
+            for stock in stocks
+        ]
+    )
+
+
 def applied(
     parts: Sequence[Part],
     handed: Sequence[Mapping[str, Taken]],
@@ -104,7 +120,7 @@ def applied(
     Args:
         parts: partitions.
         handed: of `taken`, of each of them.
-        known: of `together`.
+        known: of `together`, and of `looked_at` what the rule looks at.
         arrived: their records.
         job: whose.
         source: the rule, and what is to be done for it.
@@ -147,7 +163,7 @@ def _owners(
     found += [
         _numbered(parts, handed, rows.select("meter_id"), kind)
         for kind, rows in known.items()
-        if "meter_id" in rows.columns and "partition" not in rows.columns
+        if kind in handed[0] and "meter_id" in rows.columns and "partition" not in rows.columns
     ]
     return pl.concat(found).unique("meter_id", keep="first", maintain_order=True)
 

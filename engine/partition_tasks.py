@@ -145,7 +145,8 @@ def warm_up(session: SparkSession, jobs: Sequence[StreamingJob], settings: Strea
                 }
                 parts = [lots.Part("", 0, 0, stocks)]
                 handed = lots.taken(parts, source, arrived, context)
-                known = lots.together(source, handed)
+                beside = {kind: other.state[kind].to_frame() for kind, other in job.beside(source).items()}
+                known = {**lots.together(source, handed), **beside}
                 lots.applied(parts, handed, known, arrived, job, source, meters, context)
 
     spark.parallelize(range(slots), slots).foreach(work)
@@ -172,14 +173,21 @@ def _is_called(plan: BatchPlan, place: Place) -> bool:
 
 
 def _shares(places: list[Place], most: int) -> list[list[Place]]:
-    """The partitions of each task: few records in one, many in as many as there are cores, equal in records."""
-    tasks = max(1, min(most, len(places), sum(place.records for place in places) // RECORDS_OF_A_TASK))
+    """The partitions of each task: few records in one, many in as many as there are cores, equal in records.
+
+    Partitions of one number, of whichever topics, have the same meters and stay together.
+    """
+    numbered: dict[int, list[Place]] = {}
+    for place in places:
+        numbered.setdefault(place.partition, []).append(place)
+    records = {number: sum(place.records for place in those) for number, those in numbered.items()}
+    tasks = max(1, min(most, len(numbered), sum(records.values()) // RECORDS_OF_A_TASK))
     shares: list[list[Place]] = [[] for _ in range(tasks)]
     sizes = [0] * tasks
-    for place in sorted(places, key=lambda place: (-place.records, place.name)):
+    for number in sorted(numbered, key=lambda number: (-records[number], number)):
         smallest = sizes.index(min(sizes))
-        shares[smallest].append(place)
-        sizes[smallest] += place.records + 1
+        shares[smallest] += numbered[number]
+        sizes[smallest] += records[number] + 1
     return shares
 
 
@@ -195,11 +203,12 @@ def _task(micro_batch: MicroBatch, number: int, places: list[Place]) -> list[Don
             called = [place for place in lot if _is_called(plan, place)]
             if not called:
                 continue
-            out, mine = _applied(plan, called, arrived, micro_batch.registry), done[plan.job.name]
+            so_far = kept[plan.job.name]
+            out, mine = _applied(plan, called, arrived, micro_batch.registry, so_far), done[plan.job.name]
             mine.lines += out.settled.accounting.rows()
             mine.ages = [one + other for one, other in zip(mine.ages, ages, strict=True)]
             mine.clocks |= out.clocks
-            kept[plan.job.name] += out.changed
+            so_far += out.changed
             for table, frame in out.settled.tables.items():
                 if len(frame):
                     rows.setdefault((plan.job.name, table), []).append(frame)
@@ -212,9 +221,14 @@ def _task(micro_batch: MicroBatch, number: int, places: list[Place]) -> list[Don
 
 
 def _lots(micro_batch: MicroBatch, places: list[Place]) -> list[list[Place]]:
-    """The partitions that are done at once: all of a topic where they are few records, else each by itself."""
+    """The partitions that are done at once: all of a topic where they are few records, else each by itself.
+
+    Topics whose state a rule looks at that reads another one come first.
+    """
     lots = []
-    for topic in dict.fromkeys(place.topic for place in places):
+    jobs = [plan.job for plan in micro_batch.plans]
+    first = {other.topic.name for job in jobs for source in job.sources for other in job.beside(source).values()}
+    for topic in sorted(dict.fromkeys(place.topic for place in places), key=lambda topic: topic not in first):
         of_topic = sorted((place for place in places if place.topic == topic), key=lambda place: place.partition)
         sources = [source for plan in micro_batch.plans for source in plan.job.sources if source.topic.name == topic]
         is_small = sum(place.records for place in of_topic) <= RECORDS_OF_A_TASK
@@ -230,8 +244,10 @@ def _arrived(lot: list[Place], micro_batch: MicroBatch) -> Arrived:
     return Arrived(decoded(pa.concat_tables([KAFKA.empty_table(), *came]), topics[lot[0].topic]))
 
 
-def _applied(plan: BatchPlan, places: list[Place], arrived: Arrived, registry: RegistryFiles) -> lots.Applied:
-    """A job's rule applied to partitions of a topic."""
+def _applied(
+    plan: BatchPlan, places: list[Place], arrived: Arrived, registry: RegistryFiles, so_far: list[state.Changed]
+) -> lots.Applied:
+    """A job's rule applied to partitions of a topic; `so_far` has what the task changed of the job's state before."""
     source, context = plan.job.source(places[0].topic), plan.context
     parts = [
         lots.Part(
@@ -244,6 +260,15 @@ def _applied(plan: BatchPlan, places: list[Place], arrived: Arrived, registry: R
     ]
     handed = lots.taken(parts, source, arrived, context)
     known = lots.together(source, handed)
+    newest = {(change.partition, change.kind): change.stock for change in so_far} if source.beside else {}
+    for kind, other in plan.job.beside(source).items():
+        names = [f"{other.topic.name}-{place.partition}" for place in places]
+        kept = [
+            newest.get((name, kind))
+            or state.stock(plan.states, plan.before, name, kind, other.state[kind], other.by[kind])
+            for name in names
+        ]
+        known[kind] = lots.looked_at(kept, arrived)
     meters = _registry_of(registry, context, source, arrived, known)
     return lots.applied(parts, handed, known, arrived, plan.job, source, meters, context)
 

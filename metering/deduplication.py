@@ -8,6 +8,8 @@ import polars as pl
 from schemas.closed_lists import DeltaReason
 
 PLACE = ["topic", "partition", "offset"]
+EVENT = ("meter_id", "observed_at", "sent_at", "seq", "dialect", "source_table", "code", "argument")
+"""What events that are the same have in common."""
 FIRST = "first_"
 """Begin of the names of what an original has."""
 
@@ -29,7 +31,11 @@ def with_seen(records: pl.DataFrame, recent: pl.DataFrame, identity: list[str], 
     hashed = pl.struct(identity).hash()  # most records are alone: only those that share a hash are looked at
     of_new, of_old = records.select(hashed).to_series(), recent.select(hashed).to_series()
     came_again = of_old.is_in(of_new.implode())
-    is_shared = of_new.is_duplicated() | of_new.is_in(of_old.filter(came_again).implode())
+    is_shared = of_new.is_duplicated()
+    if not came_again.any() and not is_shared.any():
+        nothing = [pl.lit(None, records.schema[name]).alias(FIRST + name) for name in values]
+        return records.with_columns(*nothing, pl.lit(None, pl.String).alias("seen"))
+    is_shared |= of_new.is_in(of_old.filter(came_again).implode())
     several = pl.concat(
         [
             recent.filter(came_again).select(columns).with_columns(row=pl.lit(None, pl.UInt32)),

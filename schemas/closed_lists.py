@@ -73,6 +73,7 @@ class IntervalQuality(StrEnum):
     INTERPOLATED = "interpolated"
     ESTIMATED = "estimated"
     INCOMPLETE = "incomplete"
+    POWER_FAIL = "power_fail"
 
 
 class Band(StrEnum):

@@ -65,7 +65,8 @@ INTERVAL_READINGS = _columns(
     meter_id=STRING, register=STRING, interval_start=TIMESTAMP, interval_end=TIMESTAMP, energy_wh=LONG,
     covered_s=LONG, quality=STRING, run_id=STRING,
 )  # fmt: skip
-"""`covered_s` is the part of the interval whose energy is known; `quality` says whether a boundary was interpolated."""
+"""`covered_s` is the part of the interval whose energy is known; `quality` (`IntervalQuality`) says how: power_fail is
+0 Wh, since the meter had no power."""
 CONFLICTS = _columns(
     meter_id=STRING, register=STRING, observed_at=TIMESTAMP, accepted_wh=LONG, refused_wh=LONG, run_id=STRING,
     partition=LONG, offset=LONG,

@@ -11,7 +11,7 @@ from schemas.topics import EVENTS, INGESTED, READINGS, TOPICS
 
 STAGES = {
     "readings_lake": INGESTED,
-    "consumption_deltas": (READINGS,),
+    "consumption_deltas": (READINGS, EVENTS),
     "voltage_deviation": (READINGS,),
     "derived_alarms": (READINGS,),
     "alarms": (EVENTS,),

@@ -25,10 +25,10 @@ from engine.job import BatchContext, Frames, Output, Source, StreamingJob
 from metering import accounting
 from metering.alarms import counts, life_cycle, outages
 from metering.clocks import is_impossible
+from metering.deduplication import EVENT
 from schemas.topics import ALARMS, COMMANDS, EVENTS
 
-IDENTITY = ("meter_id", "observed_at", "sent_at", "seq", "dialect", "source_table", "code", "argument")
-NEEDED = (*IDENTITY, "dialect_version", "run_id", "arrival_at")
+NEEDED = (*EVENT, "dialect_version", "run_id", "arrival_at")
 NAME = Path(__file__).stem
 
 
@@ -75,7 +75,7 @@ JOB = StreamingJob(
             columns=NEEDED,
             state={"open": life_cycle.OPEN, "once": life_cycle.ONCE, "event_count": counts.EVENT_COUNT},
             by={"open": ("meter_id",), "once": ("meter_id",)},
-            deduplicate_on=IDENTITY,
+            deduplicate_on=EVENT,
             closes_windows=True,
         ),
         Source(COMMANDS, acknowledged, keeps_undecoded=True),

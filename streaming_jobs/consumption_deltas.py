@@ -1,13 +1,16 @@
 """Energy per register step, as readings come.
 
-Reads: meter-readings-v1; registry (fuse, phases, nominal voltage, interval).
+Reads: meter-readings-v1; meter-events-v1 (when power failed and returned); registry (fuse, phases, nominal voltage,
+interval).
 Writes: consumption_deltas (one row per reading and register), interval_readings (energy per quarter hour, when a later
-reading has come), conflicts (both values), quarantined_readings (impossible clock, conflict, implausible),
-late_readings (out of order), latest_readings (the newest accepted registers of each meter: a late one changes nothing).
+reading has come; of one without power 0 and power_fail), conflicts (both values), quarantined_readings (impossible
+clock, conflict, implausible), late_readings (out of order), latest_readings (the newest accepted registers of each
+meter: a late one changes nothing).
 Key: meter_id, register, observed_at; meter_id, register, interval_start.
 Lateness: the stream says out_of_order and gives no energy; a cumulative register heals itself, and the night places the
-reading.
-Duplicates: by (meter_id, observed_at) within the last offsets of a partition; later ones are out of order.
+reading. A power failure that is told after the reading that ends it changes no quarter hour that was written.
+Duplicates: by (meter_id, observed_at) within the last offsets of a partition, later ones are out of order; events by
+all that the meter says.
 Restart: state and files are keyed by batch.
 """
 
@@ -18,14 +21,24 @@ import polars as pl
 from engine.driver import command
 from engine.job import BatchContext, Current, Frames, Output, Source, StreamingJob
 from metering import accounting
+from metering.alarms import power_fails
+from metering.clocks import is_impossible
+from metering.deduplication import EVENT
 from metering.energy import delta_engine, intervals
 from schemas import tables
-from schemas.topics import READINGS
+from schemas.topics import EVENTS, READINGS
 
 KNOWN = ["phases", "nominal_mv", "fuse_a", "jurisdiction", "is_unlimited", "wraps_wh", "interval_s"]
 VALUES = (*[f"{register}_wh" for register in tables.REGISTERS], "equipment_id")
 IDENTITY = ("meter_id", "observed_at")
 NAME = Path(__file__).stem
+
+
+def power(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
+    """When meters lost their power and had it again."""
+    clock_is_wrong = is_impossible(context.settings.max_ahead_s, context.settings.max_behind_s)
+    event_at = pl.when(clock_is_wrong).then("arrival_at").otherwise("observed_at")
+    return Output(tables={}, state={"edge": power_fails.edges(rows.with_columns(event_at=event_at), state["edge"])})
 
 
 def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
@@ -34,7 +47,9 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context
     default_fuse_a = pl.lit(context.settings.default_fuse_a, pl.Int64)
     readings = delta_engine.with_limits(known.with_columns(default_fuse_a=default_fuse_a))
     result = delta_engine.steps(readings, state["baseline"])
-    quarters = intervals.quarter_hours(result.steps, state["open"], result.baseline)
+    limits = readings.select("meter_id", "max_w").unique("meter_id")
+    failures = power_fails.power_fails(state["edge"]).join(limits, on="meter_id", how="left")
+    quarters = intervals.quarter_hours(result.steps, state["open"], result.baseline, failures)
     return Output(
         tables={
             "consumption_deltas": result.steps,
@@ -62,8 +77,16 @@ def latest(baselines: pl.DataFrame) -> pl.DataFrame:
 
 JOB = StreamingJob(
     name=NAME,
-    version=5,
+    version=6,
     sources=(
+        Source(
+            EVENTS,
+            power,
+            columns=(*EVENT, "dialect_version", "arrival_at"),
+            state={"edge": power_fails.EDGE},
+            by={"edge": ("meter_id",)},
+            deduplicate_on=EVENT,
+        ),
         Source(
             READINGS,
             transform,
@@ -74,6 +97,7 @@ JOB = StreamingJob(
             deduplicate_on=IDENTITY,
             compares=VALUES,
             hands_duplicates=True,
+            beside=("edge",),
         ),
     ),
     writes=("consumption_deltas", "interval_readings", "conflicts"),

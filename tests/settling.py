@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from engine.batch import Arrived, contract, declared
 from engine.decoding import decoded
 from engine.job import CLOCKS, BatchContext, StreamingJob
-from engine.lots import Part, applied, taken, together
+from engine.lots import Part, applied, looked_at, taken, together
 from engine.settings import StreamSettings
 from engine.state import Stock
 from engine.watermark import watermarks
@@ -59,10 +59,11 @@ class Settling:
 
     def _lots(self) -> list[list[tuple[str, int]]]:
         """Topic and number of the partitions that are done at once."""
+        topics = [topic.name for topic in self.job.topics]
+        places = sorted(self.stocks, key=lambda place: topics.index(place[0]))
         if not self.is_at_once:
-            return [[place] for place in self.stocks]
-        topics = dict.fromkeys(topic for topic, _ in self.stocks)
-        return [[place for place in self.stocks if place[0] == topic] for topic in topics]
+            return [[place] for place in places]
+        return [lot for topic in topics if (lot := [place for place in places if place[0] == topic])]
 
     def batch(self, records: pa.Table, close_all: bool = False) -> dict[str, pl.DataFrame]:
         """What a batch adds to each table, and the lines of the accounting; of a current table all of the partitions.
@@ -94,6 +95,10 @@ class Settling:
             asked = replace(context, close_all=close_all or self.is_handed_all)
             found = taken(parts, source, arrived, asked)
             known = together(source, found)
+            for kind, other in self.job.beside(source).items():
+                nothing = {kind: Stock.anew(other.state[kind].to_frame(), other.by[kind])}
+                kept = [self.stocks.get((other.topic.name, number), nothing)[kind] for number in partitions]
+                known[kind] = looked_at(kept, arrived)
             out = applied(parts, found, known, arrived, self.job, source, self.registry, context)
             for change in out.changed:
                 place = topic, int(change.partition.rpartition("-")[2])

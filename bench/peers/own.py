@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from engine.partition_tasks import Done
     from lake.reading import RegistryFiles
 
+from schemas.topics import READINGS
+
 PASSES = 3
 """Polars reads the file so often: it has no stream, and a single pass would be over before it is warm."""
 
@@ -35,9 +37,14 @@ def say(records: int) -> None:
 
 
 def of_topic(job: "StreamingJob", topic: str) -> "StreamingJob":
-    """The job with another topic in its sources' place."""
-    sources = tuple(replace(source, topic=replace(source.topic, name=topic)) for source in job.sources)
-    return replace(job, sources=sources)
+    """The job with another topic in the place of the readings; its other sources read nothing."""
+    return replace(
+        job,
+        sources=tuple(
+            replace(source, topic=replace(source.topic, name=topic)) if source.topic == READINGS else source
+            for source in job.sources
+        ),
+    )
 
 
 def jobs(what: str, work: str, topic: str) -> None:

@@ -1,8 +1,10 @@
 """Steps of a register → energy per quarter hour, boundaries interpolated and flagged. Pure functions on Polars frames.
 
 The energy of a step is taken as even over its span, so a quarter hour that begins or ends between two readings gets its
-share of the step; whole Wh, and the shares of a step sum up to it exactly. A step that is longer than two hours is left
-as it is in consumption_deltas: to spread it is an estimate for the night (docs/domain.md, Quarter hours).
+share of the step; whole Wh, and the shares of a step sum up to it exactly. Where a power failure is known, the energy
+is even over the time with power: a quarter hour without has none, and that is no guess. A step that has more than two
+hours with power is left as it is in consumption_deltas: to spread it is an estimate for the night (docs/domain.md,
+Quarter hours).
 """
 
 from datetime import timedelta
@@ -17,6 +19,8 @@ from schemas.tables import INTERVAL_READINGS, polars_schema
 INTERVAL = timedelta(minutes=15)
 INTERVAL_US = INTERVAL // timedelta(microseconds=1)
 LONGEST_STEP_US = timedelta(hours=2) // timedelta(microseconds=1)
+LONGEST_FAIL_US = timedelta(days=7) // timedelta(microseconds=1)
+"""A power failure that is longer is left to the night: quarter hours without end, of a meter that was taken away."""
 LARGEST_STEP_WH = 10**9  # more in two hours is no meter's; its product with the span stays a 64-bit number
 RANKS = (IntervalQuality.MEASURED, IntervalQuality.INTERPOLATED, IntervalQuality.ESTIMATED)
 ROWS = polars_schema(INTERVAL_READINGS)
@@ -27,11 +31,19 @@ OPEN = pl.Schema(
         "interval_start": STAMP,
         "energy_wh": pl.Int64(),
         "covered_us": pl.Int64(),
+        "powered_us": pl.Int64(),
         "rank": pl.Int64(),
         "run_id": pl.String(),
     }
 )
 """State: what is known of the quarter hour that a register's newest reading lies in."""
+
+
+CLOCKS_US = timedelta(minutes=2) // timedelta(microseconds=1)
+"""So much earlier than it was told a failure may have ended, where the register's rise needs the time."""
+HOUR_US = timedelta(hours=1) // timedelta(microseconds=1)
+UNPOWERED = pl.Schema({"step": pl.UInt32(), "down_us": pl.Int64(), "up_us": pl.Int64(), "is_over": pl.Boolean()})
+"""When a step's meter had no power, and whether somebody said that it was over."""
 
 
 class QuarterHours(NamedTuple):
@@ -46,7 +58,9 @@ class QuarterHours(NamedTuple):
     open: pl.DataFrame
 
 
-def quarter_hours(steps: pl.DataFrame, open_intervals: pl.DataFrame, baseline: pl.DataFrame) -> QuarterHours:
+def quarter_hours(
+    steps: pl.DataFrame, open_intervals: pl.DataFrame, baseline: pl.DataFrame, power_fails: pl.DataFrame
+) -> QuarterHours:
     """Puts a batch's steps into quarter hours and gives those that are over.
 
     A quarter hour is over when its register has an accepted reading at its end or later; as accepted readings only go
@@ -56,15 +70,18 @@ def quarter_hours(steps: pl.DataFrame, open_intervals: pl.DataFrame, baseline: p
         steps: of `delta_engine.steps`, of any reason.
         open_intervals: the state so far, columns `OPEN`.
         baseline: the last accepted value of each register after the steps, as `delta_engine.steps` gives it.
+        power_fails: of `metering.alarms.power_fails.power_fails`, of the meters of the steps: when they had no power;
+            and `max_w`, null where nobody knows: a failure that leaves the rise of the register no time is none.
     """
     # after an exchange the old equipment may come back, and its next step begins where it was last
     newest = pl.when(pl.col("held_segment").is_not_null()).then("held_at").otherwise("previous_at")
     before = open_intervals.join(baseline.select(*KEY, "series"), on=KEY, how="left")
-    shares = ["series", "interval_start", "energy_wh", "covered_us", "rank", "run_id"]
+    shares = ["series", "interval_start", "energy_wh", "covered_us", "powered_us", "rank", "run_id"]
+    new = _shares(steps, power_fails).select(shares)
     known = (
-        pl.concat([before.filter(pl.col("series").is_not_null()).select(shares), _shares(steps).select(shares)])
+        pl.concat([before.filter(pl.col("series").is_not_null()).select(shares), new])
         .group_by("series", "interval_start", maintain_order=True)
-        .agg(pl.col("energy_wh", "covered_us").sum(), pl.col("rank").max(), pl.col("run_id").last())
+        .agg(pl.col("energy_wh", "covered_us", "powered_us").sum(), pl.col("rank").max(), pl.col("run_id").last())
         .join(baseline.select("series", *KEY, newest_at=newest), on="series", how="left", maintain_order="left")
     )
     untouched = before.filter(pl.col("series").is_null()).select(OPEN.keys())
@@ -72,6 +89,8 @@ def quarter_hours(steps: pl.DataFrame, open_intervals: pl.DataFrame, baseline: p
     quality = (
         pl.when(pl.col("covered_us") < INTERVAL_US)
         .then(pl.lit(IntervalQuality.INCOMPLETE.value))
+        .when(pl.col("powered_us") == 0)
+        .then(pl.lit(IntervalQuality.POWER_FAIL.value))
         .otherwise(pl.col("rank").replace_strict(dict(enumerate(RANKS)), return_dtype=pl.String))
     )
     rows = known.filter(is_over).with_columns(
@@ -83,33 +102,100 @@ def quarter_hours(steps: pl.DataFrame, open_intervals: pl.DataFrame, baseline: p
     )
 
 
-def _shares(steps: pl.DataFrame) -> pl.DataFrame:
+def _shares(steps: pl.DataFrame, power_fails: pl.DataFrame) -> pl.DataFrame:
     """What each step gives to each quarter hour that it touches: `OPEN`, with the number of its register."""
     spread = [reason.value for reason in ACCEPTED_DELTAS if reason is not DeltaReason.METER_EXCHANGE]
     begin, end, number = pl.col("begin_us"), pl.col("end_us"), pl.col("number")
-    touched = (
+    whole = (
         steps.filter(pl.col("reason").is_in(spread) & pl.col("previous_at").is_not_null())
         .select(
-            "series", "delta_wh", "reason", "run_id",
+            "meter_id", "series", "delta_wh", "reason", "run_id",
             begin_us=pl.col("previous_at").dt.epoch("us"), end_us=pl.col("observed_at").dt.epoch("us"),
         )
-        .filter((end - begin <= LONGEST_STEP_US) & (pl.col("delta_wh") <= LARGEST_STEP_WH))
+        .with_row_index("step")
+    )  # fmt: skip
+    unpowered = _unpowered(whole, power_fails)
+    touched = (
+        _with_unpowered(whole, unpowered, end, "unpowered_us")
+        .with_columns(powered_us=end - begin - pl.col("unpowered_us"))
+        .filter(
+            (pl.col("powered_us") <= LONGEST_STEP_US)
+            & (pl.col("unpowered_us") <= LONGEST_FAIL_US)
+            & (pl.col("delta_wh") <= LARGEST_STEP_WH)
+        )
         .with_columns(number=pl.int_ranges(begin // INTERVAL_US, (end - 1) // INTERVAL_US + 1))
         .explode("number")
         .with_columns(
             from_us=pl.max_horizontal(begin, number * INTERVAL_US),
             to_us=pl.min_horizontal(end, (number + 1) * INTERVAL_US),
         )
-    )  # fmt: skip
-    until = [pl.col("delta_wh") * (pl.col(edge) - begin) // (end - begin) for edge in ("to_us", "from_us")]
-    is_cut = (pl.col("to_us") < end) | (pl.col("from_us") > begin)
-    is_guess = (pl.col("reason") == DeltaReason.RESET.value) | (is_cut & (pl.col("reason") == DeltaReason.GAP.value))
-    rank = pl.when(is_guess).then(2).when(is_cut).then(1).otherwise(0)
-    return touched.select(
+    )
+    cut = touched
+    for edge in ("from", "to"):
+        cut = _with_unpowered(cut, unpowered, pl.col(f"{edge}_us"), f"unpowered_{edge}_us")
+    before, to = (pl.col(f"{edge}_us") - begin - pl.col(f"unpowered_{edge}_us") for edge in ("from", "to"))
+    is_cut = (to < pl.col("powered_us")) | (before > 0)
+    is_explained = pl.col("powered_us") <= pl.min_horizontal(pl.col("unpowered_us"), INTERVAL_US)
+    is_gap = (pl.col("reason") == DeltaReason.GAP.value) & ~is_explained
+    endless = unpowered.filter(~pl.col("is_over")).get_column("step").unique()
+    is_guess = (
+        (pl.col("reason") == DeltaReason.RESET.value) | (is_cut & is_gap) | pl.col("step").is_in(endless.implode())
+    )
+    rank = pl.when(to == before).then(0).when(is_guess).then(2).when(is_cut).then(1).otherwise(0)
+    until = [pl.col("delta_wh") * powered // pl.col("powered_us") for powered in (to, before)]
+    return cut.select(
         series="series",
         interval_start=pl.from_epoch(number * INTERVAL_US, "us").dt.replace_time_zone("UTC"),
         energy_wh=until[0] - until[1],
         covered_us=pl.col("to_us") - pl.col("from_us"),
+        powered_us=to - before,
         rank=rank.cast(pl.Int64),
         run_id="run_id",
     )
+
+
+def _unpowered(steps: pl.DataFrame, power_fails: pl.DataFrame) -> pl.DataFrame:
+    """When the meters of steps had no power within them: columns `UNPOWERED`.
+
+    A reading says that there was power: a failure lies within the step in which it begins. One whose end nobody said,
+    or said only of a later one, counts up to the step's end, where there is a gap.
+    """
+    if steps.is_empty() or power_fails.is_empty():
+        return UNPOWERED.to_frame()
+    begun = power_fails.filter(pl.col("down_at").dt.epoch("us") >= steps.get_column("begin_us").min())
+    down, up, end = pl.col("down_at").dt.epoch("us"), pl.col("up_at").dt.epoch("us"), pl.col("end_us")
+    is_over = (up <= end).fill_null(False)
+    is_short_gap = (pl.col("reason") == DeltaReason.GAP.value) & (end - pl.col("begin_us") <= LONGEST_STEP_US)
+    need_us = (pl.col("delta_wh").cast(pl.Float64) * HOUR_US / pl.col("max_w")).ceil().fill_null(1)
+    latest = end - need_us.clip(1, LONGEST_STEP_US).cast(pl.Int64)
+    told_us = pl.max_horizontal(up - CLOCKS_US, pl.min_horizontal(up, latest))
+    powered_us = end - pl.col("begin_us") - (pl.col("up_us") - pl.col("down_us")).sum().over("step")
+    return (
+        steps.join(begun, on="meter_id")
+        .filter(down.is_between("begin_us", end, closed="left"), is_over | is_short_gap)
+        .with_columns(
+            down_us=down, up_us=pl.when(is_over).then(told_us).otherwise(latest), need_us=need_us, is_over=is_over
+        )
+        .group_by("step", "up_us", "begin_us", "end_us", "need_us")
+        .agg(pl.col("down_us").min(), pl.col("is_over").all())
+        .filter(pl.col("down_us") < pl.col("up_us"))
+        .filter(powered_us >= pl.col("need_us"))
+        .select(UNPOWERED.keys())
+    )
+
+
+def _with_unpowered(rows: pl.DataFrame, unpowered: pl.DataFrame, until: pl.Expr, name: str) -> pl.DataFrame:
+    """Rows with how much of their step, up to a time, was without power, microseconds."""
+    if unpowered.is_empty():
+        return rows.with_columns(pl.lit(0, pl.Int64).alias(name))
+    numbered = rows.with_row_index("row")
+    gone = pl.min_horizontal("up_us", "until_us") - pl.col("down_us")
+    sums = (
+        numbered.select("row", "step", until_us=until)
+        .join(unpowered, on="step")
+        .group_by("row")
+        .agg(gone.clip(0).sum().alias(name))
+    )
+    return numbered.join(sums, on="row", how="left", maintain_order="left").with_columns(
+        pl.col(name).fill_null(0)
+    ).drop("row")  # fmt: skip

@@ -27,7 +27,7 @@ def behind(lake: duckdb.DuckDBPyConnection, ledger: Ledger) -> list[str]:
     received = {line.stage: line.received for line in accounting_lines(lake, ledger.run_id)}
     sent = {
         LAKE: (ledger.readings + ledger.events, "records"),
-        DELTAS: (ledger.readings, "readings"),
+        DELTAS: (ledger.readings + ledger.events, "records"),
         VOLTAGE: (ledger.readings, "readings"),
         ALARMS: (ledger.events, "events"),
     }
@@ -40,12 +40,16 @@ def behind(lake: duckdb.DuckDBPyConnection, ledger: Ledger) -> list[str]:
 
 def check_accounting(lake: duckdb.DuckDBPyConnection) -> list[pl.DataFrame]:
     """The accounting of the run by stage against the rows, and what belongs to no run against the dead letters."""
-    run_id = str((lake.execute("SELECT any_value(run_id) FROM run_readings").fetchone() or [""])[0])
-    sums = "sum(received), sum(stored), sum(duplicate), sum(late), sum(quarantined), 0"
+    of_both = "SELECT any_value(run_id) FROM (SELECT run_id FROM run_readings UNION ALL SELECT run_id FROM run_events)"
+    run_id = str((lake.execute(of_both).fetchone() or [""])[0])
+    all_events, events = (f"(SELECT count({what}) FROM run_events)" for what in ("*", f"DISTINCT ({EVENT_KEY})"))
     rows = {
         LAKE: "SELECT sum(rows), sum(records), sum(rows - records), 0, 0, 0 FROM counts",
-        DELTAS: f"SELECT {sums} FROM delta_account",
-        VOLTAGE: f"SELECT {sums} FROM voltage_account",
+        DELTAS: f"""SELECT coalesce(sum(received), 0) + {all_events}, coalesce(sum(stored), 0) + {events},
+                coalesce(sum(duplicate), 0) + {all_events} - {events}, sum(late), sum(quarantined), 0
+            FROM delta_account""",
+        VOLTAGE: """SELECT sum(received), sum(stored), sum(duplicate), sum(late), sum(quarantined), 0
+            FROM voltage_account""",
         ALARMS: f"""SELECT count(*), count(DISTINCT ({EVENT_KEY})) - any_value(late) - any_value(quarantined),
                 count(*) - count(DISTINCT ({EVENT_KEY})), any_value(late), any_value(quarantined), 0
             FROM run_events, (SELECT coalesce(sum(late), 0) AS late, coalesce(sum(quarantined), 0) AS quarantined
@@ -73,7 +77,8 @@ def check_accounting(lake: duckdb.DuckDBPyConnection) -> list[pl.DataFrame]:
         LAKE: f"""SELECT (SELECT count(*) FROM dead_letters WHERE kafka_topic IS DISTINCT FROM '{COMMANDS.name}')
             + (SELECT count(*) FROM readings WHERE run_id IS NULL)
             + (SELECT count(*) FROM events WHERE run_id IS NULL)""",
-        DELTAS: f"SELECT ({readings}) + (SELECT count(*) FROM readings WHERE run_id IS NULL)",
+        DELTAS: f"""SELECT ({readings}) + ({events}) + (SELECT count(*) FROM readings WHERE run_id IS NULL)
+            + (SELECT count(*) FROM events WHERE run_id IS NULL)""",
         VOLTAGE: f"SELECT ({readings}) + (SELECT count(*) FROM readings WHERE run_id IS NULL)",
         ALARMS: f"""SELECT ({events}) + (SELECT count(*) FROM events WHERE run_id IS NULL)
             + (SELECT count(*) FROM alarm_acknowledgements)

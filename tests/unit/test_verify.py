@@ -156,7 +156,7 @@ def test_a_redelivered_record_is_no_loss(lake: Callable[[str], None]) -> None:
     rows = pl.read_parquet(table("events"))
     copy = rows.head(1).with_columns(offset=pl.col("offset") + 100_000)
     pl.concat([rows, copy]).write_parquet(table("events"))
-    for stage in ("readings_lake", "alarms"):
+    for stage in ("readings_lake", "alarms", "consumption_deltas"):
         change(
             "accounting",
             (pl.col("stage") == stage) & (pl.col("run_id") == "r1") & pl.struct("stage", "run_id").is_first_distinct(),
@@ -488,9 +488,10 @@ def test_a_run_that_the_jobs_have_not_taken_yet_is_not_finished_and_has_no_sums(
     accounting.with_columns(received=pl.col("received") - pl.when(steps).then(1).otherwise(0)).write_parquet(
         table("accounting")
     )
-    sent = json.loads((run_folder("r1") / "run.json").read_text())["readings"]
+    ledger = json.loads((run_folder("r1") / "run.json").read_text())
+    sent = ledger["readings"] + ledger["events"]
     received = accounting.filter(steps & (pl.col("run_id") == "r1"))
-    behind = f"consumption_deltas has received {sent - len(received):,} of {sent:,} readings"
+    behind = f"consumption_deltas has received {sent - len(received):,} of {sent:,} records"
     early = CliRunner().invoke(app, ["verify", "--run", "r1", "--wait", "0.1"])
     assert early.exit_code == 1
     assert early.stdout.splitlines()[0] == f"✗ not finished yet: {behind}"

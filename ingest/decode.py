@@ -13,8 +13,8 @@ from schemas.topics import DEAD_LETTERS, EVENTS, KINDS, MqttTopic, parse_mqtt_to
 MAX_PAYLOAD_BYTES = 65_536  # a telegram with all its lines has 2 kB
 HISTORY = timedelta(days=1)
 """Of the failure log of a meter's first telegram: what ended earlier, by its clock, an earlier bridge has brought."""
-LONGEST = timedelta(days=400)
-"""A power failure that began earlier is of a clock that was never set."""
+LONGEST = timedelta(days=365)
+"""A power failure that began so long before we hear of it is of a wrong clock: the jobs would not take its begin."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ def _failed(telegram: bytes, reading: dict[str, Any], failures: dict[str, dateti
     since = failures.get(meter_id)
     if since is None or since > at:  # its clock was ahead
         since = at - HISTORY
-    new = {(begin, end) for begin, end in power_failures(telegram) if since < end <= at < begin + LONGEST}
+    new = {
+        (begin, end) for begin, end in power_failures(telegram) if since < end <= at and received_at < begin + LONGEST
+    }
     failures[meter_id] = max([since, *(end for _, end in new)])
     return [{**event, "received_at": received_at} for event in failure_events(meter_id, new)]
 

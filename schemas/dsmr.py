@@ -62,7 +62,8 @@ OBJECTS = {f"1-{channel}:{code}": quantity for channel in (0, 1) for code, quant
 
 OTHER_TARIFF = re.compile(r"1-\d+:[12]\.8\.\d+")
 """Active energy of a tariff, or by a way of counting, that a reading has no register for."""
-FAILURE_LOG = re.compile(r"1-0:99[.:]97[.:]0\(")
+FAILURE_LOG = re.compile(r"1-0:99[.:]97[.:]0(?:[.*]255)?\(")
+LONGEST_FAILURE_S = 365 * 86_400
 FAILURE = re.compile(r"\((\d{12}[SW])\)\((\d{1,12})\*s\)")
 WITH_CRC = ("1-3:0.2.8(", "0-0:96.1.4(", "0-0:1.0.0(")
 NO_CRC = ("/ISk5\\2MIE",)
@@ -289,7 +290,8 @@ def beyond_tariffs_wh(telegram: bytes, reading: dict[str, Any]) -> dict[str, tup
 def power_failures(telegram: bytes) -> list[tuple[datetime, datetime]]:
     """Begin and end of the long power failures in a telegram's failure log (1-0:99.97.0), as far as they can be read.
 
-    A telegram repeats the log of the meter's last ones; a meter whose clock was never set writes what cannot be.
+    A telegram repeats the log of the meter's last ones; a meter whose clock was never set writes what cannot be: what
+    is longer than a year is left out.
     """
     found = []
     for line in telegram.decode("ascii", "replace").splitlines():
@@ -298,6 +300,8 @@ def power_failures(telegram: bytes) -> list[tuple[datetime, datetime]]:
         for stamp, seconds in FAILURE.findall(line):
             try:
                 end = _stamp(line, stamp)
+                if int(seconds) > LONGEST_FAILURE_S:
+                    continue
                 found.append((end - timedelta(seconds=int(seconds)), end))
             except (InvalidMessage, OverflowError):
                 continue

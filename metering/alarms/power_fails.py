@@ -48,19 +48,21 @@ def edges(events: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:
 def power_fails(edges: pl.DataFrame) -> pl.DataFrame:
     """Begins of power failures, columns `POWER_FAILS`: each with the next end that was told, null where none was.
 
-    What begins and ends in one second is none. A begin after a begin has the same end: a meter says it twice, or the
-    end between them was lost; who has a reading between them knows which.
+    What begins and ends in one second is none, unless the next that is told is an end. A begin after a begin has the
+    same end: a meter says it twice, or the end between them was lost; who has a reading between them knows which.
 
     Args:
         edges: columns `EDGE`.
     """
-    ordered = edges.sort("meter_id", "at", "is_up", descending=[False, False, True])  # where one ends the next begins
-    before, before_that = (pl.col("is_up").shift(places).over("meter_id") for places in (1, 2))
-    is_momentary = before & (pl.col("at") == pl.col("at").shift(1).over("meter_id")) & before_that.fill_null(True)
-    up_at = pl.when("is_up").then("at").backward_fill().over("meter_id")
+    ordered = edges.sort("meter_id", "at", "is_up", descending=[False, False, True])
+    is_up, at = pl.col("is_up"), pl.col("at")
+    before, after = (is_up.shift(places).over("meter_id").fill_null(False) for places in (1, -1))
+    is_momentary = before & (at == at.shift(1).over("meter_id")) & ~after
     return (
-        ordered.with_columns(up_at=up_at, is_momentary=is_momentary)
-        .filter(~pl.col("is_up") & ~pl.col("is_momentary").fill_null(False))
+        ordered.with_columns(
+            up_at=pl.when("is_up").then("at").backward_fill().over("meter_id"), is_momentary=is_momentary
+        )
+        .filter(~is_up & ~pl.col("is_momentary"))
         .select("meter_id", "up_at", down_at="at")
         .select(POWER_FAILS.keys())
     )

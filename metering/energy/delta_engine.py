@@ -147,10 +147,7 @@ def steps(readings: pl.DataFrame, baseline: pl.DataFrame, judge: Judge = walk) -
         )
         .with_columns(span_s=(at - pl.col("before_at")).dt.total_microseconds() / 1e6)
     )
-    coarse = pl.lit(1)
-    for step in reversed(COARSE_WH[:-1]):  # as `coarseness_wh`
-        coarse = pl.when((wh % step == 0) & (pl.col("before_wh") % step == 0)).then(step).otherwise(coarse)
-    quantum = pl.max_horizontal("quantum_wh", coarse)
+    quantum = pl.max_horizontal("quantum_wh", coarse_wh(pl.col("before_wh"), wh))
     too_much = (wh - pl.col("before_wh")) > pl.col("max_w") * pl.col("span_s") / 3600 + quantum
     plain = (
         pl.col("before_at").is_null()
@@ -214,6 +211,14 @@ def _long(readings: pl.DataFrame) -> pl.DataFrame:
             for register, number in NUMBERS.items()
         ]
     )
+
+
+def coarse_wh(before: pl.Expr, after: pl.Expr) -> pl.Expr:
+    """The coarsest step of a register that both values can be of; as `metering.energy.walk.coarseness_wh`."""
+    coarse = pl.lit(1)
+    for step in reversed(COARSE_WH[:-1]):
+        coarse = pl.when((after % step == 0) & (before % step == 0)).then(step).otherwise(coarse)
+    return coarse
 
 
 def _easy(ordered: pl.DataFrame) -> pl.DataFrame:

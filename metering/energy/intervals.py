@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from metering.energy.delta_engine import KEY, STAMP
+from metering.energy.delta_engine import KEY, STAMP, coarse_wh
 from schemas.closed_lists import ACCEPTED_DELTAS, DeltaReason, IntervalQuality
 from schemas.tables import INTERVAL_READINGS, polars_schema
 
@@ -40,7 +40,7 @@ OPEN = pl.Schema(
 
 
 CLOCKS_US = timedelta(minutes=2) // timedelta(microseconds=1)
-"""So much earlier than it was told a failure may have ended, where the register's rise needs the time."""
+"""So far a failure's begin and end may be beyond a reading; so much earlier it may have ended than was told."""
 HOUR_US = timedelta(hours=1) // timedelta(microseconds=1)
 UNPOWERED = pl.Schema({"step": pl.UInt32(), "down_us": pl.Int64(), "up_us": pl.Int64(), "is_over": pl.Boolean()})
 """When a step's meter had no power, and whether somebody said that it was over."""
@@ -109,7 +109,7 @@ def _shares(steps: pl.DataFrame, power_fails: pl.DataFrame) -> pl.DataFrame:
     whole = (
         steps.filter(pl.col("reason").is_in(spread) & pl.col("previous_at").is_not_null())
         .select(
-            "meter_id", "series", "delta_wh", "reason", "run_id",
+            "meter_id", "series", "previous_wh", "wh", "delta_wh", "reason", "run_id",
             begin_us=pl.col("previous_at").dt.epoch("us"), end_us=pl.col("observed_at").dt.epoch("us"),
         )
         .with_row_index("step")
@@ -157,29 +157,39 @@ def _shares(steps: pl.DataFrame, power_fails: pl.DataFrame) -> pl.DataFrame:
 def _unpowered(steps: pl.DataFrame, power_fails: pl.DataFrame) -> pl.DataFrame:
     """When the meters of steps had no power within them: columns `UNPOWERED`.
 
-    A reading says that there was power: a failure lies within the step in which it begins. One whose end nobody said,
-    or said only of a later one, counts up to the step's end, where there is a gap.
+    A reading says that there was power: a failure lies within the step in which it begins, but for clocks two minutes
+    apart. One whose end nobody said, or said only of a later one, counts up to the end of a short gap. Where the
+    register's rise needs more time with power than is left, by the connection's limit, the last failure ended earlier.
     """
     if steps.is_empty() or power_fails.is_empty():
         return UNPOWERED.to_frame()
-    begun = power_fails.filter(pl.col("down_at").dt.epoch("us") >= steps.get_column("begin_us").min())
-    down, up, end = pl.col("down_at").dt.epoch("us"), pl.col("up_at").dt.epoch("us"), pl.col("end_us")
-    is_over = (up <= end).fill_null(False)
-    is_short_gap = (pl.col("reason") == DeltaReason.GAP.value) & (end - pl.col("begin_us") <= LONGEST_STEP_US)
-    need_us = (pl.col("delta_wh").cast(pl.Float64) * HOUR_US / pl.col("max_w")).ceil().fill_null(1)
-    latest = end - need_us.clip(1, LONGEST_STEP_US).cast(pl.Int64)
-    told_us = pl.max_horizontal(up - CLOCKS_US, pl.min_horizontal(up, latest))
-    powered_us = end - pl.col("begin_us") - (pl.col("up_us") - pl.col("down_us")).sum().over("step")
+    earliest = pl.lit(steps.get_column("begin_us")).min() - CLOCKS_US
+    begun = power_fails.filter(pl.col("down_at").dt.epoch("us") >= earliest)
+    down, up = pl.col("down_at").dt.epoch("us"), pl.col("up_at").dt.epoch("us")
+    begin, end = pl.col("begin_us"), pl.col("end_us")
+    is_over = (up <= end + CLOCKS_US).fill_null(False)
+    is_short_gap = (pl.col("reason") == DeltaReason.GAP.value) & (end - begin <= LONGEST_STEP_US)
+    within = pl.col("down_us").filter(pl.col("down_us") >= begin).min()
+    rise = pl.col("delta_wh") - coarse_wh(pl.col("previous_wh"), pl.col("wh")) + 1
+    need_us = pl.when(pl.col("max_w") > 0).then(rise.cast(pl.Float64) * HOUR_US / pl.col("max_w")).ceil().fill_null(0)
+    gone_us = (pl.col("up_us") - pl.col("down_us")).sum().over("step")
+    short_us = (pl.col("need_us") - (end - begin - gone_us)).clip(0)
+    is_last = pl.col("up_us") == pl.col("up_us").max().over("step")
+    earlier = pl.col("up_us") - pl.when(is_last).then("short_us").otherwise(0).cast(pl.Int64)
+    by_step = ["step", "begin_us", "end_us", "need_us"]
+    told = steps.join(begun, on="meter_id").filter(
+        down < end, (is_over & (down >= begin - CLOCKS_US) & (up > begin)) | (is_short_gap & (down >= begin))
+    )
+    up_us = pl.when(is_over).then(pl.min_horizontal(up, end - 1)).otherwise(end - 1)
     return (
-        steps.join(begun, on="meter_id")
-        .filter(down.is_between("begin_us", end, closed="left"), is_over | is_short_gap)
-        .with_columns(
-            down_us=down, up_us=pl.when(is_over).then(told_us).otherwise(latest), need_us=need_us, is_over=is_over
-        )
-        .group_by("step", "up_us", "begin_us", "end_us", "need_us")
-        .agg(pl.col("down_us").min(), pl.col("is_over").all())
+        told.with_columns(down_us=down, up_us=up_us, need_us=need_us, is_over=is_over)
+        .group_by(*by_step, "up_us")
+        .agg(within.fill_null(begin.first()), pl.col("is_over").all())
         .filter(pl.col("down_us") < pl.col("up_us"))
-        .filter(powered_us >= pl.col("need_us"))
+        .with_columns(short_us=short_us)
+        .filter((pl.col("short_us") <= CLOCKS_US) | ~pl.col("is_over").all().over("step"))
+        .with_columns(up_us=earlier)
+        .filter(pl.col("down_us") < pl.col("up_us"))
         .select(UNPOWERED.keys())
     )
 

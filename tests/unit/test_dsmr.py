@@ -341,8 +341,10 @@ def test_a_total_is_the_first_register_where_no_tariff_counts() -> None:
 def test_a_failure_log_is_read_as_far_as_it_can_be() -> None:
     line = "1-0:99.97.0(3)(0-0:96.7.19)(190324141000W)(0000000600*s)(000101000001W)(2147583646*s)(190399000000W)(5*s)"
     found = power_failures(with_crc(V5.removesuffix("!") + line + "\n!"))
-    assert found[0] == (datetime(2019, 3, 24, 13, 0, tzinfo=UTC), datetime(2019, 3, 24, 13, 10, tzinfo=UTC))
-    assert len(found) == 2, "a stamp that is no time is left out"
+    assert found == [(datetime(2019, 3, 24, 13, 0, tzinfo=UTC), datetime(2019, 3, 24, 13, 10, tzinfo=UTC))]
+    for begin in ("1-0:99.97.0.255(", "1-0:99.97.0*255("):
+        other = with_crc(V5.removesuffix("!") + line.replace("1-0:99.97.0(", begin) + "\n!")
+        assert power_failures(other) == found
     assert power_failures(with_crc(V5.removesuffix("!") + "1-0:99.97.0(0)(0-0:96.7.19)\n!")) == []
 
 

@@ -58,14 +58,14 @@ def telegram(clock: str, *failures: str) -> bytes:
 
 
 def test_a_power_failure_is_carried_once_with_the_first_telegram_that_tells_of_it() -> None:
-    place, carried = mqtt_topic("m1", "readings", "dsmr"), dict[str, datetime]()
+    place, carried, now = mqtt_topic("m1", "readings", "dsmr"), dict[str, datetime](), datetime(2019, 4, 1, tzinfo=UTC)
 
     def events(payload: bytes) -> list[tuple[datetime, str]]:
-        *others, reading = routed(place, payload, NOW, failures=carried)
+        *others, reading = routed(place, payload, now, failures=carried)
         assert (reading.topic, reading.key) == (READINGS.name, b"m1")
         assert {(other.topic, other.key) for other in others} <= {(EVENTS.name, b"m1")}
         found = [decode(other.value, "event") for other in others]
-        assert all(each["received_at"] == NOW and each["meter_id"] == "m1" for each in found)
+        assert all(each["received_at"] == now and each["meter_id"] == "m1" for each in found)
         return [(each["observed_at"], each["code"]) for each in found]
 
     history, short = "(190101000000W)(0000000300*s)", "(190324141000W)(0000000600*s)"
@@ -81,6 +81,7 @@ def test_a_power_failure_is_carried_once_with_the_first_telegram_that_tells_of_i
     assert len(events(telegram("310324150000W", "(310324145900W)(0000000060*s)"))) == 2
     assert len(events(telegram("190330150000W", "(190330145900W)(0000000060*s)"))) == 2, "its clock was ahead"
     assert events(telegram("190331150000W", "(190331145900W)(2147483647*s)")) == []
+    assert events(telegram("190108150000W", "(190108145900W)(0026000000*s)")) == [], "its clock is 83 days behind"
 
 
 def test_a_dead_letter_has_the_original_bytes_and_says_why() -> None:

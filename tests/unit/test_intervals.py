@@ -68,30 +68,35 @@ def without_power(step: Step, edges: Sequence[Edge]) -> tuple[dict[int, int], bo
     """When, within a step, its meter had no power: end → begin, microseconds, and whether nobody said that it ended."""
     meter, since, until, wh, reason = step
     assert since is not None
-    mine = sorted({(when, is_up) for whose, when, is_up in edges if whose == meter})
-    need = -(-wh * 3600 * SECOND_US // MAX_W)
-    latest = until * SECOND_US - max(1, min(need, 7200 * SECOND_US))
+    mine = {(when, is_up) for whose, when, is_up in edges if whose == meter}
+    begins: dict[tuple[int, bool], set[int]] = {}
+    for down in (when for when, is_up in mine if not is_up and since - 120 <= when < until):
+        later = sorted((when, not is_up) for when, is_up in mine if when > down)
+        if (down, True) in mine and not (later and not later[0][1]):
+            continue  # over within its second
+        ups = [when for when, is_down in later if not is_down]
+        if ups and since < ups[0] <= until + 120:
+            begins.setdefault((min(ups[0] * SECOND_US, until * SECOND_US - 1), True), set()).add(down)
+        elif reason == "gap" and until - since <= 7200 and down >= since:
+            begins.setdefault((until * SECOND_US - 1, False), set()).add(down)
     gone: dict[int, int] = {}
-    is_endless = False
-    for down in sorted({when for when, is_up in mine if not is_up and since <= when < until}):
-        ups = [when for when, is_up in mine if is_up and (when > down or (when == down and not was_down(mine, down)))]
-        if ups and ups[0] <= until:
-            end = max((ups[0] - 120) * SECOND_US, min(ups[0] * SECOND_US, latest))
-        elif reason == "gap" and until - since <= 7200:
-            end = latest
-        else:
-            continue
-        if down * SECOND_US < end and end not in gone:
-            gone[end] = down * SECOND_US
-            is_endless |= not (ups and ups[0] <= until)
-    powered = (until - since) * SECOND_US - sum(end - begin for end, begin in gone.items())
-    return (gone, is_endless) if powered >= need else ({}, False)
-
-
-def was_down(mine: Sequence[tuple[int, bool]], when: int) -> bool:
-    """Whether the last that was said before is that the power failed."""
-    before = [is_up for at, is_up in mine if at < when]
-    return bool(before) and not before[-1]
+    told: dict[int, bool] = {}
+    for (end, is_told), downs in begins.items():
+        begin = min([down for down in downs if down >= since], default=since) * SECOND_US
+        if begin < end:
+            gone[end] = min(begin, gone.get(end, begin))
+            told[end] = is_told and told.get(end, True)
+    short = -(-wh * 3600 * SECOND_US // MAX_W) - ((until - since) * SECOND_US - sum(e - b for e, b in gone.items()))
+    if gone and short > 0:
+        last = max(gone)
+        if short > 120 * SECOND_US and all(told.values()):
+            return {}, False
+        begin = gone.pop(last)
+        if begin < last - short:
+            gone[last - short] = begin
+            told[last - short] = told[last]
+        del told[last]
+    return gone, not all(told.values())
 
 
 def defined(rows: Sequence[Step], edges: Sequence[Edge] = ()) -> Quarters:

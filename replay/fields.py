@@ -1,14 +1,16 @@
 """What the fields of a log say: text → values, and energies of intervals → registers."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 import polars as pl
 
 from schemas.topics import METER_ID
 
+NUMBER = re.compile(r"[+-]?(?:\d{1,15}(?:\.\d{0,12})?|\.\d{1,12})(?:[eE][+-]?\d{1,2})?", re.ASCII)
 MAX_EXACT = 2**53  # below it a double holds every integer
 
 
@@ -69,11 +71,10 @@ def exact(text: str | None, factor: int) -> int | None:
     """
     if text is None or not text.strip():
         return None
-    try:
-        return int((Decimal(text.strip()) * factor).to_integral_value())
-    except (InvalidOperation, OverflowError) as error:
+    if not NUMBER.fullmatch(text.strip()):
         msg = f"not a number: {text!r}"
-        raise ValueError(msg) from error
+        raise ValueError(msg)
+    return int((Decimal(text.strip()) * factor).to_integral_value())
 
 
 def summed(intervals: pl.DataFrame, register: str, per_wh: int) -> pl.DataFrame:

@@ -177,12 +177,12 @@ def _unpowered(steps: pl.DataFrame, power_fails: pl.DataFrame) -> pl.DataFrame:
     is_last = pl.col("up_us") == pl.col("up_us").max().over("step")
     earlier = pl.col("up_us") - pl.when(is_last).then("short_us").otherwise(0).cast(pl.Int64)
     by_step = ["step", "begin_us", "end_us", "need_us"]
-    told = steps.join(begun, on="meter_id").filter(
+    crossed = steps.join(begun, on="meter_id").filter(
         down < end, (is_over & (down >= begin - CLOCKS_US) & (up > begin)) | (is_short_gap & (down >= begin))
     )
     up_us = pl.when(is_over).then(pl.min_horizontal(up, end - 1)).otherwise(end - 1)
     return (
-        told.with_columns(down_us=down, up_us=up_us, need_us=need_us, is_over=is_over)
+        crossed.with_columns(down_us=down, up_us=up_us, need_us=need_us, is_over=is_over)
         .group_by(*by_step, "up_us")
         .agg(within.fill_null(begin.first()), pl.col("is_over").all())
         .filter(pl.col("down_us") < pl.col("up_us"))

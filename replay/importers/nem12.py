@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import MAXYEAR, datetime, timedelta
+from datetime import MAXYEAR, MINYEAR, datetime, timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ QUALITIES = {"S": Defect.SUBSTITUTED, "F": Defect.SUBSTITUTED, "E": Defect.ESTIM
 """First letter of a quality method that is not actual (A). N, no data, is left out."""
 SENDER_ZONES = {"WPNTKS": "Australia/Perth"}
 """Sender in the header → its market's clock, where that is not the eastern one."""
+NO_YEARS = (MINYEAR, MAXYEAR)  # in UTC they may be none
 DAY = timedelta(days=1)
 PADDING = "\0\x1a"  # what some systems end a file with
 REGISTERS = list(CHANNELS.values())
@@ -258,7 +259,9 @@ def _day(record: list[str], channel: _Channel | None) -> _Day:
         values = count  # so many are there: one of them is no number
     if values != count:
         minutes = channel.length // timedelta(minutes=1)
-        found = f"{len(record) - 2} fields after the date and no quality" if values is None else f"{values} values"
+        found = (
+            f"{max(len(record) - 2, 0)} fields after the date and no quality" if values is None else f"{values} values"
+        )
         msg = f"{found}, expected {count} values and a quality: record 200 says {minutes} minutes an interval"
         raise ValueError(msg)
     energies = [_energy(place, record[place], channel) for place in range(2, 2 + count)]
@@ -274,7 +277,7 @@ def _date(text: str) -> datetime:
         day = datetime.strptime(text.strip(), "%Y%m%d")  # noqa: DTZ007
     except ValueError:
         day = None
-    if day is None or day.year == MAXYEAR:
+    if day is None or day.year in NO_YEARS:
         msg = f"field 2: no day: {text!r}, expected YYYYMMDD"
         raise ValueError(msg)
     return day
@@ -426,10 +429,13 @@ def _end_of(text: str, before: int, after: int, quantity: int | None, unit_wh: i
 
 def _stamp(place: int, text: str) -> datetime:
     try:
-        return datetime.strptime(text.strip(), "%Y%m%d%H%M%S")  # noqa: DTZ007
-    except ValueError as error:
+        at = datetime.strptime(text.strip(), "%Y%m%d%H%M%S")  # noqa: DTZ007
+    except ValueError:
+        at = None
+    if at is None or at.year in NO_YEARS:
         msg = f"field {place + 1}: no time: {text!r}, expected YYYYMMDDhhmmss"
-        raise ValueError(msg) from error
+        raise ValueError(msg)
+    return at
 
 
 def _as_read(reads: list[tuple[Any, ...]]) -> pl.DataFrame:

@@ -49,6 +49,12 @@ def test_duplicates_conflicts_and_backward_steps_stay_and_are_counted(tmp_path: 
         ("sparkfun", "sparkfun.csv", 2, lambda data: data.replace(b".301Z", b".301", 1)),
         ("sparkfun", "sparkfun.json", 1, lambda data: data.replace(b'"00.342"', b"[]", 1)),
         ("sparkfun", "sparkfun.json", 1, lambda data: data.replace(b'"00.342"', b'"NaN"', 1)),
+        ("sparkfun", "sparkfun.json", 1, lambda data: data.replace(b'"timestamp"', b'"time"', 1)),
+        ("sparkfun", "sparkfun.json", 1, lambda data: data.replace(b'"001967.277"', b'"99999999999999999"', 1)),
+        ("sparkfun", "sparkfun.csv", 2, lambda data: data.replace(b"001967.277", b"99999999999999", 1)),
+        ("sparkfun", "sparkfun.csv", 2, lambda data: data.replace(b"001967.277", b"1_967", 1)),
+        ("sparkfun", "sparkfun.csv", 2, lambda data: data.replace(b"001967.277", b'1967".277', 1)),
+        ("sparkfun", "sparkfun.csv", 2, lambda data: data.replace(b"2016-10-05", b"0001-01-01", 1)),
     ],
 )
 def test_what_a_format_does_not_allow_is_an_error_with_file_and_line_or_is_counted(

@@ -80,23 +80,23 @@ def without_power(step: Step, edges: Sequence[Edge]) -> tuple[dict[int, int], bo
         elif reason == "gap" and until - since <= 7200 and down >= since:
             begins.setdefault((until * SECOND_US - 1, False), set()).add(down)
     gone: dict[int, int] = {}
-    told: dict[int, bool] = {}
+    heard: dict[int, bool] = {}
     for (end, is_told), downs in begins.items():
         begin = min([down for down in downs if down >= since], default=since) * SECOND_US
         if begin < end:
             gone[end] = min(begin, gone.get(end, begin))
-            told[end] = is_told and told.get(end, True)
+            heard[end] = is_told and heard.get(end, True)
     short = -(-wh * 3600 * SECOND_US // MAX_W) - ((until - since) * SECOND_US - sum(e - b for e, b in gone.items()))
     if gone and short > 0:
         last = max(gone)
-        if short > 120 * SECOND_US and all(told.values()):
+        if short > 120 * SECOND_US and all(heard.values()):
             return {}, False
         begin = gone.pop(last)
         if begin < last - short:
             gone[last - short] = begin
-            told[last - short] = told[last]
-        del told[last]
-    return gone, not all(told.values())
+            heard[last - short] = heard[last]
+        del heard[last]
+    return gone, not all(heard.values())
 
 
 def defined(rows: Sequence[Step], edges: Sequence[Edge] = ()) -> Quarters:

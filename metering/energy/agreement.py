@@ -19,7 +19,9 @@ NAMED_PRICE = 0.75
 """The same where the equipment is another by its name: one reading is enough."""
 RETURN_PRICE = 33.0
 """The same where the reading follows from one before those that it does not follow from: they are wild rather. So is a
-segment from which a reading goes on that follows from the one before the segment, too."""
+segment from which a reading goes on that follows from the one before the segment, too, with less energy: but not where
+the segment has risen so far by itself, in `OWN_READINGS` or more, that it passes the old register on its way."""
+OWN_READINGS = 4
 
 
 def agreed(baseline: dict[str, Any] | None, rows: list[dict[str, Any]], limits: Limits) -> Walked:
@@ -67,29 +69,40 @@ def _kept(rows: list[dict[str, Any]], limits: Limits) -> set[int]:
     worth: list[float] = []
     before: list[int | None] = []
     broken_at: list[int | None] = []  # the reading before the last begin of a segment on the way, while it is near
+    own: list[tuple[int, int]] = []  # of the segment that a reading is of: its first reading, and how many it has
     best_so_far: tuple[float, int | None] = (0.0, None)
     for number, row in enumerate(rows):
         best, at, broken, has_edge = 0.0, None, None, False  # the first reading that counts
+        mine = (number, 1)
         for other in range(number - 1, max(number - 2 - AT_MOST_OUT, -1), -1):
             if is_edge(other, number):
-                has_edge, old = True, broken_at[other]
+                old = broken_at[other]
+                has_edge |= number - other <= OWN_READINGS or not is_edge(other, other + 1)  # else they went on from it
                 if old is not None and number - old > 2 * AT_MOST_OUT:
                     old = None
                 olds = [] if old is None else [each for each in (old, before[old]) if each is not None]
-                is_return = any(is_edge(each, number) for each in olds)
+                begin, count = own[other]
+                rise, risen = row["wh"] - rows[other]["wh"], rows[other]["wh"] - rows[begin]["wh"]
+                is_passing = count >= OWN_READINGS and 0 <= rise <= risen
+                is_return = not is_passing and any(
+                    0 <= row["wh"] - rows[each]["wh"] < rise and is_edge(each, number) for each in olds
+                )
                 value = worth[other] - (RETURN_PRICE if is_return else 0)
                 if value > best:
-                    best, at, broken = value, other, None if is_return else old
+                    best, at, broken, mine = value, other, None if is_return else old, (begin, count + 1)
+                    if limits.max_w is None and row["wh"] < rows[other]["wh"]:  # over its end, or wild
+                        broken, mine = other, (number, 1)
                 if worth[other] >= best_so_far[0] and not is_return:
                     break  # nothing before it is worth more
         near = range(max(number - 1 - AT_MOST_OUT, 0), number)
         for begin in {best_so_far[1], *near} - {None}:
             price = RETURN_PRICE if has_edge else _price(points[begin], row)
             if worth[begin] - price > best:
-                best, at, broken = worth[begin] - price, begin, begin
+                best, at, broken, mine = worth[begin] - price, begin, begin, (number, 1)
         worth.append(best + 1)
         before.append(at)
         broken_at.append(broken)
+        own.append(mine)
         if worth[-1] > best_so_far[0]:
             best_so_far = worth[-1], number
     kept: set[int] = set()
@@ -104,11 +117,15 @@ def _passes_over(rows: list[dict[str, Any]], one: int, other: int, follows: Call
     """Whether a step leaves out two readings or more that lie on its way, on this or on that side of a jump in it.
 
     The longer the span, the more energy is plausible: what lies between would then be left out for a step that only its
-    length makes possible.
+    length makes possible. Of a step over the register's end one is enough.
     """
     least, most = rows[one]["wh"], rows[other]["wh"]
-    between = [number for number in range(one + 1, other) if least <= rows[number]["wh"] <= most]
-    return sum(follows(one, number) != follows(number, other) for number in between) > 1
+    is_over_its_end = least > most
+    values = ((number, rows[number]["wh"]) for number in range(one + 1, other))
+    between = [
+        number for number, wh in values if (wh >= least or wh <= most if is_over_its_end else least <= wh <= most)
+    ]
+    return sum(follows(one, number) != follows(number, other) for number in between) > (not is_over_its_end)
 
 
 def _price(before: dict[str, Any], row: dict[str, Any]) -> float:

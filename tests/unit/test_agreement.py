@@ -168,3 +168,28 @@ def test_a_register_ends_where_the_registry_says_so(judge: Judge) -> None:
     for value in (2**24 // 2 + 1, -1):  # not behind the end; none at all
         back = judge(None, [row(0, 2**24 - 200), row(1, 2**24 - 100), row(2, value), row(3, 2**24 - 50)], counter)
         assert sum(step["delta_wh"] or 0 for step in back.steps) == 150
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_reset_or_an_exchange_of_a_young_register_costs_no_reading(seed: int) -> None:
+    drawn = random.Random(seed)
+    steps = [drawn.choice([50, 100, 400]) for _ in range(80)]
+    old, begin = drawn.choice([0, 1_000, 12_000, 985_000, 9_985_000]), drawn.choice([0, 0, 120_000, 30_000])
+    cut = drawn.randint(8, 40)
+    values = [old + sum(steps[:place]) for place in range(cut)]
+    values += [begin + sum(steps[cut : cut + place]) for place in range(80 - cut)]
+    found = night(*values)
+    assert "glitch" not in [reason for reason, _ in found]
+    assert sum(delta or 0 for _, delta in found) == values[cut - 1] - old + values[-1] - begin
+
+
+@pytest.mark.parametrize(("wraps_wh", "old", "step"), [(10**8, 80_000_000, 300), (None, 9_999_500, 10)])
+def test_a_zero_of_a_register_without_a_limit_is_no_rollover(wraps_wh: int | None, old: int, step: int) -> None:
+    unlimited = Limits(max_w=None, interval_s=900, quantum_wh=1, wraps_wh=wraps_wh)
+    values = [0 if number == 20 else old + number * step for number in range(41)]
+    found = night(*values, limits=unlimited)
+    assert found[20] == ("glitch", None)
+    assert sum(delta or 0 for _, delta in found) == 40 * step
+    end = wraps_wh or 10**7
+    over = [(end - 5 * step + number * step) % end for number in range(11)]
+    assert sum(delta or 0 for _, delta in night(*over, limits=unlimited)) == 10 * step

@@ -273,14 +273,22 @@ def _day(record: list[str], channel: _Channel | None) -> _Day:
 
 
 def _date(text: str) -> datetime:
+    return _at(1, text, "day", "%Y%m%d", "YYYYMMDD")
+
+
+def _stamp(place: int, text: str) -> datetime:
+    return _at(place, text, "time", "%Y%m%d%H%M%S", "YYYYMMDDhhmmss")
+
+
+def _at(place: int, text: str, what: str, form: str, expected: str) -> datetime:
     try:
-        day = datetime.strptime(text.strip(), "%Y%m%d")  # noqa: DTZ007
+        at = datetime.strptime(text.strip(), form)  # noqa: DTZ007
     except ValueError:
-        day = None
-    if day is None or day.year in NO_YEARS:
-        msg = f"field 2: no day: {text!r}, expected YYYYMMDD"
+        at = None
+    if at is None or at.year in NO_YEARS:
+        msg = f"field {place + 1}: no {what}: {text!r}, expected {expected}"
         raise ValueError(msg)
-    return day
+    return at
 
 
 def _values(record: list[str]) -> int | None:
@@ -425,17 +433,6 @@ def _end_of(text: str, before: int, after: int, quantity: int | None, unit_wh: i
     is_padded = digits.startswith("0") and len(digits) > 1
     end = 10 ** len(digits) * unit_wh
     return end if (is_padded or after < before) and max(before, after) < end else None
-
-
-def _stamp(place: int, text: str) -> datetime:
-    try:
-        at = datetime.strptime(text.strip(), "%Y%m%d%H%M%S")  # noqa: DTZ007
-    except ValueError:
-        at = None
-    if at is None or at.year in NO_YEARS:
-        msg = f"field {place + 1}: no time: {text!r}, expected YYYYMMDDhhmmss"
-        raise ValueError(msg)
-    return at
 
 
 def _as_read(reads: list[tuple[Any, ...]]) -> pl.DataFrame:

@@ -142,7 +142,7 @@ class Driver:
     def running(self) -> Iterator[subprocess.Popen[bytes]]:
         (self.home / "run" / "streaming.ready").unlink(missing_ok=True)
         with (self.home / "log").open("ab") as log:
-            command = [sys.executable, "-m", "streaming_jobs"]
+            command = ["nice", sys.executable, "-m", "streaming_jobs"]  # who looks when to kill it comes first
             process = subprocess.Popen(command, env=self.environment, cwd=self.home / "tmp", stdout=log, stderr=log)
         try:
             yield process

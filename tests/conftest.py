@@ -5,11 +5,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 from tests.progress import Progress
 
 pytest.register_assert_rewrite("tests.chain", "tests.brokers", "tests.run_lake", "tests.spark.scenario")
 os.environ.setdefault("POLARS_MAX_THREADS", "1")  # as a Spark task has: on a busy machine threads wait for each other
+settings.register_profile("timing decides nothing", deadline=None)
+settings.load_profile("timing decides nothing")
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

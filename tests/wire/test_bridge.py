@@ -118,16 +118,19 @@ def test_avro_json_and_telegrams_arrive_as_the_same_kind_of_reading(stack: Nativ
 
 
 def test_a_telegram_is_carried_with_the_power_failure_that_it_tells_of(stack: NativeStack) -> None:
-    log = "1-0:99.97.0(1)(0-0:96.7.19)(240304115000W)(0000000600*s)\r\n!"
+    now = datetime.now(UTC).replace(microsecond=0)
+    stamp, ended = ((at + timedelta(hours=1)).strftime("%y%m%d%H%M%SW") for at in (now, now - timedelta(minutes=10)))
+    lines = TELEGRAM.removesuffix("!").replace("240304120000W", stamp)
+    telegram = with_crc(f"{lines}1-0:99.97.0(1)(0-0:96.7.19)({ended})(0000000600*s)\r\n!")
     meters = Meters(stack)
     for _ in range(3):
-        meters.say(mqtt_topic("m1", encoding="dsmr"), with_crc(TELEGRAM.removesuffix("!") + log))
+        meters.say(mqtt_topic("m1", encoding="dsmr"), telegram)
     meters.close()
     assert len(carried(stack, READINGS, 3)) == 3
     events = carried(stack, EVENTS, 2)
     assert [(event["meter_id"], event["code"], event["observed_at"]) for event in events] == [
-        ("m1", "failed", datetime(2024, 3, 4, 10, 40, tzinfo=UTC)),
-        ("m1", "returned", datetime(2024, 3, 4, 10, 50, tzinfo=UTC)),
+        ("m1", "failed", now - timedelta(minutes=20)),
+        ("m1", "returned", now - timedelta(minutes=10)),
     ]
 
 

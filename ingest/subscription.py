@@ -151,7 +151,7 @@ class Subscription:
         pattern: what it subscribes to; None of an earlier release's session, which has its own.
         ack_wait_s: of the session.
         settings: of the bridge.
-        take: topic and payload → the record for Kafka.
+        take: topic and payload → the records for Kafka.
         send: hands records to Kafka, which says through the pending message when they are safe.
 
     Attributes:

@@ -54,3 +54,9 @@ def busiest_day(stamps: pa.ChunkedArray, time_zone: str) -> date:
 def utc_days(local_day: date) -> list[date]:
     """The UTC days that a local day anywhere on earth can touch."""
     return [local_day + timedelta(days=shift) for shift in (-1, 0, 1)]
+
+
+def event_at(max_ahead_s: int, max_behind_s: int) -> pl.Expr:
+    """When an event was: by the meter's clock, or the arrival where that is impossible; see `is_impossible`."""
+    is_wrong = is_impossible(max_ahead_s, max_behind_s)
+    return pl.when(is_wrong).then("arrival_at").otherwise("observed_at").alias("event_at")

@@ -24,7 +24,7 @@ from engine.driver import command
 from engine.job import BatchContext, Frames, Output, Source, StreamingJob
 from metering import accounting
 from metering.alarms import counts, life_cycle, outages
-from metering.clocks import is_impossible
+from metering.clocks import event_at
 from metering.deduplication import EVENT
 from schemas.topics import ALARMS, COMMANDS, EVENTS
 
@@ -34,9 +34,8 @@ NAME = Path(__file__).stem
 
 def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """Changes of alarms; see the module."""
-    clock_is_wrong = is_impossible(context.settings.max_ahead_s, context.settings.max_behind_s)
-    event_at = pl.when(clock_is_wrong).then("arrival_at").otherwise("observed_at")
-    result = life_cycle.lives(rows.with_columns(event_at=event_at), state["open"], state["once"])
+    dated = rows.with_columns(event_at(context.settings.max_ahead_s, context.settings.max_behind_s))
+    result = life_cycle.lives(dated, state["open"], state["once"])
     placed = counts.placed(result.events, registry)
     counted = counts.count_events(placed, state["event_count"], context.watermarks, context.close_all)
     return Output(

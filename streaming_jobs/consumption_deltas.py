@@ -22,9 +22,10 @@ from engine.driver import command
 from engine.job import BatchContext, Current, Frames, Output, Source, StreamingJob
 from metering import accounting
 from metering.alarms import power_fails
-from metering.clocks import is_impossible
+from metering.clocks import event_at
 from metering.deduplication import EVENT
 from metering.energy import delta_engine, intervals
+from metering.registry import is_among
 from schemas import tables
 from schemas.topics import EVENTS, READINGS
 
@@ -36,9 +37,8 @@ NAME = Path(__file__).stem
 
 def power(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """When meters lost their power and had it again."""
-    clock_is_wrong = is_impossible(context.settings.max_ahead_s, context.settings.max_behind_s)
-    event_at = pl.when(clock_is_wrong).then("arrival_at").otherwise("observed_at")
-    return Output(tables={}, state={"edge": power_fails.edges(rows.with_columns(event_at=event_at), state["edge"])})
+    dated = rows.with_columns(event_at(context.settings.max_ahead_s, context.settings.max_behind_s))
+    return Output(tables={}, state={"edge": power_fails.edges(dated, state["edge"])})
 
 
 def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
@@ -47,8 +47,10 @@ def transform(rows: pl.DataFrame, registry: pl.DataFrame, state: Frames, context
     default_fuse_a = pl.lit(context.settings.default_fuse_a, pl.Int64)
     readings = delta_engine.with_limits(known.with_columns(default_fuse_a=default_fuse_a))
     result = delta_engine.steps(readings, state["baseline"])
-    limits = readings.select("meter_id", "max_w").unique("meter_id")
-    failures = power_fails.power_fails(state["edge"]).join(limits, on="meter_id", how="left")
+    failures = power_fails.power_fails(state["edge"])
+    concerned = readings.filter(is_among(failures.get_column("meter_id").unique()))
+    limits = concerned.select("meter_id", "max_w").unique("meter_id")
+    failures = failures.join(limits, on="meter_id", how="left")
     quarters = intervals.quarter_hours(result.steps, state["open"], result.baseline, failures)
     return Output(
         tables={

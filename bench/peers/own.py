@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
+from schemas.topics import READINGS
+
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from engine.job import StreamingJob
     from engine.partition_tasks import Done
     from lake.reading import RegistryFiles
-
-from schemas.topics import READINGS
 
 PASSES = 3
 """Polars reads the file so often: it has no stream, and a single pass would be over before it is warm."""

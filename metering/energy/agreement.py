@@ -77,19 +77,20 @@ def _kept(rows: list[dict[str, Any]], limits: Limits) -> set[int]:
         for other in range(number - 1, max(number - 2 - AT_MOST_OUT, -1), -1):
             if is_edge(other, number):
                 old = broken_at[other]
-                has_edge |= number - other <= OWN_READINGS or not is_edge(other, other + 1)  # else they went on from it
+                if not has_edge:  # a reading that others went on from is no sign of it
+                    has_edge = number - other <= OWN_READINGS or not is_edge(other, other + 1)
                 if old is not None and number - old > 2 * AT_MOST_OUT:
                     old = None
                 olds = [] if old is None else [each for each in (old, before[old]) if each is not None]
-                begin, count = own[other]
-                rise, risen = row["wh"] - rows[other]["wh"], rows[other]["wh"] - rows[begin]["wh"]
+                first, count = own[other]
+                rise, risen = row["wh"] - rows[other]["wh"], rows[other]["wh"] - rows[first]["wh"]
                 is_passing = count >= OWN_READINGS and 0 <= rise <= risen
                 is_return = not is_passing and any(
                     0 <= row["wh"] - rows[each]["wh"] < rise and is_edge(each, number) for each in olds
                 )
                 value = worth[other] - (RETURN_PRICE if is_return else 0)
                 if value > best:
-                    best, at, broken, mine = value, other, None if is_return else old, (begin, count + 1)
+                    best, at, broken, mine = value, other, None if is_return else old, (first, count + 1)
                     if limits.max_w is None and row["wh"] < rows[other]["wh"]:  # over its end, or wild
                         broken, mine = other, (number, 1)
                 if worth[other] >= best_so_far[0] and not is_return:

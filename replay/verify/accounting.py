@@ -42,11 +42,14 @@ def check_accounting(lake: duckdb.DuckDBPyConnection) -> list[pl.DataFrame]:
     """The accounting of the run by stage against the rows, and what belongs to no run against the dead letters."""
     of_both = "SELECT any_value(run_id) FROM (SELECT run_id FROM run_readings UNION ALL SELECT run_id FROM run_events)"
     run_id = str((lake.execute(of_both).fetchone() or [""])[0])
-    all_events, events = (f"(SELECT count({what}) FROM run_events)" for what in ("*", f"DISTINCT ({EVENT_KEY})"))
+    all_events, distinct_events = (
+        f"(SELECT count({what}) FROM run_events)" for what in ("*", f"DISTINCT ({EVENT_KEY})")
+    )
     rows = {
         LAKE: "SELECT sum(rows), sum(records), sum(rows - records), 0, 0, 0 FROM counts",
-        DELTAS: f"""SELECT coalesce(sum(received), 0) + {all_events}, coalesce(sum(stored), 0) + {events},
-                coalesce(sum(duplicate), 0) + {all_events} - {events}, sum(late), sum(quarantined), 0
+        DELTAS: f"""SELECT coalesce(sum(received), 0) + {all_events},
+                coalesce(sum(stored), 0) + {distinct_events},
+                coalesce(sum(duplicate), 0) + {all_events} - {distinct_events}, sum(late), sum(quarantined), 0
             FROM delta_account""",
         VOLTAGE: """SELECT sum(received), sum(stored), sum(duplicate), sum(late), sum(quarantined), 0
             FROM voltage_account""",

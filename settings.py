@@ -19,6 +19,11 @@ def home() -> Path:
     return Path(os.environ.get("METERSTREAM_HOME") or Path(__file__).parent / "data").resolve()
 
 
+def store_url() -> str:
+    """URL of what has lake, state and reports: `METERSTREAM_STORE`, else the home."""
+    return os.environ.get(f"{PREFIX}STORE") or f"file://{home()}"
+
+
 def started_file(folder: Path) -> Path:
     """Where a home says what its stack was started with: JSON, setting → value."""
     return folder / "run" / "started.json"

@@ -12,8 +12,10 @@ from typing import Any
 
 import polars as pl
 
+import lake
 from bench.downloads import java_program, setting_up
 from bench.truth import KEYS, PARTITIONS, REASONS, Shape
+from lake.store import used
 from schemas.codec import avro_schema, latest
 from schemas.errors import ContractBroken
 from schemas.topics import AVRO_FOLDER
@@ -90,12 +92,12 @@ def per_meter(steps: pl.DataFrame) -> pl.DataFrame:
 
 def own_results(run: Run) -> pl.DataFrame:
     """What our jobs wrote into the lake."""
-    lake = run.out / "home" / "lake"
-    if run.work == "deltas":
-        rows = pl.scan_parquet(lake / "consumption_deltas" / "date=*" / "*.parquet")
-        return per_meter(rows.filter(register="import_t1").select("meter_id", "delta_wh", "reason").collect())
-    rows = pl.scan_parquet(lake / "voltage_windows" / "date=*" / "*.parquet")
-    return rows.with_columns(window_us=pl.col("window_start").dt.epoch("us")).collect()
+    with used(f"file://{run.out / 'home'}"):
+        tables = lake.open()
+        if run.work == "deltas":
+            rows = tables.polars("consumption_deltas").filter(register="import_t1")
+            return per_meter(rows.select("meter_id", "delta_wh", "reason").collect())
+        return tables.polars("voltage_windows").with_columns(window_us=pl.col("window_start").dt.epoch("us")).collect()
 
 
 def polars_results(run: Run) -> pl.DataFrame:

@@ -14,10 +14,10 @@ from glob import glob  # of folders that come and go: pathlib's fails over one t
 from pathlib import Path
 from typing import IO
 
-import polars as pl
-
+import lake
 from bench.contestants import ROOT, Contestant, Run
 from bench.timed import resident, tree
+from lake.store import used
 from schemas.errors import ContractBroken, RetryLater
 
 SAMPLE_S = 0.1
@@ -208,25 +208,26 @@ def kill_and_restart(contestant: Contestant, run: Run) -> tuple[int, int]:
                 msg = f"{contestant.name} ended before it was killed:"
                 raise one.problem(msg)
         while True:
-            begun, committed = newest(run, "offsets"), newest(run, "commits")
-            if begun > committed and glob(f"{run.out}/home/staging/*-{begun:08d}/*/date=*/*"):
-                break  # rows are staged or being renamed in
+            begun, committed = newest(run, "state/*.zip"), newest(run, "intents/*.json")
+            if begun > committed:
+                break  # tasks have written, and nobody has said that it counts
             if one.process.poll() is not None:
                 msg = f"{contestant.name} ended before it was killed:"
                 raise one.problem(msg)
-    begun, committed = newest(run, "offsets"), newest(run, "commits")
+    begun, committed = newest(run, "state/*.zip"), newest(run, "intents/*.json")
     with started(contestant, run) as one:
         if one.process.wait(LONGEST_S):
             msg = f"{contestant.name} ended with {one.process.returncode} after it was killed:"
             raise one.problem(msg)
-    accounting = pl.read_parquet(run.out / "home" / "lake" / "accounting" / "date=*" / "*.parquet")
+    with used(f"file://{run.out / 'home'}"):
+        accounting = lake.open().polars("accounting").collect()
     if (received := accounting.get_column("received").sum()) != run.records:
         msg = f"{contestant.name}: the accounting has {received:,} of {run.records:,} records after a kill"
         raise ContractBroken(msg)
     return begun, committed
 
 
-def newest(run: Run, kind: str) -> int:
-    """Newest batch in the checkpoint's `offsets` or `commits`, −1 where there is none."""
-    files = run.out.glob(f"home/state/checkpoints/*/{kind}/[0-9]*")
-    return max((int(file.name) for file in files if file.name.isdigit()), default=-1)
+def newest(run: Run, pattern: str) -> int:
+    """Newest batch that has an object of this pattern among the job's, −1 where there is none."""
+    files = glob(f"{run.out}/home/state/*/*/{pattern}")
+    return max((int(Path(file).name[:8]) for file in files), default=-1)

@@ -177,11 +177,11 @@ def check(contestant: Contestant, run: Run) -> None:
 
 
 def batches_of(run: Run) -> pl.DataFrame:
-    """Up to which offset of each partition our batches went, by the query's checkpoint."""
+    """Up to which offset of each partition our batches went, by the job's intents."""
     ends = []
-    for file in sorted(run.out.glob("home/state/checkpoints/*/offsets/[0-9]*"), key=lambda path: int(path.name)):
-        offsets = json.loads(file.read_text().splitlines()[2])[run.shape.topic]
-        ends += [(int(partition), int(file.name), end) for partition, end in offsets.items()]
+    for file in sorted(run.out.glob("home/state/*/*/intents/*.json")):
+        offsets = json.loads(file.read_text())["ends"][run.shape.topic]
+        ends += [(int(partition), int(file.stem), end) for partition, end in offsets.items()]
     cuts = pl.DataFrame(ends, schema=["partition", "batch", "end_offset"], orient="row")
     return cuts.unique(["partition", "end_offset"], keep="first").sort("end_offset")
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from pathlib import Path
 
 import polars as pl
 from polars import selectors
@@ -16,7 +15,7 @@ from polars import selectors
 from engine.job import MEMORY, SAID, BatchContext, Frames, Output, Source, StreamingJob
 from engine.settings import JudgeSettings
 from engine.state import Manifest, hashes_of
-from lake.publishing import BatchKey
+from kafka_io.offsets import Offsets
 from metering import accounting
 from metering.clocks import is_impossible
 from metering.deduplication import FIRST, PLACE, originals, with_seen
@@ -36,20 +35,22 @@ class BatchPlan:
     Attributes:
         job: its rules and what the engine does for it.
         context: what is the same for all partitions.
-        key: of the batch.
+        number: of the batch.
         planned_at: when it was planned.
         before: what the batch before left.
-        states: folder of the state's files.
-        staging: where rows wait: the key's on the driver, for tasks on other machines.
+        states: folder of the state's objects.
+        starts: topic and partition → the first offset that it takes.
+        ends: the offset that comes next after it, of all that the job has read.
     """
 
     job: StreamingJob
     context: BatchContext
-    key: BatchKey
+    number: int
     planned_at: datetime
     before: Manifest
-    states: Path
-    staging: Path
+    states: str
+    starts: Offsets
+    ends: Offsets
 
 
 class Arrived:

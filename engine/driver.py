@@ -3,6 +3,7 @@
 All jobs together (`python -m streaming_jobs`), or one alone; `engine/stream.py` has their micro-batches.
 """
 
+import fcntl
 import os
 import signal
 import threading
@@ -25,7 +26,7 @@ from engine.session import spark_session
 from engine.settings import StreamSettings
 from engine.stream import JAVA_OPTIONS, Stream, ended, in_one_sentence
 from kafka_io.offsets import newest_offsets, oldest_offsets, topic_ids
-from lake.locks import job_run
+from lake.upkeep import Upkeep
 from schemas.errors import RetryLater, exits
 from settings import home, load
 
@@ -76,6 +77,25 @@ def stay(
                 raise ended(query.name, str(query.exception()))
 
 
+@contextmanager
+def kept_up(files: int, every_s: float) -> Iterator[None]:
+    """While it holds, a thread keeps the tables small to open and fast to read (`lake/upkeep.py`)."""
+    is_over = threading.Event()
+
+    def work() -> None:
+        keeping = Upkeep(files)
+        while not is_over.wait(every_s):
+            keeping.once(is_over.is_set)
+
+    keeper = threading.Thread(target=work, name="upkeep", daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        keeper.join()
+
+
 def flushed_mark() -> Path:
     """There since the driver of all jobs last ended with a flush, until one starts again."""
     return home() / "run" / f"{ALL_JOBS}.flushed"
@@ -100,16 +120,24 @@ def run(jobs: list[StreamingJob], settings: StreamSettings) -> None:
 
 @contextmanager
 def only_one(*jobs: str) -> Iterator[None]:
-    """While it holds, no other process runs these jobs on this home.
+    """While it holds, no other process of this machine runs these jobs on this home.
+
+    It saves whoever starts a second one by mistake a puzzle, and no more: of two drivers on one store, wherever they
+    run, one puts the next intent and the other ends (`engine/intents.py`).
 
     Raises:
         RetryLater: one does.
     """
+    folder = home() / "run"
+    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         for job in jobs:
-            if not held.enter_context(job_run(job)):
+            mark = held.enter_context((folder / f"{job}.lock").open("a"))
+            try:
+                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
                 msg = f"{job} runs in another process with METERSTREAM_HOME={home()}; stop that one first"
-                raise RetryLater(msg)
+                raise RetryLater(msg) from None
         yield
 
 
@@ -131,11 +159,10 @@ def _run(jobs: list[StreamingJob], settings: StreamSettings, stop: threading.Eve
     stream = Stream(session, runners, is_over=lambda: stop.is_set() and not flush.is_set())
     with in_one_sentence(", ".join(job.name for job in jobs)):
         warm_up(session, jobs, settings)
-    stream.finish_flushes()
     flushed_mark().unlink(missing_ok=True)
     topics = {topic for job in jobs for topic in job.topics}
     queries: list[StreamingQuery] = []
-    with served(name, queries):
+    with served(name, queries), kept_up(settings.compact_files, settings.upkeep_s):
         log.info("streaming", jobs=[job.name for job in jobs], kafka=settings.kafka_bootstrap)
         oldest, newest = (ask(settings.kafka_bootstrap, topics) for ask in (oldest_offsets, newest_offsets))
         ids = topic_ids(settings.kafka_bootstrap, topics)
@@ -157,7 +184,6 @@ def _run(jobs: list[StreamingJob], settings: StreamSettings, stop: threading.Eve
     for runner in runners:
         if flush.is_set():
             stream.flush(runner)
-        runner.tidy()
     stream.write_current(is_last=True)
     if flush.is_set() and name == ALL_JOBS:
         flushed_mark().touch()

@@ -202,6 +202,8 @@ class StreamingJob:
         cross_partition: the step after all partitions, for what does not belong to one meter: ({table: rows of all
             partitions}, registry, its state, context) → Output.
         cross_partition_state: kinds of frames that it keeps.
+        shares: table that another job adds to as well, and that has no column `stage` → an SQL condition of its own
+            rows there, for whoever lets the job begin anew.
     """
 
     name: str
@@ -213,6 +215,7 @@ class StreamingJob:
     hands: tuple[str, ...] = ()
     cross_partition: CrossPartition | None = None
     cross_partition_state: Mapping[str, pl.Schema] = field(default_factory=dict)
+    shares: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuses what nobody could keep.
@@ -253,6 +256,11 @@ class StreamingJob:
     def tables(self) -> list[str]:
         """Lake tables that it adds rows to: its rules', and those of the records that were not stored."""
         return list(dict.fromkeys([*self.writes, *[name for source in self.sources for name in source.apart]]))
+
+    def rows_of(self, table: str) -> str:
+        """An SQL condition of its rows in a table that it adds to."""
+        own = f"stage = '{self.name}'" if "stage" in TABLES[table].names else "true"
+        return self.shares.get(table, own)
 
     def source(self, topic: str) -> Source:
         """Its source of a topic, by name."""

@@ -32,10 +32,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from engine.session import spark_session
 from engine.settings import JudgeSettings
-from lake.locks import files_kept
-from lake.paths import report_path, table_path
-from lake.publishing import publish_report
-from lake.reading import read_registry, read_table, spark_schema, uri
+from lake.reading import Lake
+from lake.reports import files_of, folder_of, publish_report
+from lake.spark import frame_of, read_registry, read_table, spark_schema
+from lake.store import store
 from metering.clocks import utc_days
 from schemas.errors import ConfigError, ContractBroken, RetryLater, exits
 from schemas.tables import REPORTS, TABLES
@@ -230,37 +230,36 @@ def per_shard(rows: DataFrame, engine: Callable[[pl.DataFrame], pl.DataFrame], o
     return sharded.groupBy("shard").applyInArrow(run, spark_schema(output))
 
 
-def _read(session: SparkSession, name: str, date: datetime.date, days_before: int | None) -> DataFrame:
+def _read(session: SparkSession, lake: Lake, name: str, date: datetime.date, days_before: int | None) -> DataFrame:
     if days_before is None:
-        return read_table(session, name)
+        return read_table(session, lake, name)
     days = [date - datetime.timedelta(days=back) for back in range(days_before, -1, -1)]
     if name in TABLES:
-        return read_table(session, name, sorted({each for day in days for each in utc_days(day)}))
-    folders = [report_path(name) / f"date={day.isoformat()}" for day in days]
-    parts = [uri(part) for folder in folders for part in folder.glob("*.parquet")]
-    if not parts:
+        return read_table(session, lake, name, sorted({each for day in days for each in utc_days(day)}))
+    files = files_of(name, [day.isoformat() for day in days])
+    if not files:
         msg = f"report {name} has nothing for {date.isoformat()}: run its job for that date first"
         raise ConfigError(msg)
-    return session.read.schema(spark_schema(REPORTS[name])).parquet(*parts)
+    return frame_of(session, files, REPORTS[name])
 
 
-def _arrived(session: SparkSession, table: str, date: datetime.date, limits: JudgeSettings) -> DataFrame:
+def _arrived(session: SparkSession, lake: Lake, table: str, date: datetime.date, limits: JudgeSettings) -> DataFrame:
     """Rows of a table that came in the UTC days that a local day can touch: of all days that a clock can say."""
     days = utc_days(date)
     first, last = days[0] - datetime.timedelta(seconds=limits.max_behind_s), days[-1]
     last += datetime.timedelta(seconds=limits.max_ahead_s + datetime.timedelta(days=1).total_seconds())
     at = F.col("arrival_at")
     begin, end = (F.lit(day.isoformat()).cast("timestamp") for day in (days[0], days[-1] + datetime.timedelta(days=1)))
-    names = [path.name.removeprefix("date=") for path in table_path(table).glob("date=*")]
-    dates = sorted(day for day in map(datetime.date.fromisoformat, names) if first <= day <= last)
-    return read_table(session, table, dates).where((at >= begin) & (at < end))
+    dates = [day for day in lake.dates(table) if first <= day <= last]
+    return read_table(session, lake, table, dates).where((at >= begin) & (at < end))
 
 
-def publish(session: SparkSession, job: BatchJob, date: datetime.date, limits: JudgeSettings) -> int:
+def publish(session: SparkSession, lake: Lake, job: BatchJob, date: datetime.date, limits: JudgeSettings) -> int:
     """Replaces one date of a job's report.
 
     Args:
         session: Spark's.
+        lake: what it is made of.
         job: whose report.
         date: the local day.
         limits: which clocks cannot be right.
@@ -271,21 +270,21 @@ def publish(session: SparkSession, job: BatchJob, date: datetime.date, limits: J
     Raises:
         ConfigError: the registry names a time zone that does not exist, or a report that is read is not there.
     """
-    registry = read_registry(session)
-    zones = {row.time_zone for row in registry.select("time_zone").distinct().collect()} - {None}
-    if unknown := sorted(zones - available_timezones()):
+    registry = read_registry(session, lake)
+    zones = {row.time_zone: row["count"] for row in registry.groupBy("time_zone").count().collect()}
+    if unknown := sorted(zones.keys() - {None} - available_timezones()):
         msg = f"registry: no such time zone: {', '.join(unknown)}"
         raise ConfigError(msg)
-    with files_kept(*(set(job.reads) & set(TABLES))):
-        tables = {name: _read(session, name, date, days) for name, days in job.reads.items()}
-        tables |= {arrived(name): _arrived(session, name, date, limits) for name in job.by_arrival}
-        return publish_report(rows_of(job, tables, registry, date, limits), job.report, date.isoformat())
+    tables = {name: _read(session, lake, name, date, days) for name, days in job.reads.items()}
+    tables |= {arrived(name): _arrived(session, lake, name, date, limits) for name in job.by_arrival}
+    rows = rows_of(job, tables, registry, date, limits)
+    return publish_report(rows, job.report, date.isoformat(), sum(zones.values()))
 
 
-def silent(date: datetime.date) -> str | None:
+def silent(lake: Lake, date: datetime.date) -> str | None:
     """What is to be said before the reports of a day whose readings the lake does not have; None where it has some."""
-    days = sorted(path.name.removeprefix("date=") for path in table_path("readings").glob("date=*"))
-    if date.isoformat() in days:
+    days = lake.dates("readings")
+    if date in days:
         return None
     known = f"it has those of {days[0]} to {days[-1]}" if days else "it has none of any day"
     return f"The lake has no readings of {date.isoformat()}; {known}. The reports will say no more than that."
@@ -304,8 +303,8 @@ def run(jobs: Iterable[BatchJob], date: datetime.date, limits: JudgeSettings, as
     left = graph(ordered)
     left.prepare()
     console = Console(stderr=as_json, highlight=False)
-    day = date.isoformat()
-    if silence := silent(date):
+    day, lake = date.isoformat(), Lake()
+    if silence := silent(lake, date):
         Console(stderr=True, highlight=False).print(silence, soft_wrap=True)
     if not as_json and len(ordered) > 1:
         console.print(f"{len(ordered)} reports of {day}, {AT_ONCE} at a time", soft_wrap=True)
@@ -322,7 +321,7 @@ def run(jobs: Iterable[BatchJob], date: datetime.date, limits: JudgeSettings, as
                 try:
                     while True:
                         for job in sorted(left.get_ready(), key=lambda job: job.name):
-                            running[pool.submit(_timed, session, job, date, limits)] = job
+                            running[pool.submit(_timed, session, lake, job, date, limits)] = job
                         if not running:
                             break
                         bar.update(task, doing=", ".join(job.name for job in list(running.values())[:AT_ONCE]))
@@ -349,7 +348,7 @@ def run(jobs: Iterable[BatchJob], date: datetime.date, limits: JudgeSettings, as
                 then = f"; not run, since they read it: {', '.join(skipped)}" if skipped else ""
                 msg = f"reports of {day} are missing: "
                 raise RetryLater(msg + "; ".join(f"{name}: {why}" for name, why in failed.items()) + then)
-            console.print(f"In {report_path('<report>') / f'date={day}'}/*.parquet", markup=False, soft_wrap=True)
+            console.print(f"In {store().uri(folder_of('<report>', day))}/*.parquet", markup=False, soft_wrap=True)
         finally:
             session.stop()
 
@@ -361,10 +360,12 @@ def reason(error: Exception) -> str:
     return (named or lines or [type(error).__name__])[0].lstrip(": ")
 
 
-def _timed(session: SparkSession, job: BatchJob, date: datetime.date, limits: JudgeSettings) -> tuple[int, float]:
+def _timed(
+    session: SparkSession, lake: Lake, job: BatchJob, date: datetime.date, limits: JudgeSettings
+) -> tuple[int, float]:
     """Publishes one job's report. Returns rows and seconds."""
     began = time.monotonic()
-    return publish(session, job, date, limits), time.monotonic() - began
+    return publish(session, lake, job, date, limits), time.monotonic() - began
 
 
 def command(jobs: list[BatchJob]) -> None:

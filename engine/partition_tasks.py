@@ -2,9 +2,9 @@
 
 Kafka's key is the meter, so a Kafka partition has all rows of its meters and nothing need be shuffled. A task has one
 partition or several. It fetches and decodes each once, for all jobs of the micro-batch; then each job's rule is applied
-with what the job's batch before left for the partition (`engine/batch.py`), and rows and state are written to files of
-the task's own. The driver gets the accounting and the names of the files. Rows lie under staging until the driver
-renames them in; what a batch has no rows of keeps its state.
+with what the job's batch before left for the partition (`engine/batch.py`), and rows and state are written under names
+that nobody uses again. The driver gets the accounting and these names, and says by an intent that they count
+(`engine/intents.py`); what a batch has no rows of keeps its state.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,13 +25,13 @@ from engine.settings import StreamSettings
 from engine.state import hashes_of
 from engine.watermark import watermarks
 from kafka_io.ranges import KAFKA, Range
-from lake.publishing import written
 from lake.reading import RegistryFiles, newest_registry, registry_files
-from schemas.tables import DATED_BY, TABLES, polars_schema
+from lake.store import used
+from lake.tables import Part, put_part, read_parts
+from schemas.tables import DATED_BY
 
 CROSS_PARTITION = "cross_partition"
 """Name of the state that belongs to no partition."""
-NO_DATE = "__HIVE_DEFAULT_PARTITION__"  # as Spark names it
 RECORDS_OF_A_TASK = 20_000
 """Fewer go into one task: a second one costs what a few thousand records cost."""
 METER = ("meter_id",)
@@ -48,12 +48,14 @@ class MicroBatch:
         ranges: what came; each of the jobs reads all of its topics.
         fetch: gives the records of a range, columns `KAFKA`.
         registry: files of the registry.
+        store: URL of what has tables and state.
     """
 
     plans: tuple[BatchPlan, ...]
     ranges: tuple[Range, ...]
     fetch: Fetch
     registry: RegistryFiles
+    store: str
 
     @property
     def planned_at(self) -> float:
@@ -69,6 +71,7 @@ class Done:
         job: its name.
         lines: run_id, bucket and records, of the accounting.
         kept: what changed of the state.
+        parts: files of rows, in no commit yet.
         clocks: partition → its clock, of a job that closes windows.
         ages: how long before the micro-batch was planned records reached Kafka: counts by `AGES_S`, upper ends.
     """
@@ -76,6 +79,7 @@ class Done:
     job: str
     lines: list[tuple[str | None, str, int]] = field(default_factory=list)
     kept: list[state.Change] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     clocks: dict[str, pl.DataFrame] = field(default_factory=dict)
     ages: list[int] = field(default_factory=lambda: [0] * len(AGES_S))
 
@@ -116,7 +120,8 @@ def run(session: SparkSession | None, micro_batch: MicroBatch) -> list[Done]:
     shares = _shares(places, context.defaultParallelism)
 
     def work(number: int, _: Iterable[int]) -> Iterator[Done]:
-        return iter(_task(micro_batch, number, shares[number]))
+        with used(micro_batch.store):
+            return iter(_task(micro_batch, number, shares[number]))
 
     return list(context.parallelize(range(len(shares)), len(shares)).mapPartitionsWithIndex(work).collect())
 
@@ -214,9 +219,9 @@ def _task(micro_batch: MicroBatch, number: int, places: list[Place]) -> list[Don
                     rows.setdefault((plan.job.name, table), []).append(frame)
     for plan in micro_batch.plans:
         mine = done[plan.job.name]
-        mine.kept = state.write(plan.states, plan.key.number, kept[plan.job.name])
+        mine.kept = state.write(plan.states, plan.number, kept[plan.job.name])
         for table in plan.job.tables:
-            _keep_rows(rows.pop((plan.job.name, table), []), table, plan, f"t{number}")
+            mine.parts += _put_rows(rows.pop((plan.job.name, table), []), table, plan, f"t{number}")
     return list(done.values())
 
 
@@ -314,39 +319,41 @@ def _registry(files: RegistryFiles) -> tuple[pl.DataFrame, pl.Series]:
     return registry, hashes_of(registry, METER)
 
 
-def across(plan: BatchPlan, registry: pl.DataFrame) -> list[state.Change]:
+def across(plan: BatchPlan, registry: pl.DataFrame, parts: Sequence[Part]) -> tuple[list[state.Change], list[Part]]:
     """The step after all partitions, on the driver, for what does not belong to one meter.
 
+    Args:
+        plan: of the batch.
+        registry: the newest row of each meter.
+        parts: files of rows of its tasks.
+
     Returns:
-        What changed of its state.
+        What changed of its state, and further files of rows.
     """
     assert plan.job.cross_partition
     kinds = plan.job.cross_partition_state
     stocks = state.stocks(plan.states, plan.before, CROSS_PARTITION, kinds, {})
     known = {kind: state.Taken(stock.is_there, stock.present) for kind, stock in stocks.items()}
-    handed = {table: staged(plan, table) for table in plan.job.hands}
+    handed = {table: read_parts(table, parts) for table in plan.job.hands}
     given = plan.job.cross_partition(handed, registry, {kind: one.rows for kind, one in known.items()}, plan.context)
     output = declared(given, plan.job, kinds)
-    for table, frame in output.tables.items():
-        _keep_rows([frame], table, plan, CROSS_PARTITION)
+    further = [
+        part for table, frame in output.tables.items() for part in _put_rows([frame], table, plan, CROSS_PARTITION)
+    ]
     changed = state.changes(CROSS_PARTITION, stocks, known, output.state, {})
-    return state.write(plan.states, plan.key.number, changed)
+    return state.write(plan.states, plan.number, changed), further
 
 
-def staged(plan: BatchPlan, table: str) -> pl.DataFrame:
-    """The rows of a table that the partitions have written."""
-    parts = sorted((plan.staging / table).glob("date=*/*.parquet"))
-    schema = polars_schema(TABLES[table])
-    return pl.concat([schema.to_frame(), *[pl.read_parquet(part, hive_partitioning=False) for part in parts]])
-
-
-def _keep_rows(frames: list[pl.DataFrame], table: str, plan: BatchPlan, name: str) -> None:
-    """Writes rows of a table to staging, a file per date."""
+def _put_rows(frames: list[pl.DataFrame], table: str, plan: BatchPlan, name: str) -> list[Part]:
+    """Writes rows of a table, a file per date. Returns these."""
     if not any(len(frame) for frame in frames):
-        return
+        return []
     rows = pl.concat(frames)
     dates = rows.select(date=pl.col(DATED_BY[table]).dt.date()).to_series()
     days = dates.unique().to_list()
+    parts = []
     for date in days:
         those = rows if len(days) == 1 else rows.filter(dates.is_null() if date is None else dates == date)
-        written(those, plan.staging / table / f"date={date or NO_DATE}" / f"{name}.parquet")
+        day = None if date is None else date.isoformat()
+        parts.append(put_part(table, those, f"{plan.job.name}-{plan.number:08d}-{name}", day))
+    return parts

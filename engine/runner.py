@@ -1,42 +1,36 @@
-"""One streaming job's batches: plan → tasks → tables → commit, with state by batch, accounting and restart.
+"""One streaming job's batches: plan → tasks → intent → tables, with state by batch, accounting and restart.
 
-Batch N reads the state that batch N−1 left, never the newest; N−1's stays until N+1 is done. So a batch that is tried
-again gives the same rows in the same files, whenever the process died.
+Batch N reads the state that batch N−1 left, by its intent. What tasks write is there for nobody until the intent is
+put; from then on the batch is not made again, and whoever comes adds its files to the tables, once. So whenever the
+process dies, no row is missing and none is there twice.
 """
 
-import json
-import shutil
 import time
-import uuid
 from collections.abc import Iterable
 from datetime import datetime
-from functools import cached_property
-from pathlib import Path
 
 import polars as pl
-import pyarrow as pa
 import structlog
 from confluent_kafka import KafkaError, Message
 
-from engine import checkpoint as checkpoints
 from engine import metrics, state
 from engine.batch import BatchPlan, contract
+from engine.intents import Intent, Intents
 from engine.job import CLOCKS, BatchContext, Source, StreamingJob
-from engine.partition_tasks import AGES_S, Done, across, staged
+from engine.partition_tasks import AGES_S, Done, across
 from engine.settings import StreamSettings
 from engine.watermark import watermarks
 from kafka_io import clients
 from kafka_io.offsets import Offsets
 from kafka_io.ranges import Range
-from lake.compaction import Merger
-from lake.publishing import BatchKey, publish_small, remove_parts, rename_in, replace
 from lake.reading import RegistryFiles, newest_registry
+from lake.store import store
+from lake.tables import Commit, Part, Writer, put_part, read_parts
 from schemas.closed_lists import Bucket
 from schemas.codec import encode_batch
-from schemas.errors import RetryLater, StateLost
-from schemas.tables import ACCOUNTING
+from schemas.errors import RetryLater
+from schemas.tables import ACCOUNTING, polars_schema
 from schemas.topics import Topic
-from settings import home
 
 log = structlog.get_logger()
 SEND_TIMEOUT_S = 60
@@ -48,59 +42,56 @@ class Runner:
     Attributes:
         job: what it is.
         settings: of the streaming jobs.
-        checkpoint: folder of its checkpoint.
+        intents: what its batches have come to.
         place: topic and partition → the offset that it takes next; what is not there it takes from the oldest on.
         topic_ids: topic → Kafka's id of it, which the place is of; what is not there nobody knows.
+        is_flushed: whether nothing is open after the last batch; true where there was none.
     """
 
     def __init__(self, job: StreamingJob, settings: StreamSettings) -> None:
         self.job = job
         self.settings = settings
-        self.checkpoint = home() / "state" / "checkpoints" / f"{job.name}-v{job.version}"
+        self.intents = Intents(job.name, job.version)
         self.place: Offsets = {}
         self.topic_ids: dict[str, str] = {}
-        self._is_first = True
-        self._merger: Merger | None = None
+        self.is_flushed = True
+        self._writer = Writer()
+        self._older: state.Manifest = {}
         self._before: state.Manifest = {}
         self._clocks: dict[str, pl.DataFrame] = {}
         self._registry: RegistryFiles | None = None
         self._current: dict[tuple[str, str], state.Kept] = {}
         self._last = -1
 
-    @cached_property
-    def query_id(self) -> str:
-        """The id in the names of its files."""
-        return checkpoints.query_id(self.checkpoint)
-
     @property
     def topics(self) -> set[str]:
         """Names of what it reads."""
         return {topic.name for topic in self.job.topics}
 
-    @property
-    def _states(self) -> Path:
-        return home() / "state" / self.job.name / self.query_id
-
     def resume(self) -> None:
-        """Stands where the last batch that is done left it.
+        """Stands where the last batch that has an intent left it, and does what that batch has still to do.
 
         Raises:
             StateLost: what that left is gone.
+            RetryLater: the store, or Kafka, does not answer.
         """
-        checkpoints.require_whole(self.job.name, self.job.version, self.checkpoint)
-        last = checkpoints.last_commit(self.checkpoint)
-        self._last, self._is_first = (-1 if last is None else last), True
-        self.place = {} if last is None else checkpoints.offsets_after(self.checkpoint, last)
-        self.topic_ids = {} if last is None else checkpoints.topic_ids(self.checkpoint, last)
-        self._before = {} if last is None else self._left_by(last)
-        self._clocks = {}
+        last = self.intents.newest()
+        committed = self._writer.newest([*self.job.tables, "accounting"], self.intents.app)
+        self.intents.require_all(last.number if last else -1, committed)
+        if last:
+            self._apply(last)
+        self._last = last.number if last else -1
+        self.place = dict(last.ends) if last else {}
+        self.topic_ids = dict(last.topic_ids) if last else {}
+        self._before = last.state if last else {}
+        self.is_flushed = last.is_flush if last else True
+        self._clocks, self._older = {}, {}
         for source in self.job.sources:
             if source.closes_windows:
                 for name in self._partitions(source.topic):
                     self._clocks[name] = self._kind(name, CLOCKS, source).present
-        self.tidy()
-        if last is not None:
-            metrics.stands(self.job.name, last, state.rows_of(self._before))
+        if last:
+            metrics.stands(self.job.name, last.number, state.rows_of(self._before))
 
     def where(self) -> Offsets:
         """Its place, for who asks now and then."""
@@ -112,201 +103,121 @@ class Runner:
 
     def _kind(self, partition: str, kind: str, source: Source) -> state.Stock:
         by = source.keys.get(kind, ())
-        return state.stock(self._states, self._before, partition, kind, source.kept[kind], by)
+        return state.stock(self.intents.states, self._before, partition, kind, source.kept[kind], by)
 
-    def unfinished(self) -> list[Range]:
-        """What a batch that was begun and is not done takes: it comes first; nothing where there is none."""
-        begun = checkpoints.last_plan(self.checkpoint)
-        return [] if begun is None or begun == self._last else checkpoints.planned(self.checkpoint, begun)
-
-    def begin(self, ranges: Iterable[Range], at: datetime, registry: RegistryFiles) -> BatchPlan:
-        """Plans the next batch, or goes on with the one that was planned.
+    def plan(
+        self, ranges: Iterable[Range], at: datetime, registry: RegistryFiles, close_all: bool = False
+    ) -> BatchPlan:
+        """Plans the next batch.
 
         Args:
             ranges: what it takes.
             at: when that was planned.
             registry: files of the registry.
+            close_all: whether it closes what is open, whatever the time.
         """
-        number = self._last + 1
-        self._undo_flush(number)
-        if checkpoints.last_plan(self.checkpoint) != number:
-            taken = [each for each in ranges if each.topic in self.topics]
-            starts = self.place | {(each.topic, each.partition): each.start_offset for each in taken}
-            ends = starts | {(each.topic, each.partition): each.end_offset for each in taken}
-            checkpoints.plan(self.checkpoint, number, starts, ends, at, self.topic_ids)
-        return self._plan(f"{number:08d}", registry)
-
-    def _undo_flush(self, number: int) -> None:
-        """A batch that is done again: what was closed after it, and what that left, goes."""
-        marks = [mark for mark in (self._flush(number), self._flushed(number)) if mark.exists()]
-        if marks:
-            key = BatchKey(self.job.name, self.query_id, f"{number:08d}f")
-            remove_parts(key, [*self.job.tables, "accounting"])
-        for mark in marks:
-            mark.unlink() if mark.is_file() else mark.rmdir()
-
-    def forget_unfinished(self) -> None:
-        """What a batch takes that was begun and is not done is gone: it is planned anew."""
-        checkpoints.forget_plan(self.checkpoint, self._last + 1)
-
-    def _plan(self, batch: str, registry: RegistryFiles, close_all: bool = False) -> BatchPlan:
-        key = BatchKey(self.job.name, self.query_id, batch, f".{uuid.uuid4().hex[:8]}")
-        planned_at = checkpoints.planned_at(self.checkpoint, key.number)
-        over = watermarks(self._clocks.values(), self.settings.allowed_lateness_s, planned_at)
+        taken = [each for each in ranges if each.topic in self.topics]
+        starts = self.place | {(each.topic, each.partition): each.start_offset for each in taken}
+        ends = starts | {(each.topic, each.partition): each.end_offset for each in taken}
+        over = watermarks(self._clocks.values(), self.settings.allowed_lateness_s, at)
         context = BatchContext(self.settings, over, close_all, is_anew=registry != self._registry)
-        return BatchPlan(self.job, context, key, planned_at, self._before, self._states, key.staging)
+        return BatchPlan(self.job, context, self._last + 1, at, self._before, self.intents.states, starts, ends)
 
     def finish(self, plan: BatchPlan, done: list[Done], registry: RegistryFiles, began: float) -> None:
-        """Makes a batch visible whose partitions are done, and commits it.
+        """Says what a batch has come to whose partitions are done, and makes that visible.
 
         Args:
-            plan: of `begin`.
+            plan: of `plan`.
             done: of its tasks.
             registry: files of the registry.
             began: when the tasks began, on the monotonic clock.
+
+        Raises:
+            RetryLater: another driver has done it; or the store, or Kafka, does not answer.
         """
-        number = plan.key.number
-        buckets, after = self._published(plan, done, registry)
-        checkpoints.commit(self.checkpoint, number, after)
-        state.forget(self._states, self._before, after)
-        self._before, self._last, self._registry = after, number, registry
+        intent = self._intent(plan, done, registry)
+        self.intents.put(intent)
+        self._apply(intent)
+        self._forget(intent)
+        self._older, self._before, self._last, self._registry = self._before, intent.state, intent.number, registry
+        self.is_flushed = intent.is_flush
         for each in done:
             self._clocks |= each.clocks
+        buckets: dict[str, int] = {}
+        for _, bucket, records in [line for each in done for line in each.lines]:
+            buckets[bucket] = buckets.get(bucket, 0) + records
         seconds = round(time.monotonic() - began, 2)
         newest = plan.context.watermarks.get_column("watermark").max()
-        metrics.stands(self.job.name, number, state.rows_of(after))
+        metrics.stands(self.job.name, intent.number, state.rows_of(intent.state))
         metrics.batch(self.job.name, seconds, buckets, newest if isinstance(newest, datetime) else None)
-        self.place = checkpoints.offsets_after(self.checkpoint, number)  # counted first: then it is no longer behind
+        self.place = dict(intent.ends)  # counted first: then it is no longer behind
         since_s = time.time() - plan.planned_at.timestamp()
         counts = [sum(each) for each in zip(*[one.ages for one in done], strict=True)]
         metrics.visible(self.job.name, [age_s + since_s for age_s in AGES_S], counts)
-        log.info("batch", job=self.job.name, batch=number, received=sum(buckets.values()), seconds=seconds)
-        if self._merger:
-            self._merger.merge(before=number - 1)  # whose commit may be damaged, and is then done again
-        self._forget_flushes(number - 1)
+        log.info("batch", job=self.job.name, batch=intent.number, received=sum(buckets.values()), seconds=seconds)
 
-    def _published(
-        self, plan: BatchPlan, done: list[Done], registry: RegistryFiles
-    ) -> tuple[dict[str, int], state.Manifest]:
-        """Renames rows into their tables. Returns the records by bucket, and what the batch leaves."""
-        job, key = self.job, plan.key
+    def _intent(self, plan: BatchPlan, done: list[Done], registry: RegistryFiles) -> Intent:
+        """What a batch has come to: what tasks have written, the step across partitions, and the accounting."""
         changed = [change for each in done for change in each.kept]
-        if job.cross_partition:
-            changed += across(plan, newest_registry(registry))
-        for table, topic in job.sends.items():
-            send(staged(plan, table), topic, self.settings.kafka_bootstrap)
-        if self._is_first:
-            remove_parts(key, [*job.tables, "accounting"])
-        folders: list[Path] = []
-        for table in job.tables:
-            folders += rename_in(table, key)
-        lines = [line for each in done for line in each.lines]
-        folders += self._publish_accounting(lines, plan)
-        shutil.rmtree(plan.staging, ignore_errors=True)
-        self._is_first = False
-        if self._merger is None:  # finds what is there, these too
-            tables = [*job.tables, "accounting"]
-            self._merger = Merger(f"{job.name}-{self.query_id}", tables, self.settings.merge_files)
-        else:
-            self._merger.added(folders)
-        buckets: dict[str, int] = {}
-        for _, bucket, records in lines:
-            buckets[bucket] = buckets.get(bucket, 0) + records
-        return buckets, state.merged(plan.before, changed)
+        parts = [part for each in done for part in each.parts]
+        if self.job.cross_partition:
+            further, more = across(plan, newest_registry(registry), parts)
+            changed, parts = changed + further, parts + more
+        parts += self._put_accounting([line for each in done for line in each.lines], plan)
+        after = state.merged(plan.before, changed)
+        return Intent(
+            plan.number, plan.planned_at, plan.starts, plan.ends, self.topic_ids, after, tuple(parts),
+            plan.context.close_all,
+        )  # fmt: skip
 
-    def _publish_accounting(self, lines: list[tuple[str | None, str, int]], plan: BatchPlan) -> list[Path]:
-        """Writes the batch's lines. Returns their folder."""
+    def _put_accounting(self, lines: list[tuple[str | None, str, int]], plan: BatchPlan) -> list[Part]:
+        """Writes the batch's lines."""
         runs: dict[str | None, dict[str, int]] = {}
         for run_id, bucket, records in lines:
             runs.setdefault(run_id, dict.fromkeys(Bucket, 0))[Bucket(bucket)] += records
         if not runs:
             return []
+        batch = f"{self.intents.app}-{plan.number:08d}"
         rows = [
-            {
-                "run_id": run,
-                "stage": self.job.name,
-                "batch": str(plan.key),
-                "received": sum(buckets.values()),
-                **buckets,
-            }
+            {"run_id": run, "stage": self.job.name, "batch": batch, "received": sum(buckets.values()), **buckets}
             for run, buckets in sorted(runs.items(), key=lambda item: item[0] or "")
         ]
-        day = plan.planned_at.date().isoformat()
-        return publish_small(pa.Table.from_pylist(rows, ACCOUNTING), "accounting", plan.key, day)
+        frame = pl.DataFrame(rows, schema=polars_schema(ACCOUNTING))
+        name = f"{self.job.name}-{plan.number:08d}-accounting"
+        return [put_part("accounting", frame, name, plan.planned_at.date().isoformat())]
+
+    def _apply(self, intent: Intent) -> None:
+        """Does what an intent says: once for the tables, at least once for Kafka."""
+        sent = {table: topic for table, topic in self.job.sends.items() if table in {p.table for p in intent.parts}}
+        if sent and not self.intents.is_sent(intent.number):
+            for table, topic in sent.items():
+                send(read_parts(table, intent.parts), topic, self.settings.kafka_bootstrap)
+            self.intents.sent(intent.number)
+        self._writer.add(intent.parts, self.intents.commit(intent.number))
+
+    def _forget(self, intent: Intent) -> None:
+        """Removes state that neither this batch nor the one before it left."""
+        gone = state.names(self._older) - state.names(self._before, intent.state)
+        store().delete(f"{self.intents.states}/{name}" for name in gone)
+        self.intents.forget(intent.number)
 
     def write_current(self) -> None:
         """Writes the tables that have their newest version only, of the partitions whose state has changed since."""
         for table, current in self.job.current.items():
             source = next(source for source in self.job.sources if current.kind in source.state)
+            parts, written = [], {}
             for partition in self._partitions(source.topic):
                 kept = self._before[partition].get(current.kind)
                 if kept is None or self._current.get((table, partition)) == kept:
                     continue
+                number = partition.rpartition("-")[2]
                 rows = contract(current.rows(self._kind(partition, current.kind, source).present), table)
-                replace(table, f"current-{partition}.parquet", rows)
-                self._current[table, partition] = kept
-
-    @property
-    def is_flushed(self) -> bool:
-        """Whether nothing is open after the last batch; true where there was none."""
-        last = checkpoints.last_commit(self.checkpoint)
-        return last is None or self._flushed(last).exists()
-
-    def flush_plan(self, registry: RegistryFiles) -> BatchPlan | None:
-        """Begins to close what is open after the last batch; None where nothing is.
-
-        A marker is written first and what is left then, last: a flush that was killed is done again, with the same rows
-        in the same files, before the job goes on.
-        """
-        if self._last < 0 or self.is_flushed:
-            return None
-        self._flush(self._last).mkdir(parents=True, exist_ok=True)
-        self._is_first = True
-        return self._plan(f"{self._last:08d}f", registry, close_all=True)
-
-    def finish_flush(self, plan: BatchPlan, done: list[Done], registry: RegistryFiles) -> None:
-        """Makes visible what a flush has closed."""
-        _, after = self._published(plan, done, registry)
-        checkpoints.write(self._flushed(plan.key.number), json.dumps(after))
-        self.resume()
-
-    @property
-    def is_flush_begun(self) -> bool:
-        """Whether an earlier process began a flush and did not end it."""
-        return self._last >= 0 and self._flush(self._last).exists() and not self.is_flushed
-
-    def tidy(self) -> None:
-        """Leaves nothing of the job under staging: of one that has stopped, was killed, or came before this one."""
-        for left in (home() / "staging").glob(f"{self.job.name}-*"):
-            shutil.rmtree(left, ignore_errors=True)
-
-    def _flush(self, batch: int) -> Path:
-        return self._states / f"{batch}.flush"
-
-    def _flushed(self, batch: int) -> Path:
-        return self._states / f"{batch}.flushed"
-
-    def _forget_flushes(self, before: int) -> None:
-        for mark in self._states.glob("*.flush*"):
-            if int(mark.name.partition(".")[0]) < before:
-                mark.unlink() if mark.is_file() else mark.rmdir()
-
-    def _left_by(self, batch: int) -> state.Manifest:
-        """What a batch, or the flush after it, left.
-
-        Raises:
-            StateLost: it is gone, or cannot be read.
-        """
-        flushed = self._flushed(batch)
-        try:
-            found: state.Manifest
-            found = (
-                json.loads(flushed.read_text()) if flushed.exists() else checkpoints.state_after(self.checkpoint, batch)
-            )
-        except (OSError, ValueError, LookupError) as error:
-            msg = f"{self.job.name}: the state of batch {batch} is gone ({error}). "
-            raise StateLost(msg + checkpoints.from_the_beginning(self.job.name, self.checkpoint)) from error
-        return found
+                parts.append(put_part(table, rows, f"{self.job.name}-{self._last:08d}-current", number))
+                written[table, partition] = kept
+            if parts:
+                commit = Commit(f"{self.intents.app}-current", self._last)
+                self._writer.replace(table, parts, commit)
+                self._current |= written
 
 
 def send(rows: pl.DataFrame, topic: Topic, bootstrap: str) -> None:

@@ -28,7 +28,8 @@ class StreamSettings(JudgeSettings):
         trigger_s: most seconds that a micro-batch waits after the one before, when little comes; under a backlog none.
         max_offsets_per_trigger: most records of a topic in a batch, catch-up included; bounds memory.
         allowed_lateness_s: how far behind the arrivals of its run a record may come, s on the arrival clock.
-        merge_files: how many small files a query may leave of a table's day, before they become one.
+        compact_files: how many small files a table's day may have, before they become one.
+        upkeep_s: seconds between two looks of the upkeep of tables.
         recent_records: offsets per Kafka partition within which a redelivered record is recognised; several times what
             the broker leaves unacknowledged.
         flush: on the way out take what Kafka has by then, then close what is open.
@@ -41,7 +42,8 @@ class StreamSettings(JudgeSettings):
     trigger_s: float = Field(5, ge=0, le=86_400)
     max_offsets_per_trigger: int = Field(400_000, ge=1)
     allowed_lateness_s: int = Field(1_800, ge=0)
-    merge_files: int = Field(64, ge=2)
+    compact_files: int = Field(64, ge=2)
+    upkeep_s: float = Field(10, ge=0.1, le=86_400)
     recent_records: int = Field(10_000, ge=0)
     flush: bool = False
     accept_loss: bool = False

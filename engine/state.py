@@ -1,19 +1,19 @@
-"""State by batch, in files that never change: each batch adds what changed, and its manifest names what there is.
+"""State by batch, in objects that never change: each batch adds what changed, and its manifest names what there is.
 
-A kind of state of a partition is a chain of files: the first has all rows, each further one says which of the rows
-before it are gone, and has new ones. So a batch costs what it changes. A long chain begins anew with one file. A task
-writes one file with all that its partitions keep, under a name that nobody uses again: one that is tried again, or
-still runs somewhere, spoils nothing. Workers remember the rows of the chains that they have read or written last; where
+A kind of state of a partition is a chain of objects: the first has all rows, each further one says which of the rows
+before it are gone, and has new ones. So a batch costs what it changes. A long chain begins anew with one object. A task
+writes one with all that its partitions keep, under a name that nobody uses again: one that is tried again, or still
+runs somewhere, spoils nothing. Workers remember the rows of the chains that they have read or written last; where
 others went on meanwhile they read what was added.
 """
 
+import io
 import uuid
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from io import BufferedWriter
-from pathlib import Path
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from lake.store import store
 from schemas.errors import StateLost
 
 SMALL_ROWS = 2_000
@@ -44,6 +45,12 @@ class Kept(NamedTuple):
 
     files: tuple[str, ...]
     rows: int
+
+
+@lru_cache(maxsize=1)
+def _content(path: str) -> bytes:
+    """An object's bytes: a task's partitions and kinds are read from one, one after the other."""
+    return store().get(path)
 
 
 UNREADABLE = (
@@ -133,7 +140,7 @@ class Changed(NamedTuple):
     stock: Stock
 
 
-_known: dict[tuple[Path, str, str], Stock] = {}
+_known: dict[tuple[str, str, str], Stock] = {}
 
 
 def hashes_of(rows: pl.DataFrame, by: Iterable[str]) -> pl.Series:
@@ -141,7 +148,7 @@ def hashes_of(rows: pl.DataFrame, by: Iterable[str]) -> pl.Series:
     return rows.select(hash=pl.struct(by).hash()).to_series()
 
 
-def stock(folder: Path, manifest: Manifest, partition: str, kind: str, schema: pl.Schema, by: Sequence[str]) -> Stock:
+def stock(folder: str, manifest: Manifest, partition: str, kind: str, schema: pl.Schema, by: Sequence[str]) -> Stock:
     """A kind of state of a partition, as a batch left it; empty where the manifest has none of it.
 
     Args:
@@ -162,7 +169,7 @@ def stock(folder: Path, manifest: Manifest, partition: str, kind: str, schema: p
         found = Stock.anew(schema.to_frame(), by)
     for name in files[len(found.files) :]:
         try:
-            gone, new = _entry(folder / name, partition, kind)
+            gone, new = _entry(f"{folder}/{name}", partition, kind)
             after = Stock.anew(new, by) if gone is None else found.grown(gone, new, by)
         except UNREADABLE as error:
             raise _lost(folder, name, str(error)) from error
@@ -173,13 +180,14 @@ def stock(folder: Path, manifest: Manifest, partition: str, kind: str, schema: p
     return found
 
 
-def _lost(folder: Path, name: str, why: str) -> StateLost:
-    msg = f"{folder.parent.name}: the state in {folder / name} cannot be read ({why}). "
-    return StateLost(msg + "Repair: from the beginning (docs/operations.md); job and id are those in the path")
+def _lost(folder: str, name: str, why: str) -> StateLost:
+    job = folder.split("/")[1].rpartition("-v")[0]
+    msg = f"{job}: the state in {store().uri(f'{folder}/{name}')} cannot be read ({why}). "
+    return StateLost(msg + f"Repair: stop the jobs, python -m stack begin-anew {job} (docs/operations.md), start again")
 
 
 def stocks(
-    folder: Path, manifest: Manifest, partition: str, kinds: Mapping[str, pl.Schema], keys: Mapping[str, Sequence[str]]
+    folder: str, manifest: Manifest, partition: str, kinds: Mapping[str, pl.Schema], keys: Mapping[str, Sequence[str]]
 ) -> dict[str, Stock]:
     """All kinds of state of a partition; see `stock`."""
     return {
@@ -187,8 +195,8 @@ def stocks(
     }
 
 
-def _entry(file: Path, partition: str, kind: str) -> tuple[NDArray[np.uint32] | None, pl.DataFrame]:
-    with zipfile.ZipFile(file) as members:
+def _entry(path: str, partition: str, kind: str) -> tuple[NDArray[np.uint32] | None, pl.DataFrame]:
+    with zipfile.ZipFile(io.BytesIO(_content(path))) as members:
         gone, rows = (f"{partition}/{kind}/{member}" for member in (GONE, ROWS))
         places = np.frombuffer(members.read(gone), np.uint32) if gone in members.NameToInfo else None
         return places, pl.read_ipc(members.read(rows))
@@ -236,7 +244,7 @@ def _replaced(
     return None, pl.concat([before.rows.filter(pl.Series(rest)), given], rechunk=True)
 
 
-def write(folder: Path, batch: int, changed: Sequence[Changed]) -> list[Change]:
+def write(folder: str, batch: int, changed: Sequence[Changed]) -> list[Change]:
     """Writes a file of a batch's state, where something changed. Returns what lies where now.
 
     Args:
@@ -247,21 +255,22 @@ def write(folder: Path, batch: int, changed: Sequence[Changed]) -> list[Change]:
     if not changed:
         return []
     name = f"{batch:08d}-{uuid.uuid4().hex[:12]}.zip"
-    folder.mkdir(parents=True, exist_ok=True)
-    part, written = folder / f"{name}.part", []
-    with zipfile.ZipFile(part, "w") as members:
+    content, written = io.BytesIO(), []
+    with zipfile.ZipFile(content, "w") as members:
         for change in changed:
             after = replace(change.stock, files=(*change.stock.files, name))
             _known[folder, change.partition, change.kind] = after
             place = f"{change.partition}/{change.kind}"
             if change.gone is not None:
                 members.writestr(f"{place}/{GONE}", change.gone.tobytes())
-            with members.open(f"{place}/{ROWS}", "w", force_zip64=True) as member, BufferedWriter(member) as out:
+            with members.open(f"{place}/{ROWS}", "w", force_zip64=True) as member:
+                out = io.BufferedWriter(member)
                 rows = change.new.to_arrow(compat_level=pl.CompatLevel.newest())
                 with pa.ipc.new_file(out, rows.schema) as file:  # a third of what Polars takes for a small one
                     file.write_table(rows)
+                out.flush()
             written.append((change.partition, change.kind, Kept(after.files, int(after.is_there.sum()))))
-    part.rename(folder / name)
+    store().put(f"{folder}/{name}", content.getvalue())
     return written
 
 
@@ -278,10 +287,8 @@ def rows_of(manifest: Manifest) -> int:
     return sum(rows for kinds in manifest.values() for _, rows in kinds.values())
 
 
-def forget(folder: Path, *manifests: Manifest) -> None:
-    """Removes the state files that none of these manifests names."""
-    chains = [files for manifest in manifests for kinds in manifest.values() for files, _ in kinds.values()]
-    named = {name for files in chains for name in files}
-    for file in folder.glob("*.zip*"):
-        if file.name not in named:
-            file.unlink(missing_ok=True)
+def names(*manifests: Manifest) -> set[str]:
+    """Names of all objects that manifests name."""
+    return {
+        name for manifest in manifests for kinds in manifest.values() for files, _ in kinds.values() for name in files
+    }

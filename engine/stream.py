@@ -2,7 +2,7 @@
 
 One query reads the topics of all jobs. Spark says how far a micro-batch goes; each job that reads one of its topics
 makes its own batch of it (`engine/runner.py`), and all of them share its tasks (`engine/partition_tasks.py`). A job's
-place is its own: where one was alone before, is new, or was killed before its commit, it first catches up by itself.
+place is its own: where one was alone before, is new, or was killed before its intent, it first catches up by itself.
 """
 
 import shutil
@@ -37,7 +37,9 @@ from engine.partition_tasks import run as run_tasks
 from engine.runner import Runner
 from kafka_io.offsets import Offsets
 from kafka_io.ranges import Range, fetched
-from lake.reading import registry_files, uri
+from lake.reading import registry_files
+from lake.spark import uri
+from lake.store import store
 from schemas.errors import ContractBroken, MeterstreamError, RetryLater, StateLost
 from settings import home
 
@@ -77,7 +79,7 @@ class Stream:
         self.runners = list(runners)
         self.settings = settings = runners[0].settings
         self._fetch = fetch or partial(fetched, bootstrap=settings.kafka_bootstrap, accept_loss=settings.accept_loss)
-        self._checkpoint = home() / "state" / "queries" / "-".join(sorted(runner.job.name for runner in runners))
+        self._checkpoint = home() / "run" / "queries" / "-".join(sorted(runner.job.name for runner in runners))
         self._is_over = is_over
         self._end: Offsets | None = None
         self._hurry = threading.Event()
@@ -90,12 +92,6 @@ class Stream:
     def topics(self) -> set[str]:
         """Names of all that is read."""
         return {topic for runner in self.runners for topic in runner.topics}
-
-    def finish_flushes(self) -> None:
-        """Does the flushes that an earlier process began and did not end; the jobs have resumed."""
-        for runner in self.runners:
-            if runner.is_flush_begun:
-                self.flush(runner)
 
     def catch_up(self, oldest: Offsets, newest: Offsets, topic_ids: Mapping[str, str] = NO_IDS) -> None:
         """Brings the jobs to one place, that of the one that has come furthest; one after the other, each by itself.
@@ -112,12 +108,6 @@ class Stream:
             metrics.alive(runner.job.name, self._alive)
             known = runner.topic_ids
             made_anew = {topic for topic, name in topic_ids.items() if known.get(topic, name) != name}
-            left = runner.unfinished()
-            if made_anew & {each.topic for each in left}:
-                self._accept(runner, f"{', '.join(sorted(made_anew))} was made anew while a batch was on its way")
-                runner.forget_unfinished()
-            elif left:
-                self._batch([runner], left, datetime.now(UTC))
             runner.place = self._begin(runner, oldest, newest, made_anew)
             runner.topic_ids = {**known, **topic_ids}
         furthest: Offsets = {}
@@ -178,7 +168,7 @@ class Stream:
         )
         return (
             records.writeStream.queryName("-".join(runner.job.name for runner in self.runners))
-            .option("checkpointLocation", uri(self._checkpoint))
+            .option("checkpointLocation", uri(str(self._checkpoint)))
             .trigger(processingTime=f"{min(LOOK_S, settings.trigger_s)} seconds")
             .foreachBatch(self._take)
             .start()
@@ -249,25 +239,24 @@ class Stream:
         self._turn.acquire()
         self._is_busy = True
         try:
-            plans += [runner.begin(came, at, registry) for runner in runners]
-            done = self._tasks(MicroBatch(tuple(plans), tuple(came), self._fetch, registry))
+            plans += [runner.plan(came, at, registry) for runner in runners]
+            done = self._tasks(MicroBatch(tuple(plans), tuple(came), self._fetch, registry, store().url))
             for runner, plan in zip(runners, plans, strict=True):
                 mine = [each for each in done if each.job == runner.job.name]
                 runner.finish(plan, mine, registry, began)
         finally:
             self._turn.release()
             self._seen, self._is_busy = time.time(), False
-            for plan in plans:
-                shutil.rmtree(plan.staging, ignore_errors=True)
         self.write_current()
 
     def flush(self, runner: Runner) -> None:
-        """Closes what is open after a job's last batch; the query must have stopped."""
-        registry = registry_files()
-        plan = runner.flush_plan(registry)
-        if plan is None:
+        """Closes what is open after a job's last batch, by a batch that takes nothing; the query must have stopped."""
+        if runner.is_flushed:
             return
-        runner.finish_flush(plan, self._tasks(MicroBatch((plan,), (), self._fetch, registry)), registry)
+        began, registry = time.monotonic(), registry_files()
+        plan = runner.plan((), datetime.now(UTC), registry, close_all=True)
+        micro_batch = MicroBatch((plan,), (), self._fetch, registry, store().url)
+        runner.finish(plan, self._tasks(micro_batch), registry, began)
 
     def _tasks(self, micro_batch: MicroBatch) -> list[Done]:
         with in_one_sentence(", ".join(plan.job.name for plan in micro_batch.plans)):

@@ -1,15 +1,15 @@
-"""The lake by SQL: DuckDB over the plain globs, so that we see what everyone sees; what must hold in any lake."""
+"""The lake by SQL: DuckDB over the files of each table's version, and reports; what must hold in any lake."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from glob import glob
-from pathlib import Path
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 
-from lake.paths import glob_of, report_path, table_path
-from lake.reading import newest_registry, registry_files
+from lake.reading import Lake, newest_registry
+from lake.reports import files_of, reports
+from lake.tables import columns_of, partition_column
 from schemas.closed_lists import ACCEPTED_DELTAS, DeltaReason
 from schemas.tables import REPORTS, TABLES
 from settings import home
@@ -36,33 +36,49 @@ class AccountingLine:
         return self.received == self.stored + self.duplicate + self.late + self.quarantined + self.invalid
 
 
-def rows_of(files: str) -> str:
-    """The SQL that reads files of a table or report; a column that some of them were written before is null there."""
-    return f"FROM read_parquet('{files}', union_by_name = true)"
+def rows_of(files: Sequence[str], column: str) -> str:
+    """The SQL that reads files of a table or report; a column that some of them were written before is null there.
+
+    Args:
+        files: paths.
+        column: that of the folders `column=value`.
+    """
+    names = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
+    kind = "DATE" if column == "date" else "BIGINT"
+    how = f"union_by_name = true, hive_partitioning = true, hive_types = {{'{column}': {kind}}}"
+    return f"FROM read_parquet([{names}], {how})"
 
 
 def open_lake() -> duckdb.DuckDBPyConnection:
-    """A connection with a view per table and report, over its plain glob, and `newest_registry`, a row a meter.
+    """`connected`, of the lake as it is now."""
+    return connected(Lake())
+
+
+def connected(lake: Lake) -> duckdb.DuckDBPyConnection:
+    """A connection with a view per table and report of a lake, and `newest_registry`, a row a meter.
 
     A report has its name with and without its version: the newest one. What nobody has written yet has no rows.
     """
     connection = duckdb.connect()
     connection.execute("SET TimeZone = 'UTC'")
-    connection.execute(f"SET temp_directory = '{home() / 'staging' / 'duckdb'}'")
-    for table, schema in TABLES.items():  # a current one has no dates
-        _add_view(connection, table, schema, [glob_of(table_path(table)), str(table_path(table) / "*.parquet")])
-    written = {path.name for path in report_path("").glob("*_v*")}
-    for report in sorted({*REPORTS, *written}):
+    connection.execute(f"SET temp_directory = '{home() / 'tmp' / 'duckdb'}'")
+    for table in TABLES:
+        files = lake.files(table)
+        if files and not lake.is_local:
+            connection.register(table, lake.arrow(table))
+        else:
+            _add_view(connection, table, columns_of(table), files, partition_column(table))
+    for report in sorted({*REPORTS, *reports()}):
         columns = pa.schema([*REPORTS.get(report, []), pa.field("date", pa.date32())])
-        if _add_view(connection, report, columns, [glob_of(report_path(report))]):
+        if _add_view(connection, report, columns, files_of(report), "date"):
             connection.execute(f'CREATE OR REPLACE VIEW "{report.rpartition("_v")[0]}" AS FROM "{report}"')
-    connection.register("newest_registry", newest_registry(registry_files()).to_arrow())
+    connection.register("newest_registry", newest_registry(tuple(lake.files("registry"))).to_arrow())
     return connection
 
 
-def _add_view(lake: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema, places: list[str]) -> bool:
-    """A view of what lies in these places; its declared columns are there without any file, too."""
-    parts = [rows_of(files) for files in places if glob(files)]
+def _add_view(lake: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema, files: Sequence[str], column: str) -> bool:
+    """A view of what these files have; its declared columns are there without any file, too."""
+    parts = [rows_of(files, column)] if files else []
     if schema.names:
         lake.register(f"declared {name}", schema.empty_table())
         parts.insert(0, f'FROM "declared {name}"')
@@ -103,8 +119,12 @@ def broken_segments(lake: duckdb.DuckDBPyConnection) -> list[tuple[Any, ...]]:
     ).fetchall()
 
 
-def compared_energy(lake: duckdb.DuckDBPyConnection, truth: Path) -> tuple[int, int, list[tuple[Any, ...]]]:
+def compared_energy(lake: duckdb.DuckDBPyConnection, truth: str) -> tuple[int, int, list[tuple[Any, ...]]]:
     """The energy of the deltas beside that of a run's truth.
+
+    Args:
+        lake: of `open_lake`.
+        truth: path of the run's file.
 
     Returns:
         Wh on the tape, Wh in the deltas, and up to five of the meters and registers where they differ: meter_id,

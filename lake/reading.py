@@ -1,117 +1,240 @@
-"""Reading tables back: by plain globs, so that we see what everyone sees."""
+"""The lake as its readers have it: each table as it was when somebody first asked, by its log, for whatever tool.
 
-from datetime import date
+import lake
+tables = lake.open()
+tables.polars("readings").filter(...)     tables.pandas("alarms")     tables.duckdb().sql("FROM voltage_windows")
+"""
+
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from datetime import date, datetime
 from functools import lru_cache
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
-import pyarrow as pa
-from pyspark.sql import DataFrame, SparkSession, Window
-from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import from_arrow_schema
-from pyspark.sql.types import StructType
+import pyarrow.dataset as ds
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
 
-from lake.paths import table_path
-from metering.registry import MOST, is_among, newest, usable
-from schemas.errors import ConfigError
-from schemas.tables import TABLES, polars_schema
+from lake.store import Store, store
+from lake.tables import NO_DATE, REOPENED_S, columns_of, folder_of, partition_column
+from metering.registry import is_among, newest, usable
+from schemas.errors import ConfigError, RetryLater
+from schemas.tables import REGISTRY, TABLES, polars_schema
 
+if TYPE_CHECKING:
+    import duckdb
+    import pandas as pd
+    from pyspark.sql import DataFrame, SparkSession
 
-def uri(path: Path) -> str:
-    """A local path as Spark takes it: `Path.as_uri` would turn the = of `date=` into %3D, which Spark keeps."""
-    return f"file://{path}"
-
-
-def spark_schema(schema: pa.Schema) -> StructType:
-    """The Spark form of a table's columns."""
-    return from_arrow_schema(schema)
+Version = int | datetime
 
 
-def read_table(session: SparkSession, table: str, dates: list[date] | None = None) -> DataFrame:
-    """Rows of a lake table; empty where nothing was written yet.
+class Lake:
+    """The tables of a store, each as it was when it was first asked for: later commits are not seen.
 
-    Args:
-        session: whose frame it will be.
-        table: a name in `schemas.tables.TABLES`.
-        dates: UTC days to read; all of them if None.
+    Compaction and vacuum leave the files of a version for an hour at least: who reads for longer opens it again.
     """
-    folders = (
-        sorted(table_path(table).glob("date=*"))
-        if dates is None
-        else [table_path(table) / f"date={day.isoformat()}" for day in dates]
-    )
-    parts = [uri(part) for folder in folders for part in folder.glob("*.parquet")]
-    schema = spark_schema(TABLES[table])
-    if not parts:
-        return session.createDataFrame([], schema)
-    return session.read.schema(schema).parquet(*parts)
+
+    def __init__(self, versions: Mapping[str, Version] | Version | None = None) -> None:
+        """Reads nothing yet.
+
+        Args:
+            versions: table → number of a version of it, or a time: as it was then; a time alone is of all tables. What
+                is not there is as it is now.
+        """
+        self._store: Store = store()
+        self._versions = versions
+        self._tables: dict[str, DeltaTable | None] = {}
+        self._turn = threading.Lock()
+
+    def _table(self, table: str) -> DeltaTable | None:
+        """A table's log; None where nobody has written to it yet.
+
+        Raises:
+            ConfigError: there is no table of that name, or it has no such version.
+            RetryLater: the store does not answer.
+        """
+        if table not in TABLES:
+            msg = f"the lake has no table {table}; it has {', '.join(TABLES)}"
+            raise ConfigError(msg)
+        with self._turn:
+            if table not in self._tables:
+                self._tables[table] = self._opened(table)
+            return self._tables[table]
+
+    def _opened(self, table: str) -> DeltaTable | None:
+        version = self._versions.get(table) if isinstance(self._versions, Mapping) else self._versions
+        try:
+            found = DeltaTable(self._store.uri(folder_of(table)))
+            if version is not None:
+                found.load_as_version(version)
+        except TableNotFoundError:
+            return None
+        except DeltaError as error:
+            if version is not None:
+                msg = f"table {table} has no version {version} any more: {error}"
+                raise ConfigError(msg) from error
+            msg = f"table {table} cannot be read now: {error}"
+            raise RetryLater(msg) from error
+        return found
+
+    def version(self, table: str) -> int | None:
+        """The version that is read; None where nobody has written to the table yet."""
+        found = self._table(table)
+        return None if found is None else found.version()
+
+    def files(self, table: str, dates: Iterable[date] | None = None) -> list[str]:
+        """Paths or URLs of a table's files, all of the version's rows and no others.
+
+        Args:
+            table: its name.
+            dates: UTC days; all of them if None.
+        """
+        found = self._table(table)
+        if found is None:
+            return []
+        days = None if dates is None else [day.isoformat() for day in dates]
+        if days == []:
+            return []
+        return sorted(found.file_uris(None if days is None else [("date", "in", days)]))
+
+    def dates(self, table: str) -> list[date]:
+        """The UTC days of which a table has rows."""
+        found = self._table(table)
+        days = {each["date"] for each in found.partitions()} if found else set()
+        return sorted(date.fromisoformat(day) for day in days if day not in (None, NO_DATE))
+
+    def polars(self, table: str, dates: Iterable[date] | None = None) -> pl.LazyFrame:
+        """A table's rows for Polars; a column that a file was written before is null there."""
+        schema = polars_schema(columns_of(table))
+        files = self.files(table, dates)
+        if not files:
+            return pl.LazyFrame(schema=schema)
+        column = partition_column(table)
+        return pl.scan_parquet(
+            files,
+            schema=schema,
+            hive_schema={column: schema[column]},
+            missing_columns="insert",
+            extra_columns="ignore",
+            cast_options=pl.ScanCastOptions(integer_cast="upcast"),
+        )
+
+    def arrow(self, table: str) -> ds.Dataset:
+        """A table as an Arrow dataset."""
+        found = self._table(table)
+        if found is None:
+            return ds.dataset(columns_of(table).empty_table())
+        return found.to_pyarrow_dataset()
+
+    def pandas(self, table: str, dates: Iterable[date] | None = None) -> "pd.DataFrame":
+        """A table's rows for pandas."""
+        return self.polars(table, dates).collect().to_pandas()
+
+    def duckdb(self) -> "duckdb.DuckDBPyConnection":
+        """A connection with a view per table and report, and `newest_registry`; see `lake.queries`."""
+        from lake.queries import connected
+
+        return connected(self)
+
+    def spark(self, session: "SparkSession", table: str, dates: Iterable[date] | None = None) -> "DataFrame":
+        """A table's rows for Spark, without its partition column; see `lake.spark`."""
+        from lake.spark import read_table
+
+        return read_table(session, self, table, dates)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its files are on this machine's file system."""
+        return self._store.is_local
 
 
 UNREADABLE = (pl.exceptions.PolarsError, OSError)
-RegistryFiles = tuple[tuple[str, int], ...]
-"""The registry's files, each with the time of its last change."""
+RegistryFiles = tuple[str, ...]
+"""The registry's files."""
+
+
+class _Registry:
+    """The registry's log, which is asked again and again: only what came to it is read."""
+
+    def __init__(self) -> None:
+        self._url, self._seen = "", 0.0
+        self._table: DeltaTable | None = None
+        self._turn = threading.Lock()
+
+    def files(self) -> RegistryFiles:
+        uri, now = store().uri(folder_of("registry")), time.monotonic()
+        with self._turn:
+            try:
+                if self._table is None or uri != self._url or now - self._seen > REOPENED_S:
+                    self._table, self._url = DeltaTable(uri), uri
+                else:
+                    self._table.update_incremental()
+                self._seen = now
+                return tuple(sorted(self._table.file_uris()))
+            except TableNotFoundError:
+                self._table = None
+                return ()
+            except DeltaError as error:
+                self._table = None
+                msg = f"the registry cannot be read now: {error}"
+                raise RetryLater(msg) from error
+
+
+_registry = _Registry()
 
 
 def registry_files() -> RegistryFiles:
-    """What `newest_registry` takes, as it is now."""
-    parts = sorted(table_path("registry").glob("date=*/*.parquet"))
-    return tuple((str(part), part.stat().st_mtime_ns) for part in parts)
+    """What `newest_registry` takes, as it is now.
+
+    Raises:
+        RetryLater: the store does not answer.
+    """
+    return _registry.files()
 
 
 @lru_cache(maxsize=1)
 def newest_registry(files: RegistryFiles) -> pl.DataFrame:
-    """`read_registry` without Spark; read once per process and change of the files.
+    """The newest row of each meter, numbers that cannot be are null; read once per process and change of the files.
 
     Raises:
         ConfigError: a file is no registry; it names it.
     """
     try:
-        return usable(newest(_registry(files).collect()))
+        return usable(newest(_rows_of(files).collect()))
     except UNREADABLE:
         for file in files:
             try:
-                _registry((file,)).collect()
+                _rows_of((file,)).collect()
             except UNREADABLE as error:
-                msg = f"{file[0]} is no file of the registry, mend or remove it: {str(error).splitlines()[0]}"
+                msg = f"{file} is no file of the registry, mend or remove it: {str(error).splitlines()[0]}"
                 raise ConfigError(msg) from error
         raise
 
 
 def all_registered(meter_ids: pl.Series) -> pl.DataFrame:
-    """All rows of each of these meters as they were registered, with the `file` that has them, the newest first."""
-    rows = _registry(registry_files(), with_file=True).filter(is_among(meter_ids)).collect()
+    """All rows of each of these meters as they were registered, the newest first."""
+    rows = Lake().polars("registry").filter(is_among(meter_ids)).collect()
     return rows.sort("meter_id", "valid_from", descending=[False, True], nulls_last=[True, True], maintain_order=True)
 
 
 def registered(meter_ids: pl.Series) -> pl.DataFrame:
-    """The newest row of each of these meters as it was registered, with the `file` that has it."""
+    """The newest row of each of these meters as it was registered."""
     return newest(all_registered(meter_ids))
 
 
-def registered_in(file: Path) -> pl.DataFrame:
-    """The rows of one file of the registry, in its columns of today."""
-    return _registry(((str(file), 0),)).collect()
-
-
-def _registry(files: RegistryFiles, with_file: bool = False) -> pl.LazyFrame:
+def _rows_of(files: RegistryFiles) -> pl.LazyFrame:
     """All rows of the registry; a column that a file was written before is null there."""
-    schema = polars_schema(TABLES["registry"])
+    schema = polars_schema(REGISTRY)
     if not files:
-        return pl.LazyFrame(schema={**schema, "file": pl.String()} if with_file else schema)
+        return pl.LazyFrame(schema=schema)
     return pl.scan_parquet(
-        [path for path, _ in files],
+        list(files),
         schema=schema,
         hive_partitioning=False,
         missing_columns="insert",
         extra_columns="ignore",
         cast_options=pl.ScanCastOptions(integer_cast="upcast"),
-        include_file_paths="file" if with_file else None,
     )
-
-
-def read_registry(session: SparkSession) -> DataFrame:
-    """The newest row of each meter in the registry; numbers that cannot be are null (`metering.registry.MOST`)."""
-    order = Window.partitionBy("meter_id").orderBy(F.col("valid_from").desc_nulls_last(), "usage_point_id")
-    ranked = read_table(session, "registry").withColumn("rank", F.row_number().over(order))
-    can_be = {name: F.when(F.col(name).between(1, most), F.col(name)) for name, most in MOST.items()}
-    return ranked.where(F.col("rank") == 1).drop("rank").withColumns(can_be)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import duckdb
 import polars as pl
 
-from lake.paths import table_path
+from lake.reading import Lake
+from lake.store import store
 from replay.dirt import FAULTS
 from replay.run.ledger import Ledger, read_ledger, run_folder
 from schemas.closed_lists import Bucket, FaultKind
@@ -70,8 +71,8 @@ class Run:
             ConfigError: it is not there or not complete, or the lake has no readings.
         """
         folder, ledger = run_folder(run_id), ledger_of(run_id)
-        if not any(table_path("readings").glob("date=*/*.parquet")):
-            msg = f"no lake: {table_path('readings')} has no files; METERSTREAM_HOME says where to look"
+        if not Lake().files("readings"):
+            msg = f"no lake: {store().uri('lake/readings')} has no files; METERSTREAM_HOME says where to look"
             raise ConfigError(msg)
         meters = pl.read_parquet(folder / "ledger.parquet")
         faults = pl.read_parquet(folder / "faults.parquet").cast(polars_schema(FAULTS))

@@ -1,8 +1,7 @@
 """Where everything lies, and the columns that others rely on: add, never rename.
 
-A table is Parquet under `lake/<table>/date=YYYY-MM-DD/`, a report under `reports/<name>_v<N>/date=YYYY-MM-DD/`;
-`glob_of` gives the plain glob by which DuckDB, Polars, pandas and Spark read the committed rows. A table that has its
-newest version only (`latest_readings`) has no days: `lake/<table>/*.parquet`. What a job gives is checked against
+A table is a Delta table, `lake/<table>` in the store, partitioned by `date`, read by its log (`lake.open()`); a report
+is plain Parquet under `reports/<name>_v<N>/date=YYYY-MM-DD/`, read by a plain glob. What a job gives is checked against
 these columns before it is written.
 """
 
@@ -55,6 +54,10 @@ REGISTRY = _columns(
 readings; null is unknown, and then no rule that needs it applies, but the plausible maximum takes three phases of a
 setting (100 A). `is_unlimited`: no fuse bounds what it takes, such as behind current transformers. `wraps_wh`: where
 its registers begin again at 0; null is at a power of ten."""
+REGISTERED = pa.schema([*REGISTRY, pa.field("registered_by", STRING)])
+"""The lake's table, with the run of a replay that a row came with, or `import` and the file that put it right."""
+BY_IMPORT = "import"
+"""What `registered_by` begins with then, before a blank: a run's name has none."""
 CONSUMPTION_DELTAS = _columns(
     meter_id=STRING, register=STRING, previous_at=TIMESTAMP, observed_at=TIMESTAMP, previous_wh=LONG, wh=LONG,
     delta_wh=LONG, reason=STRING, segment_id=STRING, equipment_id=STRING, run_id=STRING, inferred=pa.bool_(),
@@ -99,7 +102,7 @@ ALARM_ACKNOWLEDGEMENTS = pa.schema([*_nullable("acknowledgement"), *KAFKA_PLACE]
 """As they were given; of several for one alarm the first counts."""
 ALARM_COUNTS = _columns(
     window_start=TIMESTAMP, window_end=TIMESTAMP, alarm_type=STRING, transformer_id=STRING, feeder_id=STRING,
-    raised_count=LONG, repeated_count=LONG, cleared_count=LONG, run_id=STRING,
+    raised_count=LONG, repeated_count=LONG, cleared_count=LONG, run_id=STRING, source=STRING,
 )  # fmt: skip
 """Changes of alarms by the quarter hour of their arrival; rows of one key add up."""
 EVENT_COUNTS = _columns(
@@ -132,7 +135,7 @@ TABLES = {
     "readings": READINGS,
     "events": EVENTS,
     "dead_letters": DEAD_LETTERS,
-    "registry": REGISTRY,
+    "registry": REGISTERED,
     "consumption_deltas": CONSUMPTION_DELTAS,
     "interval_readings": INTERVAL_READINGS,
     "conflicts": CONFLICTS,
@@ -152,6 +155,10 @@ TABLES = {
     "accounting": ACCOUNTING,
     "latest_readings": LATEST_READINGS,
 }
+
+CURRENT = {"latest_readings": "partition"}
+"""Table that has its newest version only → its column, the Kafka partition that its rows come of: each is replaced as a
+whole. All other tables have `date`, the UTC day of their rows (`DATED_BY`)."""
 
 DATED_BY = {
     "readings": "observed_at",

@@ -24,7 +24,7 @@ from rich.table import Table
 from kafka_io.topics import create_topics
 from schemas.errors import ConfigError, RetryLater, exits
 from settings import Settings, contradictions, damage, load, started_with
-from stack import following, registry
+from stack import following, registry, tables
 from stack.backlog import waiting_in_broker
 from stack.containers import ContainerStack, engine
 from stack.jobs import jobs, jobs_table, metrics_text
@@ -37,6 +37,10 @@ app = typer.Typer(
     help="The stack on this machine.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 app.add_typer(registry.app, name="registry")
+app.command()(tables.files)
+app.command()(tables.upkeep)
+app.command()(tables.migrate)
+app.command()(tables.begin_anew)
 console, problems = Console(highlight=False), Console(highlight=False, stderr=True)
 
 Names = Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join(ALWAYS)}. All without.")]

@@ -25,8 +25,9 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lake.paths import glob_of, report_path, table_path
 from lake.queries import accounting_lines, compared_energy, open_lake
+from lake.reports import glob_of
+from lake.store import store
 from metering.clocks import busiest_day
 from replay.__main__ import new_run_id, played, simulated, speed_of
 from replay.dirt.entries import read_dirt
@@ -287,7 +288,7 @@ def _summary(ledger: Ledger, offsets: dict[str, int], truth: Path | None, began:
     for place, reason, count in refused:
         facts.add_row("  ended as", f"{place}: {reason} × {count}")
     if truth:
-        tape_wh, delta_wh, _ = compared_energy(lake, truth)
+        tape_wh, delta_wh, _ = compared_energy(lake, str(truth))
         sign = "=" if tape_wh == delta_wh else "≠"
         facts.add_row("Energy", f"{tape_wh:,} Wh on the tape {sign} {delta_wh:,} Wh in the deltas")
     else:
@@ -311,9 +312,9 @@ def _summary(ledger: Ledger, offsets: dict[str, int], truth: Path | None, began:
     for kind, severity, count, active in alarms:
         facts.add_row("Alarms", f"{kind} ({severity}): {count:,}, still active {active:,}")
     console.print(Panel(facts, title=f"Run {ledger.run_id}", expand=False))
-    console.print(f"Tables   {table_path('readings').parent}")
-    console.print(f"Reports  {report_path('x').parent}")
-    glob = glob_of(report_path("daily_consumption_v1"))
+    console.print(f"Tables   {store().uri('lake')}")
+    console.print(f"Reports  {store().uri('reports')}")
+    glob = glob_of("daily_consumption_v1")
     sql = f"SELECT meter_id, date, import_wh, export_wh, readings, quality FROM '{glob}' LIMIT 5"
     console.print(f'Open one .venv/bin/python -c "import duckdb; duckdb.sql(\\"{sql}\\").show()"', soft_wrap=True)
     found = proof.problems(lake, offsets, ledger.records, truth)

@@ -59,6 +59,7 @@ def problems(lake: duckdb.DuckDBPyConnection, offsets: dict[str, int], sent: int
     found += [f"segment {row[2]}: deltas {row[3]} Wh, registers {row[4]} Wh" for row in broken_segments(lake)[:5]]
     if truth:
         found += [
-            f"{row[0]} {row[1]}: {row[2]} Wh sent, {row[3]} Wh in the deltas" for row in compared_energy(lake, truth)[2]
+            f"{row[0]} {row[1]}: {row[2]} Wh sent, {row[3]} Wh in the deltas"
+            for row in compared_energy(lake, str(truth))[2]
         ]
     return found

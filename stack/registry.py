@@ -1,7 +1,7 @@
 """What the registry knows of meters, corrected from a CSV: `stack registry import`.
 
 A row names a meter and what is to be put right; an empty field stays as it was, `null` makes it unknown. The newest row
-of the meter is corrected where it lies; a `valid_from` that the meter has not makes a row of its own from then on, and
+of the meter is corrected; a `valid_from` that the meter has not makes a row of its own from then on, and
 a meter that the registry has not is added. Either all rows of a file are taken or none.
 """
 
@@ -19,13 +19,12 @@ import pyarrow as pa
 import typer
 from rich.console import Console
 
-from lake.paths import table_path
-from lake.publishing import written
-from lake.reading import all_registered, registered_in
+from lake.reading import Lake, all_registered
+from lake.tables import Commit, Writer, put_part
 from metering.registry import MOST
 from metering.voltage.windows import JURISDICTIONS
 from schemas.errors import ConfigError, exits
-from schemas.tables import PHASES, REGISTRY, polars_schema
+from schemas.tables import BY_IMPORT, PHASES, REGISTERED, REGISTRY, polars_schema
 from schemas.topics import METER_ID
 
 UNKNOWN = "null"
@@ -68,7 +67,7 @@ def correct(file: Path, today: date) -> Corrected:
     for row in known.iter_rows(named=True):  # the newest first
         of_meter.setdefault(row["meter_id"], []).append({**row, "key": _key(row)})
     new: list[dict[str, Any]] = []
-    replaced: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
+    replaced: dict[date, dict[tuple[Any, ...], dict[str, Any]]] = {}
     counts = {"corrected": 0, "dated": 0, "added": 0}
     for _, row in given:
         rows = of_meter.setdefault(row["meter_id"], [])
@@ -81,20 +80,16 @@ def correct(file: Path, today: date) -> Corrected:
         if same is None:
             counts["dated" if rows else "added"] += 1
             new.append(whole)
-            rows.append({**whole, "file": None, "key": _key(whole)})
+            rows.append({**whole, "date": None, "key": _key(whole)})
             rows.sort(key=lambda each: each["valid_from"] or FIRST, reverse=True)
-        elif same["file"] is None:  # of a line before
+        elif same["date"] is None:  # of a line before
             same |= whole
             new[:] = [whole if _key(each) == same["key"] else each for each in new]
         else:
             counts["corrected"] += 1
-            replaced.setdefault(same["file"], {})[same["key"]] = whole
+            replaced.setdefault(same["date"], {})[same["key"]] = whole
             same |= whole
-    for path, corrected in replaced.items():
-        _replace(Path(path), corrected)
-    if new:
-        name = f"import-{file.stem}-{uuid.uuid4().hex[:8]}.parquet"
-        written(pl.DataFrame(new, schema=ROWS), table_path("registry") / f"date={today.isoformat()}" / name)
+    _write(replaced, new, today, file.name)
     places = sorted({row["jurisdiction"] for _, row in given if row.get("jurisdiction")} - set(JURISDICTIONS))
     notes = [f"jurisdiction {', '.join(places)}: no limits are known, voltages are not judged"] if places else []
     return Corrected(**counts, notes=notes)
@@ -104,11 +99,30 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["meter_id"], row["valid_from"], row["usage_point_id"]
 
 
-def _replace(path: Path, rows: dict[tuple[Any, ...], dict[str, Any]]) -> None:
-    """Puts rows of a file of the registry right, in one step."""
-    written(
-        pl.DataFrame([rows.get(_key(row), row) for row in registered_in(path).iter_rows(named=True)], schema=ROWS), path
-    )
+def _write(
+    replaced: dict[date, dict[tuple[Any, ...], dict[str, Any]]], new: list[dict[str, Any]], today: date, source: str
+) -> None:
+    """Puts rows of the registry right and adds new ones, in one commit.
+
+    Args:
+        replaced: day of the table → key of a row → the row as it shall be.
+        new: rows that the registry has not.
+        today: their day.
+        source: name of the file that they come of.
+    """
+    days = sorted({*replaced, *([today] if new else [])})
+    kept = Lake().polars("registry", days).collect()
+    schema, parts = polars_schema(REGISTERED), []
+    for day in days:
+        before = kept.filter(pl.col("date") == day).drop("date")
+        right = replaced.get(day, {})
+        by = {"registered_by": f"{BY_IMPORT} {source}"}
+        rows = [
+            {**row, **right[_key(row)], **by} if _key(row) in right else row for row in before.iter_rows(named=True)
+        ]
+        rows += [{**row, **by} for row in new] if day == today else []
+        parts.append(put_part("registry", pl.DataFrame(rows, schema=schema), "import", day.isoformat()))
+    Writer().replace("registry", parts, Commit(f"registry-import-{uuid.uuid4()}", 0))
 
 
 def _rows(file: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -26,6 +26,7 @@ from metering import accounting
 from metering.alarms import counts, life_cycle, outages
 from metering.clocks import event_at
 from metering.deduplication import EVENT
+from schemas.closed_lists import AlarmSource
 from schemas.topics import ALARMS, COMMANDS, EVENTS
 
 NEEDED = (*EVENT, "dialect_version", "run_id", "arrival_at")
@@ -57,7 +58,9 @@ def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, conte
     under = registry.filter(pl.col("transformer_id").is_in(failures.get_column("transformer_id").unique().implode()))
     served = dict(under.group_by("transformer_id").len().iter_rows())
     grouped = outages.group_outages(failures, state["member"], context.watermarks, served)
-    counted = counts.count_alarms(changes, state["count"], context.watermarks, context.close_all)
+    counted = counts.count_alarms(
+        changes, state["count"], context.watermarks, AlarmSource.METER_EVENT, context.close_all
+    )
     return Output(
         tables={"outages": grouped.rows, "alarm_counts": counted.rows},
         state={"member": grouped.members, "count": counted.counts},
@@ -84,6 +87,10 @@ JOB = StreamingJob(
     hands=("alarms",),
     cross_partition=cross_partition,
     cross_partition_state={"member": outages.MEMBER, "count": counts.COUNT},
+    shares={
+        **dict.fromkeys(("alarms", "alarm_counts"), f"source = '{AlarmSource.METER_EVENT}'"),
+        "dead_letters": f"kafka_topic = '{COMMANDS.name}'",
+    },
 )
 
 

@@ -33,7 +33,8 @@ from pyspark.sql.streaming.query import StreamingQuery
 from engine.driver import asked_to_end, only_one, served, stay
 from engine.session import spark_session
 from kafka_io.clients import admin
-from lake.reading import RegistryFiles, newest_registry, registry_files, uri
+from lake.reading import RegistryFiles, newest_registry, registry_files
+from lake.spark import uri
 from metering.voltage.windows import A_VOLTAGE_MV
 from schemas.closed_lists import Edge
 from schemas.codec import arrow_schema, avro_schema, avro_text, frame_of, latest
@@ -216,7 +217,7 @@ def start(
         .format("kafka")
         .option("kafka.bootstrap.servers", settings.kafka_bootstrap)
         .option("topic", CRITICAL_EVENTS.name)
-        .option("checkpointLocation", uri(home() / "state" / "checkpoints" / f"{NAME}-v{VERSION}{way}"))
+        .option("checkpointLocation", uri(str(home() / "state" / f"{NAME}-v{VERSION}{way}" / "checkpoint")))
         .outputMode("update")
         .trigger(**trigger)
         .start()

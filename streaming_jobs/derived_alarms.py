@@ -21,6 +21,7 @@ import polars as pl
 from engine.driver import command
 from engine.job import BatchContext, Frames, Output, Source, StreamingJob
 from metering.alarms import counts, derived
+from schemas.closed_lists import AlarmSource
 from schemas.topics import ALARMS, READINGS
 
 NAME = Path(__file__).stem
@@ -45,7 +46,7 @@ def silent(context: BatchContext) -> pl.Expr:
 def cross_partition(handed: Frames, registry: pl.DataFrame, state: Frames, context: BatchContext) -> Output:
     """Counts per transformer and feeder."""
     changes = counts.placed(handed["alarms"], registry)
-    counted = counts.count_alarms(changes, state["count"], context.watermarks, context.close_all)
+    counted = counts.count_alarms(changes, state["count"], context.watermarks, AlarmSource.DERIVED, context.close_all)
     return Output(tables={"alarm_counts": counted.rows}, state={"count": counted.counts})
 
 
@@ -70,6 +71,7 @@ JOB = StreamingJob(
     hands=("alarms",),
     cross_partition=cross_partition,
     cross_partition_state={"count": counts.COUNT},
+    shares=dict.fromkeys(("alarms", "alarm_counts"), f"source = '{AlarmSource.DERIVED}'"),
 )
 
 

@@ -17,7 +17,7 @@ import polars as pl
 
 from engine.driver import command
 from engine.job import SAID, BatchContext, Frames, Output, Source, StreamingJob
-from schemas.topics import DEAD_LETTERS, EVENTS, READINGS
+from schemas.topics import COMMANDS, DEAD_LETTERS, EVENTS, READINGS
 
 TABLE_OF = {READINGS: "readings", EVENTS: "events", DEAD_LETTERS: "dead_letters"}
 
@@ -41,6 +41,7 @@ JOB = StreamingJob(
         for topic, table in TABLE_OF.items()
     ),
     writes=tuple(TABLE_OF.values()),
+    shares={"dead_letters": f"kafka_topic IS NULL OR kafka_topic <> '{COMMANDS.name}'"},
 )
 
 

@@ -130,7 +130,7 @@ def run_chain(kind: type[Stack], home: Path, monkeypatch: pytest.MonkeyPatch, ki
         table: lake.execute(f"SELECT DISTINCT {columns} FROM {table} WHERE {_stored(table)} ORDER BY ALL").fetchall()
         for table, columns in STORED.items()
     }
-    tape_wh, delta_wh, _ = compared_energy(lake, truth)
+    tape_wh, delta_wh, _ = compared_energy(lake, str(truth))
     return Result(
         {line.stage: line for line in accounting_lines(lake)},
         rows,

@@ -1,6 +1,5 @@
 """A lake made of what a replay sent, without Spark: by the jobs' own pure functions; and its damage by hand."""
 
-import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -11,7 +10,8 @@ import polars as pl
 import pytest
 
 from ingest.decode import dead_letter, routed
-from lake.paths import table_path
+from lake.reading import Lake
+from lake.tables import Writer
 from metering.registry import newest
 from replay.dirt.entries import Entry
 from replay.run import play
@@ -20,15 +20,16 @@ from replay.run.order import Order
 from replay.verify import Verdict
 from schemas.closed_lists import Bucket, FaultKind, Poison
 from schemas.errors import InvalidMessage
-from schemas.tables import TABLES, polars_schema
+from schemas.tables import CURRENT, TABLES, polars_schema
 from schemas.topics import DEAD_LETTERS, mqtt_topic, shard
 from streaming_jobs import alarms, consumption_deltas, readings_lake, voltage_deviation
+from tests.lake_by_hand import add
 from tests.settling import Settling, kafka_table
 from tests.unit.test_run import Kept
 from tests.wire import small_tape
 
 METERS = 30
-DAY = "date=2024-03-04"
+DAY = "2024-03-04"
 DIRT = (
     Entry(kind=FaultKind.DUPLICATE, times=2),
     Entry(kind=FaultKind.LATE, by="2h"),
@@ -69,10 +70,9 @@ def chain(
     play(Order(home / "tape", "r1", "mqtt", METERS, dirt=tuple(dirt), **how), lambda: sink)
     if is_repeated:
         play(Order(home / "tape", "r2", "mqtt", METERS, dirt=tuple(dirt), again=True), lambda: sink)
-    registry = next(table_path("registry").glob("date=*/*.parquet"))
-    rows = pl.read_parquet(registry)
-    shutil.rmtree(table_path("registry"))
-    write_lake(sink.sent, rows, batches)
+    registry = Lake().polars("registry").drop("date").collect()
+    Writer().delete("registry", "true")
+    write_lake(sink.sent, registry, batches)
     return home
 
 
@@ -100,9 +100,7 @@ def write_lake(sent: Sequence[tuple[str, str, str, bytes]], registry: pl.DataFra
             for table, frame in settling.batch(part, close_all=number == batches).items():
                 rows[table].append(_lines(frame, job.name) if table == "accounting" else frame)
     for table, frames in rows.items():
-        folder = table_path(table) / DAY
-        folder.mkdir(parents=True, exist_ok=True)
-        pl.concat(frames).write_parquet(folder / "all.parquet")
+        add(table, pl.concat(frames), "0" if table in CURRENT else DAY)
 
 
 def _lines(counted: pl.DataFrame, stage: str) -> pl.DataFrame:
@@ -114,7 +112,9 @@ def _lines(counted: pl.DataFrame, stage: str) -> pl.DataFrame:
 
 
 def table(name: str) -> Path:
-    return table_path(name) / DAY / "all.parquet"
+    """The one file of a table, which is damaged where it lies."""
+    (file,) = Lake().files(name)
+    return Path(file)
 
 
 def change(name: str, which: pl.Expr, **columns: Any) -> str | None:

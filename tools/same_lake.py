@@ -1,4 +1,4 @@
-"""Compares the lakes and reports of two homes, row for row: `python tools/same_lake.py HOME HOME`.
+"""Compares the lakes and reports of two homes, row for row: `python -m tools.same_lake HOME HOME`.
 
 Left out is what may differ between two runs of the same tape: names of runs and batches, places in Kafka, and when
 things happened by the wall clock or by the run's. Exit 0 where all rows are the same, 1 where some differ.
@@ -9,53 +9,59 @@ from pathlib import Path
 
 import duckdb
 
+import lake
+from lake.reports import reports
+from lake.store import used
+from schemas.tables import TABLES
+
 OF_A_RUN = {
     "run_id", "batch", "topic", "partition", "offset", "kafka_topic", "kafka_partition", "kafka_offset", "received_at",
     "sent_at", "arrival_at", "updated_at", "closed_at", "computed_at", "date", "outage_id", "revision",
+    "registered_by",
 }  # fmt: skip
 """Columns that two runs of one tape do not have in common."""
 COUNTED = ("received", "stored", "duplicate", "late", "quarantined", "invalid")
 
 
-def tables_of(home: Path) -> dict[str, str]:
-    """Name → glob of every table and report that has files."""
-    found = {}
-    for folder in (*(home / "lake").glob("*"), *(home / "reports").glob("*")):
-        for pattern in ("date=*/*.parquet", "*.parquet"):
-            if next(folder.glob(pattern), None):
-                found[folder.name] = str(folder / pattern)
-                break
-    return found
+def tables_of(home: Path) -> list[str]:
+    """Names of all tables and reports that have rows."""
+    with used(f"file://{home.resolve()}"):
+        tables = lake.open()
+        return sorted([*[table for table in TABLES if tables.files(table)], *reports()])
 
 
-def rows_of(lake: duckdb.DuckDBPyConnection, table: str, glob: str) -> str:
-    """A query for the rows of a table that do not depend on the run; of the accounting the sums by stage."""
-    known = [row[0] for row in lake.execute(f"DESCRIBE FROM read_parquet('{glob}', union_by_name = true)").fetchall()]
+def rows_of(home: duckdb.DuckDBPyConnection, table: str) -> duckdb.DuckDBPyRelation:
+    """The rows of a table that do not depend on the run; of the accounting the sums by stage."""
+    known = home.sql(f"FROM {table}").columns
     if table == "accounting":
-        return f"SELECT stage, {', '.join(f'sum({name})' for name in COUNTED)} FROM read_parquet('{glob}') GROUP BY ALL"
+        return home.sql(f"SELECT stage, {', '.join(f'sum({name})' for name in COUNTED)} FROM accounting GROUP BY ALL")
     newest = ""
     if table == "outages":  # a row per batch in which one changed; the highest revision is its state
         newest = " QUALIFY row_number() OVER (PARTITION BY outage_id ORDER BY revision DESC) = 1"
     kept = ", ".join(f'"{name}"' for name in known if name not in OF_A_RUN)
-    return f"SELECT {kept} FROM read_parquet('{glob}', union_by_name = true){newest}"
+    return home.sql(f"SELECT {kept} FROM {table}{newest}")
 
 
 def differing(one: Path, other: Path) -> list[str]:
     """A sentence for each table whose rows differ."""
-    found, lake = [], duckdb.connect()
-    ones, others = tables_of(one), tables_of(other)
-    for table in sorted(ones.keys() | others.keys()):
-        if table not in ones or table not in others:
-            found.append(f"{table}: only in {one if table in ones else other}")
-            continue
-        left, right = rows_of(lake, table, ones[table]), rows_of(lake, table, others[table])
-        counts = [lake.execute(f"SELECT count(*) FROM ({sql})").fetchall() for sql in (left, right)]
-        for sql, place in ((f"{left} EXCEPT ALL {right}", one), (f"{right} EXCEPT ALL {left}", other)):
-            rows = lake.execute(sql).fetchall()
+    found: list[str] = []
+    homes = {}
+    for home in (one, other):
+        with used(f"file://{home.resolve()}"):
+            homes[home] = lake.open().duckdb()
+    both = duckdb.connect()
+    for table in sorted({*tables_of(one), *tables_of(other)}):
+        for side, home in (("left_rows", one), ("right_rows", other)):
+            both.register(side, rows_of(homes[home], table).to_arrow_table())
+        for sql, place in (
+            ("left_rows EXCEPT ALL FROM right_rows", one),
+            ("right_rows EXCEPT ALL FROM left_rows", other),
+        ):
+            rows = both.execute(f"FROM {sql}").fetchall()
             if rows:
-                found.append(
-                    f"{table}: {len(rows):,} of {counts[place == other][0][0]:,} rows only in {place}: {rows[0]}"
-                )
+                side = "left_rows" if place == one else "right_rows"
+                count = (both.execute(f"SELECT count(*) FROM {side}").fetchone() or (0,))[0]
+                found.append(f"{table}: {len(rows):,} of {count:,} rows only in {place}: {rows[0]}")
     return found
 
 

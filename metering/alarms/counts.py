@@ -10,7 +10,7 @@ from typing import NamedTuple
 import polars as pl
 
 from metering.registry import is_among
-from schemas.closed_lists import AlarmState, EventAction
+from schemas.closed_lists import AlarmSource, AlarmState, EventAction
 from schemas.tables import ALARM_COUNTS, EVENT_COUNTS, polars_schema
 
 WINDOW = timedelta(minutes=15)
@@ -44,7 +44,7 @@ def placed(changes: pl.DataFrame, registry: pl.DataFrame) -> pl.DataFrame:
 
 
 def count_alarms(
-    changes: pl.DataFrame, counts: pl.DataFrame, watermarks: pl.DataFrame, close_all: bool = False
+    changes: pl.DataFrame, counts: pl.DataFrame, watermarks: pl.DataFrame, source: AlarmSource, close_all: bool = False
 ) -> Counts:
     """Counts a batch's changes and gives the quarter hours that are over.
 
@@ -52,6 +52,7 @@ def count_alarms(
         changes: columns of the table alarms, transformer_id, feeder_id.
         counts: the state so far, columns `COUNT`.
         watermarks: per run_id `watermark`, up to which quarter hours are over.
+        source: of all of these alarms.
         close_all: at the end of a run: all are over.
     """
     is_active, is_first = pl.col("state") == AlarmState.ACTIVE.value, pl.col("repeat_count") == 0
@@ -62,7 +63,8 @@ def count_alarms(
         repeated_count=(is_active & ~is_first).cast(pl.Int64),
         cleared_count=(~is_active).cast(pl.Int64),
     ).select(COUNT.names())
-    return _over(pl.concat([counts, each]), watermarks, close_all, ROWS)
+    found = _over(pl.concat([counts, each]), watermarks, close_all)
+    return Counts(found.rows.with_columns(source=pl.lit(source.value)).select(ROWS.names()).cast(ROWS), found.counts)
 
 
 def count_events(
@@ -86,10 +88,11 @@ def count_events(
         window_start=pl.col("arrival_at").dt.truncate("15m"),
         event_count=pl.lit(1, pl.Int64),
     )
-    return _over(pl.concat([counts, each.select(EVENT_COUNT.names())]), watermarks, close_all, EVENT_ROWS)
+    found = _over(pl.concat([counts, each.select(EVENT_COUNT.names())]), watermarks, close_all)
+    return Counts(found.rows.select(EVENT_ROWS.names()).cast(EVENT_ROWS), found.counts)
 
 
-def _over(each: pl.DataFrame, watermarks: pl.DataFrame, close_all: bool, columns: pl.Schema) -> Counts:
+def _over(each: pl.DataFrame, watermarks: pl.DataFrame, close_all: bool) -> Counts:
     """Adds up, and parts the quarter hours that are over from the others."""
     counted = [name for name in each.columns if name.endswith("_count")]
     keys = [name for name in each.columns if name not in counted]
@@ -104,4 +107,4 @@ def _over(each: pl.DataFrame, watermarks: pl.DataFrame, close_all: bool, columns
     end = pl.col("window_start") + WINDOW
     is_over = pl.lit(True) if close_all else (end <= pl.col("watermark")).fill_null(False)
     rows = known.filter(is_over).with_columns(window_end=end)
-    return Counts(rows.select(columns.names()).cast(columns), known.filter(~is_over).select(each.columns))
+    return Counts(rows, known.filter(~is_over).select(each.columns))

@@ -17,8 +17,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lake.paths import table_path
-from lake.reading import registered, registry_files
+from lake.reading import all_registered, registered, registry_files
+from lake.tables import Commit, Writer, put_part
 from replay.dirt import FAULTS, Dirt
 from replay.fleet import Fleet
 from replay.pace import RunClock
@@ -29,13 +29,15 @@ from replay.run.processes import share, stopped_by_signals
 from replay.run.sending import Progress, play_meters
 from replay.sinks import Sink
 from schemas.errors import ConfigError, MeterstreamError
-from schemas.tables import REGISTRY, polars_schema
+from schemas.tables import BY_IMPORT, REGISTRY, polars_schema
 from settings import home
 
 BLOCK_METERS = 100_000  # rows of registry and truth that are in memory at once
 SHARED_RECORDS = BLOCK_RECORDS  # fewer in a slice of that length cost less than meeting after it
 FACTS = [name for name in REGISTRY.names if name not in ("meter_id", "valid_from", "valid_to")]
 """What the registry says of a meter at all times."""
+KEY = ["meter_id", "valid_from", "usage_point_id"]
+"""What makes a row of the registry."""
 
 
 def play(order: Order, open_sink: Callable[[], Sink], on_progress: Progress = lambda *_: None) -> Ledger:
@@ -80,7 +82,7 @@ def play(order: Order, open_sink: Callable[[], Sink], on_progress: Progress = la
     settle(ledger, parts)
     ledger.is_whole = failure is None and not stop.is_asked
     if failure and not ledger.readings + ledger.events + ledger.poison:
-        _registry_file(ledger).unlink(missing_ok=True)  # it sent nothing: the same run again is no second one
+        _unregister(ledger)  # it sent nothing: the same run again is no second one
     _write(ledger_rows(ids, parts, ledger), run_folder(ledger.run_id) / "ledger.parquet")
     write_ledger(ledger)
     if failure:
@@ -103,17 +105,29 @@ def _prepare(crew: Fleet, dirt: Dirt | None, ledger: Ledger, again: bool) -> Non
         raise ConfigError(msg)
     if ledger.to != "null":
         _check_is_new(crew, again)
-        registry = (crew.registry(low, high).to_arrow().cast(REGISTRY) for low, high in _blocks(len(crew)))
-        _write(registry, _registry_file(ledger))
+        _register(crew, ledger)
     _write((crew.truth(low, high).to_arrow() for low, high in _blocks(len(crew))), folder / "truth.parquet")
     faults = (dirt.faults if dirt else pl.DataFrame(schema=polars_schema(FAULTS))).to_arrow().cast(FAULTS)
     _write(iter([faults]), folder / "faults.parquet")
     write_ledger(ledger)
 
 
-def _registry_file(ledger: Ledger) -> Path:
-    """The run's part of the lake's registry."""
-    return table_path("registry") / f"date={ledger.first_at[:10]}" / f"{ledger.run_id}.parquet"
+def _register(crew: Fleet, ledger: Ledger) -> None:
+    """Adds the fleet to the lake's registry, in one commit; a row that it has stays: somebody may have put it right."""
+    by, date = pl.lit(ledger.run_id).alias("registered_by"), ledger.first_at[:10]
+    parts = []
+    for low, high in _blocks(len(crew)):
+        mine = crew.registry(low, high)
+        new = mine.join(all_registered(mine.get_column("meter_id")), on=KEY, how="anti", nulls_equal=True)
+        if len(new):
+            parts.append(put_part("registry", new.with_columns(by), ledger.run_id, date))
+    Writer().add(parts, Commit(f"replay-{ledger.run_id}", 0))
+
+
+def _unregister(ledger: Ledger) -> None:
+    """Removes the fleet from the lake's registry."""
+    run_id = ledger.run_id.replace("'", "''")
+    Writer().delete("registry", f"registered_by = '{run_id}'")
 
 
 def _check_is_new(crew: Fleet, again: bool) -> None:
@@ -124,11 +138,13 @@ def _check_is_new(crew: Fleet, again: bool) -> None:
         other = "METERSTREAM_HOME names another data folder"
         if not crew.own_clock:
             other = f"--meter-prefix gives the fleet other names, {other}"
-        both = newest.join(mine, on="meter_id", suffix="_mine").sort("meter_id", "file")
+        both = newest.join(mine, on="meter_id", suffix="_mine").sort("meter_id", "registered_by")
         is_another = pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"{name}_mine")) for name in FACTS)
-        for row in (both.filter(is_another) if again else both).head(1).iter_rows(named=True):
-            whose = f"{row['meter_id']} is known by {Path(row['file']).stem}"
-            if differing := [name for name in FACTS if row[name] != row[f"{name}_mine"]]:
+        is_put_right = pl.col("registered_by").str.starts_with(f"{BY_IMPORT} ").fill_null(False)
+        for row in (both.filter(is_another & ~is_put_right) if again else both).head(1).iter_rows(named=True):
+            whose = f"{row['meter_id']} is known by {row['registered_by']}"
+            differing = [name for name in FACTS if row[name] != row[f"{name}_mine"]]
+            if differing and not str(row["registered_by"]).startswith(f"{BY_IMPORT} "):
                 name = differing[0]
                 msg = f"{whose} as another meter ({name} {row[name]}, not {row[f'{name}_mine']}): {other}"
                 raise ConfigError(msg)

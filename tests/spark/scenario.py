@@ -24,7 +24,7 @@ from engine.job import StreamingJob
 from engine.night import BatchJob, arrived, rows_of
 from engine.settings import JudgeSettings, StreamSettings
 from kafka_io.ranges import KAFKA
-from lake.reading import spark_schema
+from lake.spark import spark_schema
 from schemas.codec import arrow_schema, decode, encode
 from schemas.tables import TABLES
 from schemas.topics import CRITICAL_EVENTS, EVENTS, READINGS, Topic

@@ -8,19 +8,22 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from batch_jobs import discovered
 from engine.night import BatchJob, in_order, publish, silent
 from engine.settings import JudgeSettings
-from lake.locks import files_replaced, report_run
-from lake.paths import glob_of, report_path, table_path
-from lake.reading import newest_registry, read_registry, registry_files
-from schemas.errors import ConfigError, ContractBroken, RetryLater
+from lake import reports
+from lake.reading import Lake, newest_registry, registry_files
+from lake.reports import files_of, folder_of, glob_of
+from lake.spark import read_registry
+from lake.tables import Writer
+from lake.upkeep import Upkeep
+from schemas.errors import ConfigError, ContractBroken
 from schemas.tables import REPORTS, TABLES
 from settings import home
+from tests.lake_by_hand import add_rows
 
 DAY = datetime.date(2024, 6, 10)
 MIDNIGHT = datetime.datetime(2024, 6, 10, tzinfo=datetime.UTC)
@@ -29,10 +32,13 @@ LIMITS = JudgeSettings()
 ALARM_IDS = pa.schema([TABLES["alarms"].field("alarm_id")])
 
 
-def keep(table: str, day: datetime.date, rows: list[dict[str, Any]], part: int = 0) -> None:
-    folder = table_path(table) / f"date={day.isoformat()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, TABLES[table]), folder / f"part-{part}.parquet")
+def keep(table: str, day: datetime.date, rows: list[dict[str, Any]]) -> None:
+    add_rows(table, rows, day.isoformat())
+
+
+def published(spark: SparkSession, job: BatchJob, day: datetime.date = DAY) -> int:
+    """A night of one job on the lake as it is now."""
+    return publish(spark, Lake(), job, day, LIMITS)
 
 
 @pytest.fixture
@@ -63,7 +69,7 @@ def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rows_of(report: str) -> list[tuple[Any, ...]]:
-    found = duckdb.execute(f"select * from read_parquet('{glob_of(report_path(report))}') order by all").fetchall()
+    found = duckdb.execute(f"select * from read_parquet('{glob_of(report)}') order by all").fetchall()
     assert found
     return found
 
@@ -72,21 +78,20 @@ def rows_of(report: str) -> list[tuple[Any, ...]]:
 def test_a_date_run_twice_has_the_same_rows_and_nothing_else_is_written(
     spark: SparkSession, lake: Path, job: BatchJob
 ) -> None:
-    first = publish(spark, job, DAY, LIMITS)
+    first = published(spark, job)
     rows = rows_of(job.report)
     assert len(rows) == first
-    assert publish(spark, job, DAY, LIMITS) == first
+    assert published(spark, job) == first
     assert rows_of(job.report) == rows
-    assert [folder.name for folder in report_path(job.report).iterdir()] == ["date=2024-06-10"]
+    assert files_of(job.report) == files_of(job.report, ["2024-06-10"])
     assert [report.name for report in (home() / "reports").iterdir()] == [job.report]
-    assert list((home() / "staging").iterdir()) == []
 
 
 def test_the_days_of_a_meter_add_up_to_its_register(spark: SparkSession, lake: Path) -> None:
     job = next(job for job in discovered() if job.name == "daily_consumption")
     for shift in (-1, 0, 1):
-        publish(spark, job, DAY + datetime.timedelta(days=shift), LIMITS)
-    total = f"select sum(import_wh) from read_parquet('{glob_of(report_path(job.report))}') where meter_id = 'a'"
+        published(spark, job, DAY + datetime.timedelta(days=shift))
+    total = f"select sum(import_wh) from read_parquet('{glob_of(job.report)}') where meter_id = 'a'"
     assert duckdb.execute(total).fetchall() == [(100 * 71,)]
 
 
@@ -95,7 +100,7 @@ def test_a_lake_without_rows_gives_an_empty_report(
 ) -> None:
     monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
     for job in discovered():
-        assert publish(spark, job, DAY, LIMITS) == 0
+        assert published(spark, job) == 0
 
 
 def test_an_unknown_time_zone_in_the_registry_is_named(
@@ -104,7 +109,7 @@ def test_an_unknown_time_zone_in_the_registry_is_named(
     monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
     keep("registry", DAY, [{"meter_id": "a", "time_zone": "Europe/Nowhere"}])
     with pytest.raises(ConfigError, match="Europe/Nowhere"):
-        publish(spark, discovered()[0], DAY, LIMITS)
+        published(spark, discovered()[0])
 
 
 def test_a_night_passes_over_what_no_registry_and_no_meter_can_mean(spark: SparkSession, lake: Path) -> None:
@@ -112,20 +117,21 @@ def test_a_night_passes_over_what_no_registry_and_no_meter_can_mean(spark: Spark
         {"meter_id": "a", "interval_s": 0, "nominal_mv": 0, "fuse_a": -5},
         {"meter_id": "b", "interval_s": 604_800, "nominal_mv": 2**62, "fuse_a": 2**62},
     ]
+    Writer().delete("registry", "true")
     keep("registry", DAY, [{"phases": "L1", "time_zone": "UTC", **slip} for slip in slips])
     at, place = MIDNIGHT + datetime.timedelta(hours=12, minutes=7), {"topic": "t", "partition": 0, "offset": 1}
     wild = {"meter_id": "a", "observed_at": at, "arrival_at": at, "voltage_l1_mv": 2 * 10**12}
-    keep("readings", DAY, [wild | place], part=1)
+    keep("readings", DAY, [wild | place])
     known = [("a", None, None, None), ("b", None, None, 604_800)]
     columns = ["meter_id", "nominal_mv", "fuse_a", "interval_s"]
     assert sorted(newest_registry(registry_files()).select(columns).rows()) == known
-    assert sorted(tuple(row) for row in read_registry(spark).select(columns).collect()) == known
+    assert sorted(tuple(row) for row in read_registry(spark, Lake()).select(columns).collect()) == known
     for job in discovered():
-        assert publish(spark, job, DAY, LIMITS) > 0
+        assert published(spark, job) > 0
 
     def said(report: str, names: str) -> list[tuple[Any, ...]]:
         where = "where meter_id is not null order by meter_id"
-        return duckdb.execute(f"select meter_id, {names} from '{glob_of(report_path(report))}' {where}").fetchall()
+        return duckdb.execute(f"select meter_id, {names} from '{glob_of(report)}' {where}").fetchall()
 
     assert said("daily_consumption_v1", "import_wh, expected_readings") == [("a", 2_400, None), ("b", 2_400, 0)]
     assert said("data_quality_v1", "expected, missing, completeness_pct") == [("a", *[None] * 3), ("b", 0, None, None)]
@@ -135,14 +141,15 @@ def test_a_night_passes_over_what_no_registry_and_no_meter_can_mean(spark: Spark
 def test_a_profile_has_the_first_hour_of_its_four_weeks_which_is_of_an_earlier_utc_day(
     spark: SparkSession, lake: Path
 ) -> None:
+    Writer().delete("registry", "true")
     keep("registry", DAY, [{"meter_id": "a", "time_zone": "Europe/Amsterdam"}])
     begin = datetime.datetime(2024, 5, 13, 22, tzinfo=datetime.UTC)
     quarters = [{"interval_start": begin + datetime.timedelta(minutes=15 * n)} for n in range(4)]
     known = {"meter_id": "a", "register": "import_t1", "energy_wh": 25, "covered_s": 900, "quality": "measured"}
     keep("interval_readings", begin.date(), [quarter | known for quarter in quarters])
     job = next(job for job in discovered() if job.name == "load_profile")
-    publish(spark, job, DAY, LIMITS)
-    hours = f"select hours, mean_wh from '{glob_of(report_path(job.report))}' where hour_of_day = 0"
+    published(spark, job)
+    hours = f"select hours, mean_wh from '{glob_of(job.report)}' where hour_of_day = 0"
     assert duckdb.execute(hours).fetchall() == [(1, 100)]
 
 
@@ -159,8 +166,8 @@ def test_a_job_runs_after_those_whose_reports_it_reads(
     writer = BatchJob("z_writer", 2, {"alarms": 0}, nothing)
     assert [job.name for job in in_order([reader, writer])] == ["z_writer", "a_reader"]
     with pytest.raises(ConfigError, match="z_writer_v2 has nothing for 2024-06-10"):
-        publish(spark, reader, DAY, LIMITS)
-    assert publish(spark, writer, DAY, LIMITS) == publish(spark, reader, DAY, LIMITS) == 1
+        published(spark, reader)
+    assert published(spark, writer) == published(spark, reader) == 1
 
 
 def test_jobs_that_read_each_other_in_a_circle_are_refused() -> None:
@@ -179,15 +186,16 @@ def test_a_date_that_is_none_is_an_error_of_use(arguments: list[str]) -> None:
 
 
 def test_a_report_that_cannot_be_made_is_named_and_the_others_are_there(lake: Path) -> None:
-    (table_path("alarms") / f"date={DAY.isoformat()}" / "part-1.parquet").write_bytes(b"PAR1half")
+    (file,) = map(Path, Lake().files("alarms"))
+    file.write_bytes(b"PAR1half")
     environment = {**os.environ, "PYTHONPATH": ".", "METERSTREAM_HOME": str(lake)}
     order = [sys.executable, "-m", "batch_jobs", "--date", DAY.isoformat()]
     ended = subprocess.run(order, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     last = ended.stderr.splitlines()[-1]
     assert last.startswith("error: reports of 2024-06-10 are missing: alarm_report_v1: ")
-    assert "part-1.parquet" in last
-    written = {path.parent.name for path in report_path("").glob("*/date=2024-06-10")}
+    assert file.name in last
+    written = {path.parent.name for path in (lake / "reports").glob("*/date=2024-06-10")}
     assert written == {job.report for job in discovered()} - {"alarm_report_v1"}
 
 
@@ -195,11 +203,11 @@ def test_a_day_without_readings_is_said_with_the_days_that_have_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
-    assert "has no readings of 2024-06-10; it has none of any day" in (silent(DAY) or "")
-    for day in ("2024-06-11", "2024-06-13"):
-        (tmp_path / "lake" / "readings" / f"date={day}").mkdir(parents=True)
-    assert "it has those of 2024-06-11 to 2024-06-13" in (silent(DAY) or "")
-    assert silent(DAY + datetime.timedelta(days=1)) is None
+    assert "has no readings of 2024-06-10; it has none of any day" in (silent(Lake(), DAY) or "")
+    for shift in (1, 3):
+        keep("readings", DAY + datetime.timedelta(days=shift), [{"meter_id": "a"}])
+    assert "it has those of 2024-06-11 to 2024-06-13" in (silent(Lake(), DAY) or "")
+    assert silent(Lake(), DAY + datetime.timedelta(days=1)) is None
 
 
 def test_a_report_whose_columns_are_not_the_declared_ones_is_not_written(
@@ -208,40 +216,42 @@ def test_a_report_whose_columns_are_not_the_declared_ones_is_not_written(
     monkeypatch.setitem(REPORTS, "one_v1", pa.schema([("alarm_id", pa.string()), ("meters", pa.int64())]))
     job = BatchJob("one", 1, {"alarms": 0}, lambda tables, _, __: tables["alarms"].select("alarm_id", "meter_id"))
     with pytest.raises(ContractBroken, match=r"one_v1 .*meter_id string \(given\), meters bigint \(declared\)"):
-        publish(spark, job, DAY, LIMITS)
-    assert not report_path("one_v1").exists()
+        published(spark, job)
+    assert files_of("one_v1") == []
 
 
-def test_while_a_night_reads_a_table_nobody_may_merge_its_files(
-    spark: SparkSession, lake: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(REPORTS, "locked_v1", ALARM_IDS)
-    seen: dict[str, bool] = {}
-
-    def transform(tables: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date) -> DataFrame:
-        for table in ("alarms", "readings"):
-            with files_replaced(table) as is_alone:
-                seen[table] = is_alone
-        return tables["alarms"].select("alarm_id")
-
-    publish(spark, BatchJob("locked", 1, {"alarms": 0}, transform), DAY, LIMITS)
-    assert seen == {"alarms": False, "readings": True}
-    with files_replaced("alarms") as is_alone:
-        assert is_alone
-
-
-def test_a_report_is_written_by_one_process_at_a_time_and_is_never_away(
+def test_a_night_reads_the_lake_as_it_was_when_it_began_whatever_is_compacted_and_added_meanwhile(
     spark: SparkSession, lake: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(REPORTS, "alone_v1", ALARM_IDS)
+    begun = Lake()
     job = BatchJob("alone", 1, {"alarms": 0}, lambda tables, _, __: tables["alarms"].select("alarm_id"))
-    publish(spark, job, DAY, LIMITS)
-    folder = report_path("alone_v1") / f"date={DAY.isoformat()}"
-    with report_run("alone_v1", DAY.isoformat()) as is_alone:
-        assert is_alone
-        with pytest.raises(RetryLater, match=f"another process writes alone_v1 of {DAY.isoformat()}"):
-            publish(spark, job, DAY, LIMITS)
-    before = folder.stat().st_ino
-    publish(spark, job, DAY, LIMITS)
-    assert folder.stat().st_ino != before, "the folder is another one"
-    assert not list((home() / "staging").glob("alone_v1-*"))
+    assert publish(spark, begun, job, DAY, LIMITS) == 1
+    keep("alarms", DAY, [{"alarm_id": "2"}])
+    Upkeep(files=2).once()
+    assert len(Lake().files("alarms")) == 1
+    assert publish(spark, begun, job, DAY, LIMITS) == 1
+    assert rows_of("alone_v1") == [("1", DAY)]
+    assert published(spark, job) == 2
+    assert published(spark, BatchJob("alone", 1, {"alarms": 0}, job.transform), DAY) == 2
+
+
+def test_a_date_has_the_same_files_each_time_and_a_meters_rows_are_in_one(
+    spark: SparkSession, lake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REPORTS, "many_v1", pa.schema([TABLES["alarms"].field("meter_id")]))
+    monkeypatch.setattr(reports, "METERS_A_FILE", 1)
+    keep("alarms", DAY, [{"meter_id": f"m{number}"} for number in range(40)])
+    job = BatchJob("many", 1, {"alarms": 0}, lambda tables, _, __: tables["alarms"].select("meter_id"))
+    assert published(spark, job) == 41
+    first = files_of("many_v1")
+    assert [Path(file).name for file in first] == [f"{number:04d}-of-0004.parquet" for number in range(4)]
+    before = {file: set(duckdb.execute(f"select meter_id from '{file}'").fetchall()) for file in first}
+    assert sum(map(len, before.values())) == len(set().union(*before.values())) == 41
+    monkeypatch.setattr(reports, "METERS_A_FILE", 1_000)
+    one = BatchJob("many", 1, {"alarms": 0}, lambda tables, _, __: tables["alarms"].select("meter_id").limit(1))
+    assert published(spark, one) == 1
+    assert files_of("many_v1") == first
+    assert len(rows_of("many_v1")) == 1
+    glob = (lake / folder_of("many_v1")).glob("date=*/*.parquet")
+    assert sorted(map(str, glob)) == first

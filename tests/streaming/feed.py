@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -18,11 +17,11 @@ from engine.settings import StreamSettings
 from engine.stream import Stream
 from kafka_io.offsets import Offsets
 from kafka_io.ranges import KAFKA, Range
-from lake.paths import glob_of, table_path
+from lake.queries import open_lake
 from schemas.codec import encode
-from schemas.tables import REGISTRY
 from schemas.topics import READINGS, Topic
 from settings import home
+from tests.lake_by_hand import add_rows
 
 KAFKA_AT = datetime(2024, 3, 31, 1, tzinfo=UTC)
 PLANNED_AT = datetime(2024, 3, 31, 2, tzinfo=UTC)
@@ -70,13 +69,8 @@ def batches() -> list[list[tuple[str, bytes]]]:
 
 
 def write_registry() -> None:
-    folder = table_path("registry") / "date=2024-01-01"
-    folder.mkdir(parents=True)
-    rows = [
-        {"meter_id": meter_id, "phases": "L1", "nominal_mv": 230_000, "fuse_a": 25, "interval_s": 300}
-        for meter_id in ("m1", "m2")
-    ]
-    pq.write_table(pa.Table.from_pylist(rows, REGISTRY), folder / "fleet-0.parquet")
+    known = {"phases": "L1", "nominal_mv": 230_000, "fuse_a": 25, "interval_s": 300}
+    add_rows("registry", [{"meter_id": meter_id, **known} for meter_id in ("m1", "m2")], "2024-01-01")
 
 
 class Feed:
@@ -133,7 +127,6 @@ def take(session: SparkSession | None, feed: Feed, *runners: Runner, topic_id: s
     stream = Stream(session, runners, feed.fetch)
     for runner in runners:
         runner.resume()
-    stream.finish_flushes()
     stream.catch_up({}, feed.ends[-1], {READINGS.name: topic_id})
     for ends in feed.ends:
         stream.process(ends, PLANNED_AT)
@@ -147,25 +140,13 @@ def flush(runner: Runner) -> None:
 
 
 def rows(table: str) -> list[tuple[Any, ...]]:
-    """What any reader sees by the contract's glob, the query's own id left out."""
-    pattern = glob_of(table_path(table))
-    if not list(table_path(table).glob("date=*/*.parquet")):
-        return []
+    """What any reader sees, the query's own id and the day that it was written left out."""
     renamed = "replace (regexp_replace(batch, '-[0-9a-f-]{36}-', '-') as batch)" if table == "accounting" else ""
     dated = "exclude (date)" if table == "accounting" else ""  # the day of the test
-    return sorted(duckdb.execute(f"select * {dated} {renamed} from '{pattern}'").fetchall(), key=repr)
+    with open_lake() as lake:
+        return sorted(lake.execute(f"select * {dated} {renamed} from {table}").fetchall(), key=repr)
 
 
 def lake(runner: Runner) -> dict[str, Any]:
-    """All that the job wrote: rows per table, and which files hold them."""
-    found: dict[str, Any] = {table: rows(table) for table in [*runner.job.tables, "accounting"]}
-    parts = (home() / "lake").glob("*/date=*/*.parquet")
-    found["files"] = sorted(
-        (part.parts[-3], part.name.replace(runner.query_id, "id")) for part in parts if part.parts[-3] != "registry"
-    )
-    found["current"] = sorted(duckdb.execute(f"select * from '{part}'").fetchall() for part in _current())
-    return found
-
-
-def _current() -> list[Path]:
-    return sorted((home() / "lake").glob("*/current-*.parquet"))
+    """All that the job wrote: rows per table."""
+    return {table: rows(table) for table in [*runner.job.tables, *runner.job.current, "accounting"]}

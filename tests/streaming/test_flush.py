@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import pytest
 from pyspark.sql import SparkSession
 
+from engine.intents import Intents
 from engine.runner import Runner
+from engine.stream import Stream
+from lake.tables import Writer
 from streaming_jobs import consumption_deltas, voltage_deviation
-from tests.streaming.feed import SETTINGS, Feed, at, batches, flush, lake, pair, reading, rows, run
+from tests.streaming.feed import SETTINGS, Feed, at, batches, flush, lake, pair, reading, rows, run, take
 
 JOB = voltage_deviation.JOB
 OVER = [("m1", "00:50", 2), ("m2", "00:50", 2)]
@@ -28,10 +32,8 @@ def fed(spark: SparkSession) -> tuple[Feed, Runner]:
     return feed, runner
 
 
-def test_asked_again_or_done_again_after_it_died_it_closes_each_window_once_in_the_same_files(
-    spark: SparkSession, home: Path
-) -> None:
-    feed, runner = fed(spark)
+def test_asked_again_it_closes_each_window_once(spark: SparkSession, home: Path) -> None:
+    _, runner = fed(spark)
     flush(runner)
     assert windows() == sorted([*OVER, *OPEN])
     assert runner.is_flushed
@@ -39,19 +41,33 @@ def test_asked_again_or_done_again_after_it_died_it_closes_each_window_once_in_t
     flush(runner)
     flush(Runner(JOB, SETTINGS))
     assert lake(runner) == once
-    (home / "state" / JOB.name / runner.query_id / "0.flushed").unlink()  # it died when all but that was in place
-    assert not runner.is_flushed
-    run(spark, feed, JOB)
-    assert lake(runner) == once
-    assert runner.is_flushed
 
 
-def test_a_flush_that_died_after_its_marker_is_done_by_the_next_process(spark: SparkSession, home: Path) -> None:
-    feed, runner = fed(spark)
-    (home / "state" / JOB.name / runner.query_id / "0.flush").mkdir()
-    run(spark, feed, JOB)
+def test_one_that_died_before_its_intent_has_closed_nothing_and_after_it_everything(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed = Feed()
+    feed.add(batches()[0])
+    take(None, feed, Runner(JOB, SETTINGS))
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(Intents, "put", dying)
+        flush(Runner(JOB, SETTINGS))
+    take(None, feed, Runner(JOB, SETTINGS))
+    assert windows() == []
+    flushing = Runner(JOB, SETTINGS)
+    flushing.resume()
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(Writer, "add", dying)
+        Stream(None, [flushing]).flush(flushing)
+    assert windows() == []
+    after = Runner(JOB, SETTINGS)
+    take(None, feed, after)
     assert windows() == sorted([*OVER, *OPEN])
-    assert runner.is_flushed
+    assert after.is_flushed
+
+
+def dying(*_: object) -> None:
+    raise ConnectionError
 
 
 def test_after_a_flush_the_query_goes_on_and_a_restart_closes_nothing_that_nobody_asked_for(

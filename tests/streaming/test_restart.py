@@ -1,41 +1,43 @@
-"""However a query dies, it ends with the same rows in the same files as one that was never disturbed."""
+"""However a query dies, it ends with the same rows as one that was never disturbed."""
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
-from engine import checkpoint, runner
-from engine.checkpoint import commit, last_plan, require_whole
+from engine.intents import Intent, Intents
 from engine.job import StreamingJob
 from engine.runner import Runner
-from engine.state import _known
+from engine.state import _content, _known, names
 from engine.stream import Stream
 from kafka_io.ranges import Range
-from lake import publishing
-from lake.paths import table_path
+from lake.reading import newest_registry, registry_files
+from lake.tables import Commit, Writer
 from schemas.codec import encode
 from schemas.errors import ConfigError, MeterstreamError, RetryLater, StateLost
 from schemas.tables import ACCOUNTING
 from schemas.topics import DEAD_LETTERS, READINGS
 from streaming_jobs import consumption_deltas, readings_lake, voltage_deviation
-from tests.streaming.feed import PLANNED_AT, SETTINGS, Feed, at, batches, flush, lake, pair, rows, run, take
+from tests.streaming.feed import PLANNED_AT, SETTINGS, Feed, at, batches, lake, pair, rows, run, take
 
 JOBS = [consumption_deltas.JOB, voltage_deviation.JOB, readings_lake.JOB]
 DIED = "the power is gone"
-COMMIT, COMMITTING = "commit", commit
+INTENT = "intent"
 DEATHS = {
-    "consumption_deltas": [(0, COMMIT), (1, "late_readings"), (2, "accounting"), (2, "latest_readings")],
-    "voltage_deviation": [(0, "accounting"), (1, COMMIT), (2, "quarantined_readings")],
-    "readings_lake": [(0, "dead_letters"), (2, COMMIT)],
-}
-"""Per job, one process after the other: the batch in which it dies, and what it dies in."""
+    "consumption_deltas": [
+        (0, INTENT), (0, "consumption_deltas"), (1, "late_readings"), (2, "accounting"), (2, "latest_readings")
+    ],
+    "voltage_deviation": [(0, "accounting"), (1, INTENT), (2, "quarantined_readings")],
+    "readings_lake": [(0, "dead_letters"), (2, INTENT)],
+}  # fmt: skip
+"""Per job, one process after the other: the batch in which it dies, and what it dies before: its intent, or the commit
+of a table."""
 
 Undisturbed = Callable[[StreamingJob], dict[str, Any]]
 
@@ -61,24 +63,28 @@ def failing(error: MeterstreamError, _: Range) -> pa.Table:
 
 
 class Mortal:
-    """A process of a job that dies once, in the given batch: in front of its commit, or where it adds to a table."""
+    """A process of a job that dies once, in the given batch: before its intent, or before a commit to a table."""
 
     def __init__(self, job: StreamingJob, batch_id: int, place: str, patch: pytest.MonkeyPatch) -> None:
         self.batch_id, self.place, self.is_alive = batch_id, place, True
         self.runner = Runner(job, SETTINGS)
-        for name in ("rename_in", "replace", "publish_small"):
-            patch.setattr(runner, name, self.dying(getattr(publishing, name)))
-        patch.setattr(checkpoint, "commit", self.dying(COMMITTING, COMMIT))
+        put, committing = Intents.put, Writer._commit
 
-    def dying(self, write: Callable[..., Any], *places: str) -> Callable[..., Any]:
-        def called(*arguments: Any) -> Any:
-            for place in (*places, *[each for each in arguments if isinstance(each, str)]):
-                if self.is_alive and place == self.place and last_plan(self.runner.checkpoint) == self.batch_id:
-                    self.is_alive = False
-                    raise ConnectionError(DIED)
-            return write(*arguments)
+        def putting(intents: Intents, intent: Intent) -> None:
+            self.die(INTENT, intent.number)
+            put(intents, intent)
 
-        return called
+        def dying(writer: Writer, table: str, parts: Any, commit: Commit, is_replaced: bool = False) -> None:
+            self.die(table, commit.version)
+            committing(writer, table, parts, commit, is_replaced)
+
+        patch.setattr(Intents, "put", putting)
+        patch.setattr(Writer, "_commit", dying)
+
+    def die(self, place: str, batch_id: int) -> None:
+        if self.is_alive and (batch_id, place) == (self.batch_id, self.place):
+            self.is_alive = False
+            raise ConnectionError(DIED)
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
@@ -90,7 +96,7 @@ def test_every_record_is_in_the_accounting_once(undisturbed: Undisturbed, job: S
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
-def test_deaths_between_tables_and_before_commits_leave_no_row_twice_and_none_out(
+def test_deaths_between_tables_and_before_intents_leave_no_row_twice_and_none_out(
     spark: SparkSession, home: Path, undisturbed: Undisturbed, job: StreamingJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     feed = Feed()
@@ -101,16 +107,15 @@ def test_deaths_between_tables_and_before_commits_leave_no_row_twice_and_none_ou
         mortal = Mortal(job, batch_id, place, monkeypatch)
         with pytest.raises(ConnectionError, match=DIED):
             take(spark, feed, mortal.runner)
-        assert not list((home / "staging").glob("*/*"))
     assert lake(run(spark, feed, job)) == undisturbed(job)
 
 
-def test_a_process_that_lives_on_writes_a_failed_batch_again_in_the_same_files(
+def test_a_process_that_lives_on_makes_a_failed_batch_again(
     spark: SparkSession, home: Path, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     feed = Feed()
     feed.add(*batches())
-    mortal = Mortal(voltage_deviation.JOB, 1, COMMIT, monkeypatch)
+    mortal = Mortal(voltage_deviation.JOB, 1, INTENT, monkeypatch)
     with pytest.raises(ConnectionError, match=DIED):
         take(spark, feed, mortal.runner)
     take(spark, feed, mortal.runner)
@@ -124,13 +129,14 @@ def test_a_lost_state_stops_the_job_and_names_the_repair(spark: SparkSession, ho
     feed.add(batches()[0])
     done = run(spark, feed, job)
     before = rows("readings")
-    (file,) = (home / "state" / job.name / done.query_id).glob("*.zip")
+    (file,) = (home / done.intents.states).glob("*.zip")
     file.unlink()
     if is_there:
         file.write_bytes(b"ARROW1 no more")
     feed.add(batches()[1])
     _known.clear()  # as another process
-    with pytest.raises(StateLost, match=rf"^{job.name}: the state in .*{file.name} cannot be read .* Repair: from the"):
+    _content.cache_clear()
+    with pytest.raises(StateLost, match=rf"^{job.name}: the state in .*{file.name} cannot be read .* Repair: stop"):
         take(None, feed, Runner(job, SETTINGS))
     assert rows("readings") == before
 
@@ -172,75 +178,66 @@ def test_what_comes_twice_is_known_though_the_topic_was_made_anew_between(spark:
     assert [row[ACCOUNTING.names.index("duplicate")] for row in rows("accounting")] == [0, 0, 2]
 
 
-@pytest.mark.parametrize("damaged", ["offsets", "commits"])
-@pytest.mark.parametrize("left", ["", "v1\n{", "v1\n"], ids=["empty", "cut", "only a head"])
-def test_a_damaged_file_of_the_newest_batch_is_told_and_its_repair_changes_no_row(
-    spark: SparkSession, home: Path, undisturbed: Undisturbed, damaged: str, left: str
-) -> None:
-    job = readings_lake.JOB
-    feed = Feed()
+@pytest.mark.parametrize("left", ["", "{", "{}"], ids=["empty", "cut", "of nothing"])
+def test_a_damaged_intent_is_told(home: Path, left: str) -> None:
+    job, feed, done = readings_lake.JOB, Feed(), Runner(readings_lake.JOB, SETTINGS)
     feed.add(*batches())
-    done = run(spark, feed, job)
-    if damaged == "offsets":
-        (done.checkpoint / "commits" / "2").unlink()  # a batch that was planned and not done
-    file = done.checkpoint / damaged / "2"
+    take(None, feed, done)
+    file = newest_intent(home, done)
     file.write_text(left)
-    with pytest.raises(
-        StateLost, match=f"{damaged}/2 cannot be read. Repair: stop the jobs, remove that file, and start again"
-    ):
-        require_whole(job.name, job.version, done.checkpoint)
-    file.unlink()
-    require_whole(job.name, job.version, done.checkpoint)
-    assert lake(run(spark, feed, job)) == undisturbed(job)
+    with pytest.raises(StateLost, match=f"{file} cannot be read.*Repair: stop the jobs, .*begin-anew {job.name}"):
+        take(None, feed, Runner(job, SETTINGS))
 
 
-def test_lost_metadata_is_told_and_its_repair_changes_no_row(
-    spark: SparkSession, home: Path, undisturbed: Undisturbed
-) -> None:
-    job = readings_lake.JOB
-    feed = Feed()
-    feed.add(*batches()[:2])
-    done = run(spark, feed, job)
-    metadata, query_id = done.checkpoint / "metadata", done.query_id
-    metadata.write_text("")
-    with pytest.raises(StateLost, match=f'stop the jobs, write {{"id":"{query_id}"}} into it'):
-        require_whole(job.name, job.version, done.checkpoint)
-    metadata.write_text(f'{{"id":"{query_id}"}}')
-    feed.add(batches()[2])
-    assert lake(run(spark, feed, job)) == undisturbed(job)
+def newest_intent(home: Path, runner: Runner) -> Path:
+    return max((home / runner.intents.folder / runner.intents.query_id / "intents").glob("*.json"))
 
 
-def test_a_committed_batch_whose_offsets_are_gone_and_a_state_of_another_version_are_told(
-    spark: SparkSession, home: Path
-) -> None:
-    job = readings_lake.JOB
-    feed = Feed()
-    feed.add(batches()[0])
-    done = run(spark, feed, job)
-    with pytest.raises(StateLost, match=f"version {job.version + 1} cannot read it.*{job.name}-{done.query_id}-"):
-        require_whole(job.name, job.version + 1, done.checkpoint.with_name(f"{job.name}-v{job.version + 1}"))
-    (done.checkpoint / "offsets" / "0").unlink()
-    with pytest.raises(StateLost, match="batch 0 was committed, and what it read cannot be read"):
-        require_whole(job.name, job.version, done.checkpoint)
-
-
-def test_a_batch_that_is_done_again_after_a_flush_undoes_what_that_has_closed(home: Path) -> None:
-    job = voltage_deviation.JOB
-    feed, done = Feed(), Runner(voltage_deviation.JOB, SETTINGS)
+def test_a_lost_id_is_told_and_its_repair_changes_no_row(home: Path, undisturbed: Undisturbed) -> None:
+    job, feed, done = readings_lake.JOB, Feed(), Runner(readings_lake.JOB, SETTINGS)
     feed.add(*batches()[:2])
     take(None, feed, done)
-    flush(done)
-    assert rows("voltage_windows")
-    (done.checkpoint / "commits" / "1").unlink()  # the repair of a damaged one
-    again = Runner(job, SETTINGS)
-    again.resume()
-    Stream(None, [again], feed.fetch).catch_up({}, feed.ends[-1])
+    file, query_id = home / done.intents.folder / "id.json", done.intents.query_id
+    file.write_text("")
+    with pytest.raises(StateLost, match=f'stop the jobs, write {{"id": "{query_id}"}} into it'):
+        take(None, feed, Runner(job, SETTINGS))
+    file.write_text(f'{{"id": "{query_id}"}}')
     feed.add(batches()[2])
+    again = Runner(job, SETTINGS)
+    take(None, feed, again)
+    assert lake(again) == undisturbed(job)
+
+
+def test_a_state_of_another_version_is_told(home: Path) -> None:
+    job, feed = readings_lake.JOB, Feed()
+    feed.add(batches()[0])
     take(None, feed, Runner(job, SETTINGS))
-    last = Runner(job, SETTINGS)
-    flush(last)
-    windows = [row[:3] for row in rows("voltage_windows")]
-    assert len(windows) == len(set(windows)) > 0
+    with pytest.raises(StateLost, match=f"version {job.version}, and version {job.version + 1} cannot read it.*Repair"):
+        take(None, feed, Runner(replace(job, version=job.version + 1), SETTINGS))
+
+
+def test_of_two_drivers_at_once_one_puts_the_next_intent_and_the_other_ends(
+    home: Path, undisturbed: Undisturbed
+) -> None:
+    job, feed = voltage_deviation.JOB, Feed()
+    feed.add(batches()[0])
+    old, new = Runner(job, SETTINGS), Runner(job, SETTINGS)
+    take(None, feed, old)
+    feed.add(*batches()[1:])
+    take(None, feed, new)
+    with pytest.raises(RetryLater, match=f"another driver runs {job.name} .* it has done batch 1, this one ends"):
+        Stream(None, [old], feed.fetch).process(feed.ends[1], PLANNED_AT)
+    assert lake(new) == undisturbed(job)
+
+
+def test_state_that_no_intent_of_the_last_two_names_is_gone(home: Path) -> None:
+    feed, done = Feed(), Runner(consumption_deltas.JOB, SETTINGS)
+    feed.add(*batches())
+    take(None, feed, done)
+    folder = home / done.intents.folder / done.intents.query_id
+    named = [names(Intent.of_json(file.read_bytes()).state) for file in sorted((folder / "intents").glob("*.json"))]
+    assert {file.name for file in (folder / "state").glob("*")} == named[-1] | named[-2]
+    assert named[0] - named[-1] - named[-2], "some of it was not needed any more"
 
 
 def test_a_topic_that_was_made_anew_and_outgrew_the_old_one_is_not_read_from_its_middle(home: Path) -> None:
@@ -250,13 +247,7 @@ def test_a_topic_that_was_made_anew_and_outgrew_the_old_one_is_not_read_from_its
     with pytest.raises(StateLost, match="meter-readings-v1-0: offset .* comes next, .* of a topic that was made anew"):
         take(None, feed, Runner(job, SETTINGS), topic_id="another")
     accepting = SETTINGS.model_copy(update={"accept_loss": True})
-    begun = Runner(job, accepting)
-    begun.resume()
     feed.add(batches()[2])
-    ranges = [Range(READINGS.name, 0, feed.ends[1][READINGS.name, 0], feed.ends[2][READINGS.name, 0])]
-    begun.begin(ranges, PLANNED_AT, ())  # and killed: its records are gone with the topic
-    with pytest.raises(StateLost, match="made anew while a batch was on its way"):
-        take(None, feed, Runner(job, SETTINGS), topic_id="another")
     take(None, feed, Runner(job, accepting), topic_id="another")
     received = [line[ACCOUNTING.names.index("received")] for line in rows("accounting")]
     assert sum(received) == sum(feed.ends[1].values()) + sum(feed.ends[2].values())
@@ -276,26 +267,25 @@ def test_a_loss_that_was_accepted_and_of_which_nothing_was_read_yet_is_no_accept
         take(None, feed, Runner(job, SETTINGS), topic_id="another")
 
 
-@pytest.mark.parametrize("gone", ["all", "offsets and commits"])
-def test_a_checkpoint_that_is_gone_beside_its_state_is_told(home: Path, gone: str) -> None:
+def test_intents_that_are_gone_beside_their_state_are_told(home: Path) -> None:
     job, feed, done = consumption_deltas.JOB, Feed(), Runner(consumption_deltas.JOB, SETTINGS)
     feed.add(batches()[0])
     take(None, feed, done)
-    for folder in [done.checkpoint] if gone == "all" else [done.checkpoint / "offsets", done.checkpoint / "commits"]:
-        shutil.rmtree(folder)
-    with pytest.raises(StateLost, match="its state is there, and what it has read is gone from .* Repair: stop the jo"):
+    shutil.rmtree(newest_intent(home, done).parent)
+    with pytest.raises(StateLost, match="its tables have batch 0, and its intent is gone from .* Repair: stop"):
         take(None, feed, Runner(job, SETTINGS))
 
 
 def test_a_file_that_is_no_registry_is_named(home: Path) -> None:
     feed = Feed()
     feed.add(batches()[0])
-    file = table_path("registry") / "date=2024-01-01" / "mine.parquet"
+    file = Path(registry_files()[0])
+    right = file.read_bytes()
     file.write_bytes(b"PAR1 and no more")
     with pytest.raises(ConfigError, match=f"{file} is no file of the registry, mend or remove it: "):
         take(None, feed, Runner(consumption_deltas.JOB, SETTINGS))
-    pl.DataFrame({"meter_id": ["m1"], "nominal_mv": [230_000]}, {"meter_id": pl.String, "nominal_mv": pl.Int32}
-    ).write_parquet(file)  # fmt: skip
+    file.write_bytes(right)
+    newest_registry.cache_clear()
     take(None, feed, Runner(consumption_deltas.JOB, SETTINGS))
 
 

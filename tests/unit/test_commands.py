@@ -1,5 +1,6 @@
 """What the commands say, to people and where nobody looks."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from engine.driver import only_one
+from engine.intents import Intents
 from engine.settings import StreamSettings
-from lake.locks import job_run
+from lake.reading import Lake
 from replay.__main__ import app
 from replay.record import sent_by
 from replay.run import play
@@ -18,7 +21,9 @@ from replay.run.order import Order
 from replay.sinks import NullSink
 from schemas.errors import ConfigError, RetryLater
 from settings import load
+from stack.__main__ import app as stack
 from streaming_jobs import voltage_deviation
+from tests.lake_by_hand import add_rows
 from tests.wire import small_tape
 
 SPARKFUN = Path(__file__).parents[1] / "logs" / "sparkfun.csv"
@@ -81,8 +86,7 @@ def test_a_second_driver_of_a_job_is_told_so_before_it_touches_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
-    with job_run("voltage_deviation") as is_alone:
-        assert is_alone
+    with only_one("voltage_deviation"):
         command = [sys.executable, "-m", "streaming_jobs.voltage_deviation", "--kafka-bootstrap", "localhost:1"]
         found = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     why = f"voltage_deviation runs in another process with METERSTREAM_HOME={tmp_path}; stop that one first"
@@ -90,30 +94,56 @@ def test_a_second_driver_of_a_job_is_told_so_before_it_touches_anything(
 
 
 @pytest.mark.parametrize(
-    ("offsets", "metadata", "message"),
+    ("intent", "query_id", "message"),
     [
-        ("", '{"id":"x"}', "voltage_deviation: batch 0 was committed, and what it read cannot be read in "),
-        ('v1\n{"batchTimestampMs":1}\n{}', "", "voltage_deviation: {}/metadata cannot be read. Repair: "),
+        ("", '{"id": "x"}', "voltage_deviation: {}/x/intents/00000000.json cannot be read"),
+        ("", "", "voltage_deviation: {}/id.json cannot be read. Repair: "),
     ],
 )
-def test_a_damaged_checkpoint_ends_a_driver_with_one_sentence_that_says_what_to_do(
-    tmp_path: Path, offsets: str, metadata: str, message: str
+def test_a_damaged_intent_ends_a_driver_with_one_sentence_that_says_what_to_do(
+    tmp_path: Path, intent: str, query_id: str, message: str
 ) -> None:
-    checkpoint = tmp_path / "state" / "checkpoints" / f"voltage_deviation-v{voltage_deviation.JOB.version}"
-    for file, text in {"offsets/0": offsets, "commits/0": "v1\n{}", "metadata": metadata}.items():
-        (checkpoint / file).parent.mkdir(parents=True, exist_ok=True)
-        (checkpoint / file).write_text(text)
+    place = tmp_path / "state" / f"voltage_deviation-v{voltage_deviation.JOB.version}"
+    (place / "x" / "intents").mkdir(parents=True)
+    (place / "x" / "intents" / "00000000.json").write_text(intent)
+    (place / "id.json").write_text(query_id)
     command = [sys.executable, "-m", "streaming_jobs.voltage_deviation", "--kafka-bootstrap", "localhost:1"]
     env = {**os.environ, "METERSTREAM_HOME": str(tmp_path)}
     found = subprocess.run(command, check=False, env=env, capture_output=True, text=True, timeout=300)
     assert found.returncode == 1
-    assert found.stderr.startswith("error: " + message.replace("{}", str(checkpoint)))
+    assert found.stderr.startswith("error: " + message.replace("{}", str(place)))
     assert len(found.stderr.splitlines()) == 1
+
+
+def test_the_files_of_a_table_are_said_and_a_job_begins_anew_without_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
+    mine, other = ({"stage": stage, "received": 1} for stage in ("voltage_deviation", "readings_lake"))
+    add_rows("accounting", [mine, other], "2024-03-04")
+    add_rows("voltage_windows", [{"meter_id": "a"}], "2024-03-04")
+    intents = Intents("voltage_deviation", voltage_deviation.JOB.version)
+    assert intents.query_id
+    invoke = CliRunner().invoke
+    said = invoke(stack, ["files", "accounting"])
+    assert said.output.splitlines() == Lake().files("accounting")
+    before = json.loads(invoke(stack, ["files", "accounting", "--version", "0", "--json"]).output)
+    assert before == {"table": "accounting", "version": 0, "files": []}
+    assert invoke(stack, ["files", "accounts"]).exit_code == 2
+    assert invoke(stack, ["files", "accounting", "--version", "yesterday"]).exit_code == 2
+    assert invoke(stack, ["begin-anew", "voltage"]).exit_code == 2
+    assert invoke(stack, ["begin-anew", "voltage_deviation"], input="n\n").exit_code == 1
+    assert Lake().polars("voltage_windows").collect().height == 1
+    assert invoke(stack, ["begin-anew", "voltage_deviation", "--yes"]).exit_code == 0
+    assert Lake().polars("voltage_windows").collect().height == 0
+    assert Lake().polars("accounting").collect()["stage"].to_list() == ["readings_lake"]
+    assert Intents("voltage_deviation", voltage_deviation.JOB.version).newest() is None
+    assert invoke(stack, ["upkeep"]).exit_code == 0
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("TRIGGER_S", "nan"), ("ALLOWED_LATENESS_S", "-5"), ("MAX_OFFSETS_PER_TRIGGER", "0"), ("MERGE_FILES", "1")],
+    [("TRIGGER_S", "nan"), ("ALLOWED_LATENESS_S", "-5"), ("MAX_OFFSETS_PER_TRIGGER", "0"), ("COMPACT_FILES", "1")],
 )
 def test_a_setting_that_makes_no_sense_is_an_error_that_names_it(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str

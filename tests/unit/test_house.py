@@ -116,6 +116,24 @@ def reads_checkpoint(source: str) -> list[str]:
     return [word for word in found if word in ("offsets", "commits", "sources", "metadata", "batchTimestampMs")]
 
 
+FILE_SYSTEM = {"os", "pathlib", "shutil", "glob", "fcntl", "tempfile", "ctypes"}
+SEAM = {
+    "lake/store.py": "a local folder is a store, too",
+    "engine/driver.py": "marks and a lock in the home",
+    "engine/checkpoint.py": "Spark's own",
+    "engine/stream.py": "Spark's own",
+    "engine/session.py": "its environment",
+}
+"""Modules of lake and engine that touch a file system, and why; of lake and state only the store does."""
+
+
+def touches_files(source: str) -> set[str]:
+    """Of what ties a module to one file system: modules that it imports, and calls."""
+    by_call = {"rename", "link", "symlink", "flock", "rmtree", "glob", "rglob", "unlink", "mkdir"}
+    opens = {"open"} if re.search(r"(?<!def )(?<![.\w])open\(", source) else set[str]()
+    return (imports(source) & FILE_SYSTEM) | (set(called(source)) & by_call) | opens
+
+
 def wrong_names(paths: list[Path]) -> list[Path]:
     return [path for path in paths if {path.stem, path.parent.name} & BANNED]
 
@@ -146,6 +164,28 @@ def test_a_module_keeps_to_its_room(path: Path) -> None:
         assert reads_files(source) == []
     if path != ROOT / "engine" / "checkpoint.py" and room(path) in ("engine", "lake", *JOBS):
         assert reads_checkpoint(source) == []
+
+
+@pytest.mark.parametrize("path", modules("lake", "engine"), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_lake_and_state_touch_no_file_system_but_by_the_store(path: Path) -> None:
+    if path.relative_to(ROOT).as_posix() not in SEAM:
+        assert touches_files(path.read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import fcntl",
+        "from pathlib import Path",
+        "part.rename(folder)",
+        "os.link(a, b)",
+        "folder.glob('*')",
+        "open(name)",
+    ],
+)
+def test_a_module_that_touches_a_file_system_by_itself_is_found(source: str) -> None:
+    assert touches_files(source)
+    assert not touches_files("store().put(path, content)\nfor file in lake.files(table): read(file)")
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,39 @@
-"""What a batch takes: written down before it begins, and never too much."""
+"""What a batch takes and has come to: said once, and never too much."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from engine.checkpoint import offsets_after, plan, planned, planned_at, topic_ids
+from engine.checkpoint import ranges
+from engine.intents import Intent, Intents
+from engine.state import Kept
 from engine.stream import bounded, require_same_partitions
 from kafka_io.ranges import Range
-from schemas.errors import StateLost
+from lake.tables import Part
+from schemas.errors import RetryLater, StateLost
 
 
-def test_a_plan_is_what_a_batch_takes_and_where_it_ends(tmp_path: Path) -> None:
-    at = datetime(2024, 3, 31, tzinfo=UTC)
-    plan(tmp_path, 0, {("t", 0): 5, ("t", 1): 0}, {("t", 0): 9, ("t", 1): 0}, at, {"t": "id"})
-    plan(tmp_path, 1, {("t", 0): 9, ("t", 1): 0}, {("t", 0): 12, ("t", 1): 3, ("u", 2): 4}, at, {})
-    assert (topic_ids(tmp_path, 0), topic_ids(tmp_path, 1)) == ({"t": "id"}, {})
-    assert planned(tmp_path, 0) == [Range("t", 0, 5, 9)]
-    assert planned(tmp_path, 1) == [Range("t", 0, 9, 12), Range("t", 1, 0, 3), Range("u", 2, 0, 4)]
-    assert offsets_after(tmp_path, 1) == {("t", 0): 12, ("t", 1): 3, ("u", 2): 4}
-    assert planned_at(tmp_path, 1) == at
+def test_an_intent_says_what_a_batch_has_come_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
+    at, part = datetime(2024, 3, 31, tzinfo=UTC), Part("readings", "date=2024-03-31/a.parquet", 7, 2, "2024-03-31")
+    kept = {"t-0": {"kind": Kept(("a.zip", "b.zip"), 3)}}
+    starts, ends = {("t", 0): 5, ("t", 1): 0}, {("t", 0): 9, ("t", 1): 0, ("u", 2): 4}
+    first = Intent(0, at, starts, ends, {"t": "id"}, kept, (part, part._replace(partition=None)))
+    again = Intent.of_json(first.as_json())
+    assert replace(again, state=kept) == first
+    assert [[*files] for files, _ in again.state["t-0"].values()] == [["a.zip", "b.zip"]]
+    assert ranges(first.starts, first.ends) == [Range("t", 0, 5, 9), Range("u", 2, 0, 4)]
+    intents = Intents("some_job", 1)
+    assert intents.newest() is None
+    intents.put(first)
+    intents.put(replace(first, number=1, is_flush=True))
+    newest = Intents("some_job", 1).newest()
+    assert newest
+    assert (newest.number, newest.is_flush, newest.ends) == (1, True, ends)
+    with pytest.raises(RetryLater, match="another driver runs some_job on file://.* it has done batch 1"):
+        intents.put(replace(first, number=1))
 
 
 def test_a_batch_takes_so_many_records_of_a_topic_and_of_each_partition_its_share() -> None:

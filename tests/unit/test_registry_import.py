@@ -8,12 +8,12 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from lake.paths import table_path
 from lake.reading import newest_registry, registry_files
 from schemas.errors import ConfigError
-from schemas.tables import REGISTRY, polars_schema
+from schemas.tables import TABLES
 from stack.__main__ import app
 from stack.registry import correct
+from tests.lake_by_hand import add_rows
 
 TODAY = date(2024, 5, 2)
 FIRST = datetime(2024, 1, 1, tzinfo=UTC)
@@ -28,9 +28,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
          "phases": "L1,L2,L3", "fuse_a": 25, "time_zone": "Europe/Brussels", "jurisdiction": "EN50160"}
         for meter_id in ("m1", "m2")
     ]  # fmt: skip
-    folder = table_path("registry") / "date=2024-01-01"
-    folder.mkdir(parents=True)
-    pl.DataFrame(rows, schema=polars_schema(REGISTRY)).drop("wraps_wh").write_parquet(folder / "run.parquet")
+    known = TABLES["registry"]
+    with monkeypatch.context() as before:
+        before.setitem(TABLES, "registry", known.remove(known.get_field_index("wraps_wh")))
+        add_rows("registry", rows, "2024-01-01")
     return tmp_path
 
 

@@ -9,13 +9,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import polars as pl
 import pytest
 
-from lake.paths import table_path
+from lake.reading import Lake
 from replay.pace import Pace
 from replay.run import play
 from replay.run.ledger import Ledger, read_ledger, run_folder
@@ -23,7 +23,9 @@ from replay.run.order import Order
 from replay.sinks import NullSink
 from schemas.codec import decode, decode_batch
 from schemas.errors import ConfigError, RetryLater
+from stack.registry import correct
 from tests.eventually import eventually
+from tests.lake_by_hand import add
 from tests.wire import small_tape
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -294,10 +296,21 @@ def test_a_run_that_could_send_nothing_can_be_tried_again(tape: Path) -> None:
 
 def test_the_newest_row_of_the_registry_says_what_a_meter_is(tape: Path) -> None:
     play(Order(tape, "r1", "kafka", 3), NullSink)
-    (newest,) = table_path("registry").glob("date=*/*.parquet")
-    before = pl.read_parquet(newest).with_columns(pl.col("valid_from") - pl.duration(days=9), equipment_id=pl.lit("x"))
-    before.write_parquet(newest.with_name("earlier.parquet"))
+    newest = Lake().polars("registry").drop("date").collect()
+    earlier = newest.with_columns(pl.col("valid_from") - pl.duration(days=9), equipment_id=pl.lit("x"))
+    add("registry", earlier, "2024-01-01")
     assert play(Order(tape, "r2", "kafka", 3, again=True), NullSink).is_whole
+
+
+def test_a_meter_that_was_put_right_is_played_again_and_stays_as_it_was_put(tape: Path, tmp_path: Path) -> None:
+    play(Order(tape, "r1", "kafka", 3), NullSink)
+    (tmp_path / "right.csv").write_text("meter_id,fuse_a,nominal_mv\nm0000001,63,133000\n")
+    correct(tmp_path / "right.csv", date(2024, 5, 2))
+    with pytest.raises(ConfigError, match=r"m0000001 is known by import right.csv already: .*--again adds"):
+        play(Order(tape, "r2", "kafka", 3), NullSink)
+    assert play(Order(tape, "r2", "kafka", 3, again=True), NullSink).is_whole
+    rows = Lake().polars("registry").filter(pl.col("meter_id") == "m0000001").collect()
+    assert rows.select("fuse_a", "nominal_mv").rows() == [(63, 133_000)]
 
 
 def test_a_fleet_with_its_own_clock_keeps_its_own_names(tape: Path) -> None:

@@ -1,6 +1,7 @@
-"""State costs what changes: chains of files, what rules are handed of them, and that this changes no row."""
+"""State costs what changes: chains of objects, what rules are handed of them, and that this changes no row."""
 
 import random
+import uuid
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from engine import state
 from engine.job import StreamingJob
 from engine.settings import StreamSettings
+from lake.store import store
 from schemas.codec import encode
 from schemas.errors import StateLost
 from schemas.tables import TABLES, polars_schema
@@ -28,16 +30,28 @@ KEYS = st.sampled_from("abcdefgh")
 START = datetime(2024, 3, 31, tzinfo=UTC)
 
 
+FOLDER = "state/some_job-v1/id/state"
+
+
 @pytest.fixture(autouse=True)
-def chains_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of its own, whose chains grow; where their objects lie."""
+    monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
     monkeypatch.setattr(state, "SMALL_ROWS", 0)
+    return tmp_path / FOLDER
+
+
+def another_process() -> None:
+    """Nothing is remembered of what was read and written."""
+    state._known.clear()
+    state._content.cache_clear()
 
 
 def rows(values: dict[str, int]) -> pl.DataFrame:
     return pl.DataFrame(list(values.items()), schema=SCHEMA, orient="row")
 
 
-def batch(folder: Path, number: int, before: state.Manifest, values: dict[str, int], gone: list[str]) -> state.Manifest:
+def batch(folder: str, number: int, before: state.Manifest, values: dict[str, int], gone: list[str]) -> state.Manifest:
     """A batch that sets these keys' values, and removes others."""
     stock = state.stock(folder, before, "p", "k", SCHEMA, BY)
     touched = pl.Series([*values, *gone], dtype=pl.String).to_frame("key")
@@ -47,7 +61,7 @@ def batch(folder: Path, number: int, before: state.Manifest, values: dict[str, i
     return state.merged(before, state.write(folder, number, changed))
 
 
-def held(folder: Path, manifest: state.Manifest) -> dict[str, int]:
+def held(folder: str, manifest: state.Manifest) -> dict[str, int]:
     return dict(state.stock(folder, manifest, "p", "k", SCHEMA, BY).present.iter_rows())
 
 
@@ -61,9 +75,9 @@ def held(folder: Path, manifest: state.Manifest) -> dict[str, int]:
     )
 )
 def test_whoever_reads_a_chain_finds_what_all_batches_made_of_it(
-    tmp_path_factory: pytest.TempPathFactory, batches: list[tuple[dict[str, int], list[str]]]
+    batches: list[tuple[dict[str, int], list[str]]],
 ) -> None:
-    folder, expected, manifest = tmp_path_factory.mktemp("state"), dict[str, int](), dict[str, Any]()
+    folder, expected, manifest = f"state/{uuid.uuid4()}-v1", dict[str, int](), dict[str, Any]()
     other: dict[Any, state.Stock] = {}  # a worker that has a turn now and then
     for number, (values, gone) in enumerate(batches):
         for key in gone:
@@ -74,56 +88,55 @@ def test_whoever_reads_a_chain_finds_what_all_batches_made_of_it(
             assert held(folder, manifest) is not None
             other, state._known = state._known, mine
         before, manifest = manifest, dict(batch(folder, number, manifest, values, gone))
-        state.forget(folder, before, manifest)
+        store().delete(f"{folder}/{name}" for name in state.names(before) - state.names(manifest))
         assert held(folder, manifest) == expected
         assert state.rows_of(manifest) == len(expected)
     state._known = other
     assert held(folder, manifest) == expected
-    state._known.clear()
+    another_process()
     assert held(folder, manifest) == expected
-    named = {name for kinds in manifest.values() for files, _ in kinds.values() for name in files}
-    assert len(named) <= state.LONGEST_CHAIN
+    assert len(state.names(manifest)) <= state.LONGEST_CHAIN
 
 
-def test_a_batch_writes_what_it_changes_and_not_what_there_is(tmp_path: Path) -> None:
+def test_a_batch_writes_what_it_changes_and_not_what_there_is(place: Path) -> None:
     many = {f"meter-{number:06}": number for number in range(50_000)}
-    manifest = batch(tmp_path, 0, {}, many, [])
-    manifest = batch(tmp_path, 1, manifest, {"meter-000007": -7}, [])
-    first, second = (tmp_path / name for name in manifest["p"]["k"].files)
+    manifest = batch(FOLDER, 0, {}, many, [])
+    manifest = batch(FOLDER, 1, manifest, {"meter-000007": -7}, [])
+    first, second = (place / name for name in manifest["p"]["k"].files)
     assert second.stat().st_size < first.stat().st_size / 100
-    assert held(tmp_path, manifest) == many | {"meter-000007": -7}
+    assert held(FOLDER, manifest) == many | {"meter-000007": -7}
 
 
-def test_a_chain_begins_anew_before_it_is_long_or_has_much_that_is_gone(tmp_path: Path) -> None:
+def test_a_chain_begins_anew_before_it_is_long_or_has_much_that_is_gone() -> None:
     manifest: state.Manifest = {}
-    written = set()
+    written, gone = set(), set[str]()
     for number in range(60):
-        before, manifest = manifest, batch(tmp_path, number, manifest, {f"{n}": number for n in range(20)}, [])
-        state.forget(tmp_path, before, manifest)
-        stock = state.stock(tmp_path, manifest, "p", "k", SCHEMA, BY)
+        before, manifest = manifest, batch(FOLDER, number, manifest, {f"{n}": number for n in range(20)}, [])
+        gone |= state.names(before) - state.names(manifest)
+        stock = state.stock(FOLDER, manifest, "p", "k", SCHEMA, BY)
         assert len(stock.rows) <= state.MOST_ROWS * 20
         written.add(len(manifest["p"]["k"].files))
     assert written == {1, 2, 3}
-    assert len(list(tmp_path.iterdir())) <= 2 * state.LONGEST_CHAIN
+    assert len(gone) >= 60 - state.LONGEST_CHAIN
 
 
-def test_a_try_that_failed_leaves_nothing_in_a_workers_memory(tmp_path: Path) -> None:
-    manifest = batch(tmp_path, 0, {}, {"a": 1, "b": 2, "c": 3}, [])
-    batch(tmp_path, 1, manifest, {"a": 100}, ["b"])  # whose commit never came
-    assert held(tmp_path, manifest) == {"a": 1, "b": 2, "c": 3}
+def test_a_try_that_failed_leaves_nothing_in_a_workers_memory() -> None:
+    manifest = batch(FOLDER, 0, {}, {"a": 1, "b": 2, "c": 3}, [])
+    batch(FOLDER, 1, manifest, {"a": 100}, ["b"])  # whose commit never came
+    assert held(FOLDER, manifest) == {"a": 1, "b": 2, "c": 3}
 
 
-def test_a_file_that_is_gone_or_cut_is_told_with_its_name(tmp_path: Path) -> None:
-    folder = tmp_path / "some_job" / "id"
-    manifest = batch(folder, 0, {}, {"a": 1}, [])
+def test_an_object_that_is_gone_or_cut_is_told_with_its_name(place: Path) -> None:
+    manifest = batch(FOLDER, 0, {}, {"a": 1}, [])
     (name,) = manifest["p"]["k"].files
-    state._known.clear()
-    (folder / name).write_bytes((folder / name).read_bytes()[:200])
-    with pytest.raises(StateLost, match=f"^some_job: the state in {folder / name} cannot be read"):
-        held(folder, manifest)
-    (folder / name).unlink()
-    with pytest.raises(StateLost, match="Repair: from the beginning"):
-        held(folder, manifest)
+    another_process()
+    (place / name).write_bytes((place / name).read_bytes()[:200])
+    with pytest.raises(StateLost, match=f"^some_job: the state in {place / name} cannot be read"):
+        held(FOLDER, manifest)
+    (place / name).unlink()
+    another_process()
+    with pytest.raises(StateLost, match="Repair: stop the jobs, python -m stack begin-anew some_job"):
+        held(FOLDER, manifest)
 
 
 def records() -> list[tuple[Any, ...]]:
@@ -194,7 +207,7 @@ def _counted(lines: pl.DataFrame) -> pl.DataFrame:
     return lines.group_by("run_id", "bucket").agg(pl.col("records").sum())
 
 
-def test_what_a_rule_asks_for_is_what_it_is_handed(tmp_path: Path) -> None:
+def test_what_a_rule_asks_for_is_what_it_is_handed() -> None:
     stock = state.Stock.anew(rows({"a": 1, "b": 20, "c": 3}), BY)
     hashes = state.hashes_of(rows({"a": 0, "x": 0}), BY)
     assert stock.rows.filter(pl.Series(stock.found(hashes, pl.col("value") > 10)))["key"].to_list() == ["a", "b"]
@@ -202,19 +215,17 @@ def test_what_a_rule_asks_for_is_what_it_is_handed(tmp_path: Path) -> None:
     assert without.rows.filter(pl.Series(without.found(hashes, None))).is_empty()
 
 
-def test_a_damaged_byte_of_a_state_file_is_told_and_never_rows_that_are_not_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = batch(tmp_path, 1, {}, {str(number): number for number in range(40)}, [])
-    manifest = batch(tmp_path, 2, first, {"1": 77}, [])
-    expected = held(tmp_path, manifest)
-    file = tmp_path / manifest["p"]["k"].files[-1]
+def test_a_damaged_byte_of_a_state_file_is_told_and_never_rows_that_are_not_there(place: Path) -> None:
+    first = batch(FOLDER, 1, {}, {str(number): number for number in range(40)}, [])
+    manifest = batch(FOLDER, 2, first, {"1": 77}, [])
+    expected = held(FOLDER, manifest)
+    file = place / manifest["p"]["k"].files[-1]
     whole, outcomes = file.read_bytes(), set[Any]()
-    for place in range(0, len(whole), 3):
-        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x20]) + whole[place + 1 :])
-        monkeypatch.setattr(state, "_known", {})
+    for at in range(0, len(whole), 3):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x20]) + whole[at + 1 :])
+        another_process()
         try:
-            outcomes.add(held(tmp_path, manifest) == expected)
+            outcomes.add(held(FOLDER, manifest) == expected)
         except StateLost:
             outcomes.add("lost")
     assert outcomes == {True, "lost"}

@@ -12,7 +12,6 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from lake.paths import table_path
 from replay.__main__ import app
 from replay.dirt.entries import Entry
 from replay.outcomes import RULES
@@ -452,7 +451,7 @@ def test_without_a_run_a_ledger_or_a_lake_it_is_wrong_use(
     lake("clean")
     with pytest.raises(ConfigError, match="no run r2 .* there are: r1"):
         verify("r2")
-    shutil.rmtree(table_path("readings"))
+    shutil.rmtree(tmp_path / "home" / "lake" / "readings")
     with pytest.raises(ConfigError, match="no lake"):
         verify("r1")
     (run_folder("r1") / "ledger.parquet").unlink()

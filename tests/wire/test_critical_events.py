@@ -13,21 +13,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from confluent_kafka import Consumer, Producer
 from typer.testing import CliRunner
 
+from lake.store import used
 from schemas.codec import decode, encode
 from schemas.errors import ConfigError
-from schemas.tables import REGISTRY
 from schemas.topics import CRITICAL_EVENTS, EVENTS, READINGS
 from stack.__main__ import app
 from stack.isolated import environment, own_settings
 from stack.native import NativeStack
 from streaming_jobs.critical_events import CriticalSettings, known, start
 from tests.eventually import eventually
+from tests.lake_by_hand import add_rows
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +132,8 @@ def test_a_nominal_voltage_that_becomes_known_counts_from_then_on(
         return {(one["meter_id"], one["voltage_mv"]) for one in reader.records if one["kind"] == "voltage_far_out"}
 
     process = running()
-    folder = kafka.home / "lake" / "registry" / "date=2024-01-01"
-    folder.mkdir(parents=True)
-    registered = pa.Table.from_pylist([{"meter_id": "american", "nominal_mv": 120_000}], REGISTRY)
-    pq.write_table(registered, folder / "fleet.part")
-    (folder / "fleet.part").rename(folder / "fleet.parquet")
+    with used(f"file://{kafka.home}"):
+        add_rows("registry", [{"meter_id": "american", "nominal_mv": 120_000}], "2024-01-01")
     log = kafka.home / "logs" / "critical.log"
     eventually(lambda: "meters=1" in log.read_text(errors="replace"), 120)
     read("nobody-knows", 200_000)

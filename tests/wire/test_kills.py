@@ -7,38 +7,35 @@ import contextlib
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from glob import glob  # of folders that come and go: pathlib's fails over one that is gone
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+import lake
 from kafka_io.topics import create_topics
-from lake.publishing import BatchKey
+from lake.store import used
 from schemas.codec import encode
-from schemas.tables import REGISTRY
+from schemas.tables import TABLES
 from schemas.topics import EVENTS, READINGS, Topic
 from stack.isolated import SHORT_LIVED_JVM, own_settings
 from stack.jobs import JobMetrics, jobs, metrics_text
 from stack.native import NativeStack
 from streaming_jobs import discovered
 from tests.eventually import eventually
+from tests.lake_by_hand import add_rows
 
 START = datetime(2024, 3, 31, tzinfo=UTC)
 METERS = [f"m{number:02d}" for number in range(12)]
@@ -46,11 +43,9 @@ READINGS_EACH = 60
 OF_A_BATCH = 45  # records of a topic, of all partitions
 VERSIONS = {job.name: job.version for job in discovered()}
 WATCHED = ("voltage_deviation", "consumption_deltas", "readings_lake")
-PHASES = ("planned", "state", "staged", "table", "accounting", "committed")
-"""What a batch has left behind, one after the other: its offsets, state, staged rows, a table's rows, its lines of the
-accounting, its commit."""
-MERGED = re.compile(r".*-\d{8}_\d{8}-0\.parquet")
-FLUSH_PHASES = ("flush begun", "flush written", "between two flushes")
+PHASES = ("written", "intent", "table", "accounting")
+"""What a batch has left behind, one after the other: an object of its state or rows, its intent, the commit of a table,
+that of the accounting."""
 
 
 def records() -> list[tuple[Topic, str, bytes]]:
@@ -120,12 +115,11 @@ class Driver:
     def __init__(self, home: Path, bootstrap: str) -> None:
         self.home = home
         self.metrics: list[list[JobMetrics]] = []
-        folder = home / "lake" / "registry" / "date=2024-01-01"
-        folder.mkdir(parents=True)
         (home / "tmp").mkdir()
         known = {"phases": "L1", "nominal_mv": 230_000, "fuse_a": 25, "interval_s": 60, "transformer_id": "T1"}
         rows = [{"meter_id": meter_id, "feeder_id": f"F{meter_id[-1]}", **known} for meter_id in METERS]
-        pq.write_table(pa.Table.from_pylist(rows, REGISTRY), folder / "fleet.parquet")
+        with self.used():
+            add_rows("registry", rows, "2024-01-01")
         self.environment = {
             **os.environ,
             "METERSTREAM_HOME": str(home),
@@ -133,7 +127,8 @@ class Driver:
             "METERSTREAM_MAX_OFFSETS_PER_TRIGGER": str(OF_A_BATCH),
             "METERSTREAM_ALLOWED_LATENESS_S": "600",
             "METERSTREAM_TRIGGER_S": "0.2",
-            "METERSTREAM_MERGE_FILES": "6",
+            "METERSTREAM_COMPACT_FILES": "6",
+            "METERSTREAM_UPKEEP_S": "0.5",
             "METERSTREAM_FLUSH": "true",
             "SPARK_SUBMIT_OPTS": SHORT_LIVED_JVM,
         }
@@ -160,57 +155,59 @@ class Driver:
         eventually(lambda: ready.exists() or process.poll() is not None, 90)
         process.send_signal(signal.SIGTERM)
 
-    def query_id(self, job: str) -> str:
-        return str(json.loads((self.checkpoint(job) / "metadata").read_text())["id"])
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """While it holds, the lake of this process is the driver's."""
+        with used(f"file://{self.home}"):
+            yield
 
-    def checkpoint(self, job: str) -> Path:
-        return self.home / "state" / "checkpoints" / f"{job}-v{VERSIONS[job]}"
+    def folder(self, job: str) -> Path:
+        """Where a job's intents and state lie; of no name before its first start."""
+        return next((self.home / "state" / f"{job}-v{VERSIONS[job]}").glob("*-*-*-*-*"), self.home / "nowhere")
 
     def committed(self, job: str) -> int:
-        """The last batch that is committed; −1 before the first."""
-        return max((int(commit.name) for commit in (self.checkpoint(job) / "commits").glob("[0-9]*")), default=-1)
+        """The last batch that has an intent; −1 before the first."""
+        return max((int(intent.stem) for intent in (self.folder(job) / "intents").glob("*.json")), default=-1)
 
     def phase(self, job: str, batch: int) -> str | None:
         """How far a batch has come."""
-        checkpoint = self.checkpoint(job)
-        if (checkpoint / "commits" / f"{batch}").exists():
-            return "committed"
-        if not (checkpoint / "offsets" / f"{batch}").exists():
-            return None
-        key = f"{job}-{self.query_id(job)}-{batch:08d}"
-        if glob(f"{self.home}/lake/accounting/date=*/{key}-*.parquet"):
-            return "accounting"
-        if glob(f"{self.home}/lake/*/date=*/{key}-*.parquet"):
-            return "table"
-        if glob(f"{self.home}/staging/{key}.*/*/date=*/*.parquet"):
-            return "staged"
-        if glob(f"{self.home}/state/{job}/*/{batch:08d}-*.zip"):
-            return "state"
-        return "planned"
+        folder = self.folder(job)
+        if not (folder / "intents" / f"{batch:08d}.json").exists():
+            rows = glob(f"{self.home}/lake/*/date=*/{job}-{batch:08d}-*.parquet")
+            return "written" if rows or glob(f"{folder}/state/{batch:08d}-*.zip") else None
+        tables = {table for table in ("accounting", "readings", "voltage_windows", "consumption_deltas")
+                  if self.has_commit(table, f"{job}-{folder.name}", batch)}  # fmt: skip
+        return "accounting" if "accounting" in tables else "table" if tables else "intent"
 
-    def flush_phase(self) -> str | None:
-        """How far the flush has come; None before and after."""
-        begun = [flush for flush in self.home.glob("state/*/*/*.flush")]
-        done = [flush.with_suffix(".flushed").exists() for flush in begun]
-        if not begun or (all(done) and len(done) == len(VERSIONS)):
-            return None
-        if all(done):
-            return "between two flushes"
-        job, query_id, batch = begun[done.index(False)].parts[-3:]
-        key = BatchKey(job, query_id, f"{int(batch.partition('.')[0]):08d}f")
-        is_written = any(self.home.glob(f"lake/*/date=*/{key}-*.parquet"))
-        return "flush written" if is_written else "flush begun"
+    def has_commit(self, table: str, app: str, batch: int) -> bool:
+        """Whether one of the last commits of a table is that of a batch."""
+        log = sorted(glob(f"{self.home}/lake/{table}/_delta_log/*.json"))[-30:]
+        said = f'"appId":"{app}","version":{batch}'
+        return any(said in Path(commit).read_text() for commit in log)
+
+    def flushed(self) -> int:
+        """How many jobs have closed what was open."""
+        found = 0
+        for job in VERSIONS:
+            newest = max((self.folder(job) / "intents").glob("*.json"), default=None)
+            found += bool(newest and json.loads(newest.read_text() or "{}").get("is_flush"))
+        return found
 
     def rows(self) -> dict[str, list[tuple[Any, ...]]]:
         """Every table that has rows, as any reader sees it, ordered; the query's id and the day of it left out."""
         found = {}
-        lake = self.home / "lake"
-        for table in sorted({part.relative_to(lake).parts[0] for part in lake.rglob("[!.]*.parquet")}):
-            pattern = lake / table / ("*.parquet" if table == "latest_readings" else "date=*/*.parquet")
-            without_ids = "EXCLUDE (date) REPLACE (regexp_replace(batch, '-[0-9a-f-]{36}-', '-') AS batch)"
-            columns = f"* {without_ids}" if table == "accounting" else "*"
-            found[table] = duckdb.execute(f"SELECT {columns} FROM '{pattern}' ORDER BY ALL").fetchall()
+        with self.used(), lake.open().duckdb() as tables:
+            for table in TABLES:
+                without_ids = "EXCLUDE (date) REPLACE (regexp_replace(batch, '-[0-9a-f-]{36}-', '-') AS batch)"
+                columns = f"* {without_ids}" if table == "accounting" else "*"
+                if rows := tables.execute(f"SELECT {columns} FROM {table} ORDER BY ALL").fetchall():
+                    found[table] = rows
         return found
+
+    def ask(self, query: str) -> list[tuple[Any, ...]]:
+        """What the lake answers."""
+        with self.used(), lake.open().duckdb() as tables:
+            return tables.execute(query).fetchall()
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -299,27 +296,23 @@ def test_the_run_has_every_kind_of_row_and_its_accounting_adds_up(clean: Driver)
         "latest_readings",
     ):  # fmt: skip
         assert rows[table], table
-    names = [part.name for part in (clean.home / "lake").glob("*/date=*/*.parquet")]
-    assert all(any(MERGED.match(name) and name.startswith(job) for name in names) for job in WATCHED), names
-    late = "SELECT stage, count(*) FROM '{}' GROUP BY ALL ORDER BY ALL"
-    stored = duckdb.execute(late.format(clean.home / "lake" / "late_readings" / "date=*" / "*.parquet")).fetchall()
-    counted = "SELECT stage, sum(late)::BIGINT FROM '{}' GROUP BY ALL HAVING sum(late) > 0 ORDER BY ALL"
-    pattern = clean.home / "lake" / "accounting" / "date=*" / "*.parquet"
-    assert duckdb.execute(counted.format(pattern)).fetchall() == stored
-    sums = "SELECT sum(received - stored - duplicate - late - quarantined - invalid), min(received) FROM '{}'"
-    assert duckdb.execute(sums.format(pattern)).fetchall()[0][0] == 0
-    assert len(list((clean.home / "state").glob("voltage_deviation/*/*.flushed"))) == 1
+    compacted = glob(f"{clean.home}/lake/*/date=*/part-*.parquet")
+    assert {Path(file).parts[-3] for file in compacted} >= {"readings", "consumption_deltas"}, "small files stay small"
+    stored = clean.ask("SELECT stage, count(*) FROM late_readings GROUP BY ALL ORDER BY ALL")
+    counted = "SELECT stage, sum(late)::BIGINT FROM accounting GROUP BY ALL HAVING sum(late) > 0 ORDER BY ALL"
+    assert clean.ask(counted) == stored
+    sums = "SELECT sum(received - stored - duplicate - late - quarantined - invalid), min(received) FROM accounting"
+    assert clean.ask(sums)[0][0] == 0
+    assert clean.flushed() == len(VERSIONS)
 
 
 def test_meters_with_wrong_clocks_change_nothing_of_the_others(clean: Driver) -> None:
-    windows = clean.home / "lake" / "voltage_windows" / "date=*" / "*.parquet"
-    late = clean.home / "lake" / "late_readings" / "date=*" / "*.parquet"
-    sane = duckdb.execute(
-        f"""SELECT count(*) FROM '{windows}' WHERE meter_id NOT IN ('m10', 'm11')
+    (sane,) = clean.ask(
+        f"""SELECT count(*) FROM voltage_windows WHERE meter_id NOT IN ('m10', 'm11')
         AND window_start BETWEEN '{START}' AND '{START + timedelta(hours=1)}'"""
-    ).fetchall()[0][0]
-    assert sane == 10 * READINGS_EACH // 10  # each of the ten others has its six windows
-    assert duckdb.execute(f"SELECT count(*) FROM '{late}' WHERE meter_id = 'm10'").fetchall() == [(0,)]
+    )
+    assert sane == (10 * READINGS_EACH // 10,)  # each of the ten others has its six windows
+    assert clean.ask("SELECT count(*) FROM late_readings WHERE meter_id = 'm10'") == [(0,)]
 
 
 @pytest.mark.long
@@ -329,7 +322,7 @@ def test_ten_kills_one_at_each_phase_of_a_batch_and_of_a_flush_change_no_row(
 ) -> None:
     driver = Driver(tmp_path, kafka)
     hit: list[str] = []
-    for phase in [*PHASES, "table", "accounting"]:
+    for phase in [*PHASES, *PHASES]:
         job = min(WATCHED, key=driver.committed)  # whose topic is not at its end yet
         with driver.running() as process:
             batch = driver.committed(job) + 1
@@ -337,28 +330,23 @@ def test_ten_kills_one_at_each_phase_of_a_batch_and_of_a_flush_change_no_row(
             assert watch(process, lambda: driver.phase(job, batch) in wanted)  # noqa: B023
             kill(process)
         hit.append(str(driver.phase(job, batch)))
-    for begun in (FLUSH_PHASES, FLUSH_PHASES[1:]):
+    for least in (1, 2):
         with driver.running() as process:
             driver.ask_to_end(process)
-            assert watch(process, lambda: driver.flush_phase() in begun)  # noqa: B023
+            assert watch(process, lambda: driver.flushed() >= least)  # noqa: B023
             kill(process)
-        hit.append(str(driver.flush_phase()))
-    for query_id in (driver.query_id("readings_lake"), str(uuid.uuid4())):  # its own, and of a query before it
-        left = driver.home / "staging" / f"readings_lake-{query_id}-merge" / "readings"
-        left.mkdir(parents=True, exist_ok=True)
-    assert len({*hit} - {"None"}) >= 6, f"kills came at {hit}"
-    assert set(hit) & set(FLUSH_PHASES), f"kills came at {hit}"
+        hit.append(f"{driver.flushed()} flushed")
+    assert len({*hit} - {"None"}) >= 4, f"kills came at {hit}"
     assert driver.to_the_end() == 0
     expected = clean.rows()
     found = driver.rows()
     assert found.keys() == expected.keys()
     for table, rows in expected.items():
         assert found[table] == rows, f"{table}, after kills at {hit}"
-    assert not any((driver.home / "staging").glob("*/*"))
 
 
 @pytest.mark.long
-def test_a_killed_worker_a_batch_that_fails_and_a_deleted_checkpoint_change_no_row(
+def test_a_killed_worker_a_batch_that_fails_and_deleted_intents_change_no_row(
     clean: Driver, kafka: str, tmp_path: Path
 ) -> None:
     driver = Driver(tmp_path, kafka)
@@ -371,13 +359,14 @@ def test_a_killed_worker_a_batch_that_fails_and_a_deleted_checkpoint_change_no_r
         assert not watch(process, lambda: kill_workers(process))  # Spark gives up, and the driver with it
         assert process.returncode not in (0, None)  # so that the supervisor starts it again
     job = "voltage_deviation"
-    query_id = driver.query_id(job)
-    shutil.rmtree(driver.checkpoint(job))
+    with driver.running() as process:
+        assert watch(process, lambda: driver.phase(job, 1) == "accounting")
+        kill(process)
+    shutil.rmtree(driver.folder(job) / "intents")
     assert driver.to_the_end() == 1
-    assert "its state is there, and what it has read is gone" in (driver.home / "log").read_text(errors="replace")
-    shutil.rmtree(driver.home / "state" / job)  # the repair that the error names
-    for part in (driver.home / "lake").rglob(f"{job}-{query_id}-*"):
-        part.unlink()
+    assert "and its intent is gone" in (driver.home / "log").read_text(errors="replace")
+    command = [sys.executable, "-m", "stack", "begin-anew", job, "--yes"]  # the repair that the error names
+    subprocess.run(command, env=driver.environment, check=True, capture_output=True)
     assert driver.to_the_end() == 0
     expected, found = clean.rows(), driver.rows()
     assert found.keys() == expected.keys()
@@ -423,11 +412,9 @@ def test_a_flush_ends_though_meters_go_on_and_what_comes_meanwhile_is_for_the_ne
             sent += 1
         assert producer.flush(30) == 0
 
-    def of_it(table: str) -> tuple[int, int]:
-        pattern = driver.home / "lake" / table / "date=*" / "*.parquet"
+    def of_it(table: str) -> tuple[Any, ...]:
         when = "window_start" if table == "voltage_windows" else "observed_at"
-        query = f"SELECT count(*), count(DISTINCT {when}) FROM '{pattern}' WHERE meter_id = 'm99'"
-        return tuple(duckdb.execute(query).fetchall()[0])
+        return driver.ask(f"SELECT count(*), count(DISTINCT {when}) FROM {table} WHERE meter_id = 'm99'")[0]
 
     meter = threading.Thread(target=go_on)
     meter.start()
@@ -444,8 +431,5 @@ def test_a_flush_ends_though_meters_go_on_and_what_comes_meanwhile_is_for_the_ne
     assert of_it("readings") == (sent, sent)
     windows, starts = of_it("voltage_windows")
     assert windows == starts > 0
-    accounting = f"'{driver.home}/lake/accounting/date=*/*.parquet'"
-    found = duckdb.execute(
-        f"SELECT sum(received - stored - duplicate - late - quarantined - invalid) FROM {accounting}"
-    ).fetchall()
-    assert found == [(0,)]
+    sums = "SELECT sum(received - stored - duplicate - late - quarantined - invalid) FROM accounting"
+    assert driver.ask(sums) == [(0,)]

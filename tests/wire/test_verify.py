@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from lake.paths import table_path
+from lake.reading import Lake
+from lake.store import used
 from replay.run.ledger import run_folder
 from replay.tape import read_tape, write_tape
 from schemas.closed_lists import DeltaReason, FaultKind
@@ -162,7 +164,9 @@ def test_every_fault_of_every_kind_is_explained(home: Path, way: str) -> None:
 
 @pytest.mark.long
 def test_a_row_that_is_removed_by_hand_is_found_and_its_meter_named(home: Path) -> None:
-    part = max(table_path("readings").glob("date=2024-03-04/*.parquet"), key=lambda path: path.stat().st_size)
+    with used(f"file://{home}"):
+        files = Lake().files("readings", [date(2024, 3, 4)])
+    part = max(map(Path, files), key=lambda path: path.stat().st_size)
     rows = pl.read_parquet(part, hive_partitioning=False)
     row = rows.row(len(rows) // 2, named=True)
     kept = part.read_bytes()

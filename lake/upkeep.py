@@ -1,0 +1,121 @@
+"""Upkeep of tables, apart from the stream: checkpoints of logs, small files made large, what nobody reads removed.
+
+Each batch adds a file to each table and day that it has rows of. Compaction adds one large file in place of many in one
+commit, so a reader finds the same rows before and after; the small ones stay until vacuum, an hour later, for whoever
+opened the table before. Anybody may run it, several at once too: of two that do the same, one has to try again.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import structlog
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
+
+from lake.store import store
+from lake.tables import NO_HOOKS, REOPENED_S, folder_of, partition_column
+from schemas.errors import RetryLater
+from schemas.tables import TABLES
+
+CHECKPOINT_COMMITS = 20
+"""Without a checkpoint each commit since the last one costs whoever opens the table 0.15 ms."""
+SMALL_BYTES, LARGE_BYTES = 2_000_000, 32_000_000
+"""Small files become one of up to the first size, such ones one of the second: with one size only, the one that is half
+full would be written again each time. A file of the second size holds a million readings or so."""
+MIDDLE_FILES = 16
+"""So many files between the two sizes, of a day, become large ones."""
+RETENTION_HOURS = 1
+VACUUM_S = 3600.0
+ORPHANS_HOURS = 7 * 24
+"""Files that no commit names are removed when they are so old: a batch that is on its way names its own by then."""
+ORPHANS_S = 24 * 3600.0
+log = structlog.get_logger()
+
+
+class Upkeep:
+    """Keeps tables small to open and fast to read.
+
+    Attributes:
+        files: how many small ones of a day are too many.
+    """
+
+    def __init__(self, files: int) -> None:
+        self.files = files
+        self._known: dict[str, tuple[float, int, DeltaTable]] = {}
+        self._vacuumed: dict[str, float] = {}
+        self._swept: dict[str, float] = {}
+
+    def once(self, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Does what is due; what cannot be done is logged and tried again the next time.
+
+        Args:
+            is_over: asked between two tables: whether to end early.
+        """
+        for table in TABLES:
+            if is_over():
+                return
+            try:
+                self._look(table)
+            except TableNotFoundError:
+                continue
+            except (DeltaError, OSError, RetryLater) as error:
+                self._known.pop(table, None)
+                log.warning("upkeep of a table is left for the next time", table=table, error=str(error)[:500])
+
+    def _look(self, table: str) -> None:
+        """Opens a table anew now and then, reads on where it was opened before, and does nothing where nothing came."""
+        now = time.monotonic()
+        opened_at, seen, handle = self._known.get(table, (-REOPENED_S, -1, None))
+        if handle is None or now - opened_at >= REOPENED_S:
+            opened_at, handle = now, DeltaTable(store().uri(folder_of(table)))
+        else:
+            handle.update_incremental()
+        if handle.version() != seen:
+            self._keep(table, handle)
+        self._known[table] = opened_at, handle.version(), handle
+
+    def _keep(self, table: str, handle: DeltaTable) -> None:
+        if handle.version() - _checkpointed(table) >= CHECKPOINT_COMMITS:
+            handle.create_checkpoint()
+            handle.cleanup_metadata()
+        self._compact(table, handle)
+        now = time.monotonic()
+        if now - self._vacuumed.setdefault(table, now) > VACUUM_S:
+            handle.vacuum(RETENTION_HOURS, dry_run=False, enforce_retention_duration=False)
+            self._vacuumed[table] = now
+        if now - self._swept.setdefault(table, now) > ORPHANS_S:
+            handle.vacuum(ORPHANS_HOURS, dry_run=False, enforce_retention_duration=False, full=True)
+            self._swept[table] = now
+
+    def _compact(self, table: str, handle: DeltaTable) -> None:
+        """Makes small files of a day into larger ones, where there are too many."""
+        small, middle = Counter[str](), Counter[str]()
+        column = partition_column(table)
+        actions = handle.get_add_actions(flatten=True)
+        for size, value in zip(
+            actions["size_bytes"].to_pylist(), actions[f"partition.{column}"].to_pylist(), strict=True
+        ):
+            if value is not None:
+                small[str(value)] += size < SMALL_BYTES
+                middle[str(value)] += SMALL_BYTES // 2 <= size < LARGE_BYTES
+        due = [(value, SMALL_BYTES) for value, number in small.items() if number >= self.files]
+        due += [(value, LARGE_BYTES) for value, number in middle.items() if number >= MIDDLE_FILES]
+        for value, target in due:
+            began = time.monotonic()
+            done = handle.optimize.compact(
+                [(column, "=", value)], target_size=target, max_concurrent_tasks=1, post_commithook_properties=NO_HOOKS
+            )
+            log.info(
+                "compacted", table=table, day=value, files=done["numFilesRemoved"], left=done["numFilesAdded"],
+                seconds=round(time.monotonic() - began, 2),
+            )  # fmt: skip
+
+
+def _checkpointed(table: str) -> int:
+    """Version of a table's last checkpoint; −1 where there is none."""
+    try:
+        return int(json.loads(store().get(f"{folder_of(table)}/_delta_log/_last_checkpoint"))["version"])
+    except (FileNotFoundError, ValueError, LookupError):
+        return -1

@@ -79,7 +79,8 @@ class Runner:
         committed = self._writer.newest([*self.job.tables, "accounting"], self.intents.app)
         self.intents.require_all(last.number if last else -1, committed)
         if last:
-            self._apply(last)
+            self.send(last)
+            self._writer.add(last.parts, self.intents.commit(last.number))
         self._last = last.number if last else -1
         self.place = dict(last.ends) if last else {}
         self.topic_ids = dict(last.topic_ids) if last else {}
@@ -123,21 +124,31 @@ class Runner:
         context = BatchContext(self.settings, over, close_all, is_anew=registry != self._registry)
         return BatchPlan(self.job, context, self._last + 1, at, self._before, self.intents.states, starts, ends)
 
-    def finish(self, plan: BatchPlan, done: list[Done], registry: RegistryFiles, began: float) -> None:
-        """Says what a batch has come to whose partitions are done, and makes that visible.
+    def say(self, plan: BatchPlan, done: list[Done], registry: RegistryFiles) -> Intent:
+        """Says what a batch has come to whose partitions are done: from now on it is not made again.
 
         Args:
             plan: of `plan`.
             done: of its tasks.
             registry: files of the registry.
-            began: when the tasks began, on the monotonic clock.
 
         Raises:
-            RetryLater: another driver has done it; or the store, or Kafka, does not answer.
+            RetryLater: another driver has done it, or the store does not answer.
         """
         intent = self._intent(plan, done, registry)
         self.intents.put(intent)
-        self._apply(intent)
+        return intent
+
+    def finish(self, plan: BatchPlan, intent: Intent, done: list[Done], registry: RegistryFiles, began: float) -> None:
+        """Stands after a batch whose files are in their tables.
+
+        Args:
+            plan: of `plan`.
+            intent: of `say`.
+            done: of its tasks.
+            registry: files of the registry.
+            began: when the tasks began, on the monotonic clock.
+        """
         self._forget(intent)
         self._older, self._before, self._last, self._registry = self._before, intent.state, intent.number, registry
         self.is_flushed = intent.is_flush
@@ -186,14 +197,17 @@ class Runner:
         name = f"{self.job.name}-{plan.number:08d}-accounting"
         return [put_part("accounting", frame, name, plan.planned_at.date().isoformat())]
 
-    def _apply(self, intent: Intent) -> None:
-        """Does what an intent says: once for the tables, at least once for Kafka."""
+    def send(self, intent: Intent) -> None:
+        """Sends what a batch has for Kafka, where that is not done yet; after a kill it may come again.
+
+        Raises:
+            RetryLater: Kafka, or the store, does not answer.
+        """
         sent = {table: topic for table, topic in self.job.sends.items() if table in {p.table for p in intent.parts}}
         if sent and not self.intents.is_sent(intent.number):
             for table, topic in sent.items():
                 send(read_parts(table, intent.parts), topic, self.settings.kafka_bootstrap)
             self.intents.sent(intent.number)
-        self._writer.add(intent.parts, self.intents.commit(intent.number))
 
     def _forget(self, intent: Intent) -> None:
         """Removes state that neither this batch nor the one before it left."""

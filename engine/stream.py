@@ -37,9 +37,10 @@ from engine.partition_tasks import run as run_tasks
 from engine.runner import Runner
 from kafka_io.offsets import Offsets
 from kafka_io.ranges import Range, fetched
-from lake.reading import registry_files
+from lake.reading import RegistryFiles, registry_files
 from lake.spark import uri
 from lake.store import store
+from lake.tables import Writer
 from schemas.errors import ContractBroken, MeterstreamError, RetryLater, StateLost
 from settings import home
 
@@ -81,7 +82,8 @@ class Stream:
         self._fetch = fetch or partial(fetched, bootstrap=settings.kafka_bootstrap, accept_loss=settings.accept_loss)
         self._checkpoint = home() / "run" / "queries" / "-".join(sorted(runner.job.name for runner in runners))
         self._is_over = is_over
-        self._end: Offsets | None = None
+        self._writer = Writer()
+        self._goal: Offsets | None = None
         self._hurry = threading.Event()
         self._seen = time.time()
         self._current_due = 0.0
@@ -184,8 +186,8 @@ class Stream:
         ends = offsets_after(self._checkpoint, number)
         require_same_partitions(self._place(), ends)
         self._begin_anew({at[0] for at, offset in self._place().items() if ends.get(at, offset) < offset})
-        if self._end is not None:
-            ends = {at: min(offset, self._end.get(at, 0)) for at, offset in ends.items()}
+        if self._goal is not None:
+            ends = {at: min(offset, self._goal.get(at, 0)) for at, offset in ends.items()}
         records = self.process(ends, planned_at(self._checkpoint, number))
         if records < BACKLOG * self.settings.max_offsets_per_trigger:
             took_s = time.monotonic() - began
@@ -241,9 +243,7 @@ class Stream:
         try:
             plans += [runner.plan(came, at, registry) for runner in runners]
             done = self._tasks(MicroBatch(tuple(plans), tuple(came), self._fetch, registry, store().url))
-            for runner, plan in zip(runners, plans, strict=True):
-                mine = [each for each in done if each.job == runner.job.name]
-                runner.finish(plan, mine, registry, began)
+            self._end(runners, plans, done, registry, began)
         finally:
             self._turn.release()
             self._seen, self._is_busy = time.time(), False
@@ -255,8 +255,22 @@ class Stream:
             return
         began, registry = time.monotonic(), registry_files()
         plan = runner.plan((), datetime.now(UTC), registry, close_all=True)
-        micro_batch = MicroBatch((plan,), (), self._fetch, registry, store().url)
-        runner.finish(plan, self._tasks(micro_batch), registry, began)
+        done = self._tasks(MicroBatch((plan,), (), self._fetch, registry, store().url))
+        self._end([runner], [plan], done, registry, began)
+
+    def _end(
+        self, runners: list[Runner], plans: list[BatchPlan], done: list[Done], registry: RegistryFiles, began: float
+    ) -> None:
+        """Makes batches visible whose tasks are done: an intent of each job, then a commit of each table for all."""
+        ended = []
+        for runner, plan in zip(runners, plans, strict=True):
+            mine = [each for each in done if each.job == runner.job.name]
+            ended.append((runner, plan, runner.say(plan, mine, registry), mine))
+        for runner, _, intent, _ in ended:
+            runner.send(intent)
+        self._writer.add_all((runner.intents.commit(intent.number), intent.parts) for runner, _, intent, _ in ended)
+        for runner, plan, intent, mine in ended:
+            runner.finish(plan, intent, mine, registry, began)
 
     def _tasks(self, micro_batch: MicroBatch) -> list[Done]:
         with in_one_sentence(", ".join(plan.job.name for plan in micro_batch.plans)):
@@ -279,7 +293,7 @@ class Stream:
 
     def end_with(self, newest: Offsets) -> None:
         """Sets what shall be taken, and no record more: topic and partition → the offset that comes next."""
-        self._end = {at: offset for at, offset in newest.items() if at[0] in self.topics}
+        self._goal = {at: offset for at, offset in newest.items() if at[0] in self.topics}
         self._hurry.set()
 
     def hurry(self) -> None:
@@ -289,10 +303,10 @@ class Stream:
     @property
     def is_at_its_end(self) -> bool:
         """Whether all is taken that shall be; never, where nothing was set."""
-        return self._end is not None and all(
+        return self._goal is not None and all(
             runner.place.get(at, 0) >= offset
             for runner in self.runners
-            for at, offset in self._end.items()
+            for at, offset in self._goal.items()
             if at[0] in runner.topics
         )
 

@@ -10,9 +10,8 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
 from typing import Literal, NamedTuple
 
 import polars as pl
@@ -128,18 +127,25 @@ class Writer:
         self._turns: dict[str, threading.Lock] = {}
 
     def add(self, parts: Iterable[Part], commit: Commit) -> None:
-        """Adds files to their tables, each table in one commit, those that have this commit already are left alone.
+        """Adds files to their tables; see `add_all`."""
+        self.add_all([(commit, tuple(parts))])
+
+    def add_all(self, batches: Iterable[tuple[Commit, Sequence[Part]]]) -> None:
+        """Adds files of several writers, each table in one commit; what a table has already is left out.
 
         Raises:
             RetryLater: the store did not take a commit; those of other tables may be done.
         """
-        tables = [(table, list(those)) for table, those in groupby(sorted(parts), key=lambda part: part.table)]
+        tables: dict[str, dict[Commit, list[Part]]] = {}
+        for commit, parts in batches:
+            for part in parts:
+                tables.setdefault(part.table, {}).setdefault(commit, []).append(part)
         if len(tables) == 1:
-            table, those = tables[0]
-            self._commit(table, those, commit)
+            table, of_table = tables.popitem()
+            self._commit(table, of_table)
             return
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="commit") as pool:
-            list(pool.map(lambda each: self._commit(each[0], each[1], commit), tables))
+            list(pool.map(self._commit, tables.keys(), tables.values()))
 
     def replace(self, table: str, parts: Sequence[Part], commit: Commit) -> None:
         """Replaces the files of the partitions that these are of, in one commit.
@@ -147,7 +153,7 @@ class Writer:
         Raises:
             RetryLater: the store did not take the commit.
         """
-        self._commit(table, parts, commit, is_replaced=True)
+        self._commit(table, {commit: parts}, is_replaced=True)
 
     def newest(self, tables: Iterable[str], app: str) -> int | None:
         """Number of the newest commit of a writer in any of these tables; None where there is none.
@@ -186,8 +192,8 @@ class Writer:
             msg = f"rows of {table} were not removed: {error}"
             raise RetryLater(msg) from error
 
-    def _commit(self, table: str, parts: Sequence[Part], commit: Commit, is_replaced: bool = False) -> None:
-        """Commits to a table, if that is not done yet.
+    def _commit(self, table: str, batches: Mapping[Commit, Sequence[Part]], is_replaced: bool = False) -> None:
+        """Commits to a table what it has not yet.
 
         A handle that is behind is no harm: a commit of the same writer that it does not know makes this one fail, and
         then it is looked at anew.
@@ -196,28 +202,36 @@ class Writer:
             try:
                 opened_at, handle = self._handle(table, is_replaced)
                 try:
-                    self._write(handle, table, parts, commit, is_replaced)
+                    self._write(handle, table, batches, is_replaced)
                 except CommitFailedError:
                     self._handles.pop((table, is_replaced), None)
                     opened_at, handle = self._handle(table, is_replaced)
-                    self._write(handle, table, parts, commit, is_replaced)
+                    self._write(handle, table, batches, is_replaced)
                 handle.update_incremental()
             except DeltaError as error:
                 self._handles.pop((table, is_replaced), None)
-                msg = f"table {table} did not take commit {commit.version} of {commit.app}: {error}"
+                names = ", ".join(f"{commit.version} of {commit.app}" for commit in batches)
+                msg = f"table {table} did not take commit {names}: {error}"
                 raise RetryLater(msg) from error
             self._handles[table, is_replaced] = time.monotonic(), opened_at, handle
 
-    def _write(self, handle: DeltaTable, table: str, parts: Sequence[Part], commit: Commit, is_replaced: bool) -> None:
-        done = handle.transaction_version(commit.app)
-        if done is not None and done >= commit.version:
+    def _write(
+        self, handle: DeltaTable, table: str, batches: Mapping[Commit, Sequence[Part]], is_replaced: bool
+    ) -> None:
+        left = {}
+        for commit, parts in batches.items():
+            done = handle.transaction_version(commit.app)
+            if done is None or done < commit.version:
+                left[commit] = parts
+        if not left:
             return
         column, at = partition_column(table), int(time.time() * 1000)
         actions = [
             AddAction(part.path, part.size, {column: part.partition}, at, True, json.dumps({"numRecords": part.rows}))
+            for parts in left.values()
             for part in parts
         ]
-        partitions = sorted({str(part.partition) for part in parts})
+        partitions = sorted({str(part.partition) for parts in left.values() for part in parts})
         handle.create_write_transaction(
             actions,
             "overwrite" if is_replaced else "append",
@@ -225,7 +239,8 @@ class Writer:
             [column],
             [(column, "in", partitions)] if is_replaced else None,
             commit_properties=CommitProperties(
-                app_transactions=[Transaction(commit.app, commit.version)], max_commit_retries=RETRIES
+                app_transactions=[Transaction(commit.app, commit.version) for commit in left],
+                max_commit_retries=RETRIES,
             ),
             post_commithook_properties=NO_HOOKS,
         )

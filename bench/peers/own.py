@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
     from engine.batch import BatchPlan
+    from engine.intents import Intent
     from engine.job import StreamingJob
     from engine.partition_tasks import Done
     from lake.reading import RegistryFiles
@@ -62,8 +63,10 @@ def jobs(what: str, work: str, topic: str) -> None:
     job = core.JOBS[work] if what == "core" else whole[work]
 
     class Told(Runner):
-        def finish(self, plan: "BatchPlan", done: "list[Done]", registry: "RegistryFiles", began: float) -> None:
-            super().finish(plan, done, registry, began)
+        def finish(
+            self, plan: "BatchPlan", intent: "Intent", done: "list[Done]", registry: "RegistryFiles", began: float
+        ) -> None:
+            super().finish(plan, intent, done, registry, began)
             say(sum(self.place.values()))
 
     session = spark_session(f"bench-{work}", JAVA_OPTIONS)

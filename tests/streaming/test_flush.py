@@ -57,7 +57,7 @@ def test_one_that_died_before_its_intent_has_closed_nothing_and_after_it_everyth
     flushing = Runner(JOB, SETTINGS)
     flushing.resume()
     with monkeypatch.context() as patch, pytest.raises(ConnectionError):
-        patch.setattr(Writer, "add", dying)
+        patch.setattr(Writer, "add_all", dying)
         Stream(None, [flushing]).flush(flushing)
     assert windows() == []
     after = Runner(JOB, SETTINGS)

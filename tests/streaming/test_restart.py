@@ -74,9 +74,9 @@ class Mortal:
             self.die(INTENT, intent.number)
             put(intents, intent)
 
-        def dying(writer: Writer, table: str, parts: Any, commit: Commit, is_replaced: bool = False) -> None:
-            self.die(table, commit.version)
-            committing(writer, table, parts, commit, is_replaced)
+        def dying(writer: Writer, table: str, batches: dict[Commit, Any], is_replaced: bool = False) -> None:
+            self.die(table, *[commit.version for commit in batches])
+            committing(writer, table, batches, is_replaced)
 
         patch.setattr(Intents, "put", putting)
         patch.setattr(Writer, "_commit", dying)

@@ -73,6 +73,17 @@ def test_one_that_stood_still_does_not_commit_what_another_has_committed_for_it_
     assert received() == [0, 1, 2, 3]
 
 
+def test_commits_of_several_writers_are_one_version_and_each_of_them_is_done_once() -> None:
+    writer = Writer()
+    writer.add([part(1)], Commit("one", 0))
+    writer.add_all([(Commit("one", 1), [part(2)]), (Commit("two", 0), [part(3)])])
+    assert Lake().version(TABLE) == 2
+    Writer().add_all([(Commit("one", 1), [part(2)]), (Commit("two", 0), [part(3)]), (Commit("three", 0), [part(4)])])
+    Writer().add([part(3)], Commit("two", 0))
+    assert received() == [1, 2, 3, 4]
+    assert Writer().newest([TABLE], "two") == 0
+
+
 def test_parts_of_several_tables_and_days_are_in_one_commit_of_each_table() -> None:
     parts = [part(0), part(1, day="2024-04-01"), part(2, day=None), part(0, "alarms")]
     Writer().add(parts, Commit("app", 0))

@@ -8,6 +8,7 @@ the other ends.
 """
 
 import json
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ class Intent:
         )  # fmt: skip
 
 
+STALLED_S = 60.0
+"""Who has put no intent for so long looks whether another driver did: its own number may be one that was forgotten."""
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError)
 
 
@@ -86,6 +89,7 @@ class Intents:
 
     def __init__(self, job: str, version: int) -> None:
         self.job, self.version = job, version
+        self._seen = time.monotonic()
 
     @property
     def _store(self) -> Store:
@@ -108,12 +112,14 @@ class Intents:
         try:
             return str(json.loads(self._store.get(place))["id"])
         except DAMAGED as error:
-            ids = [name for name in self._store.folders(self.folder) if len(name) == 36]
             msg = f"{self.job}: {self._store.uri(place)} cannot be read. "
-            if len(ids) != 1:
-                raise StateLost(msg + from_the_beginning(self.job)) from error
-            msg += f'Repair: stop the jobs, write {{"id": "{ids[0]}"}} into it, start again.'
-            raise StateLost(msg) from error
+            raise StateLost(msg + self._repair_of_id()) from error
+
+    def _repair_of_id(self) -> str:
+        ids = [name for name in self._store.folders(self.folder) if self._store.entries(f"{self.folder}/{name}")]
+        if len(ids) != 1:
+            return from_the_beginning(self.job)
+        return f'Repair: stop the jobs, write {{"id": "{ids[0]}"}} into it, start again.'
 
     @property
     def states(self) -> str:
@@ -140,6 +146,9 @@ class Intents:
         """
         if not self._store.has(f"{self.folder}/id.json"):
             self._require_no_other()
+            if self._store.entries(self.folder):
+                msg = f"{self.job}: {self._store.uri(self.folder)}/id.json is gone, beside what the job keeps. "
+                raise StateLost(msg + self._repair_of_id())
             return None
         entries = self._store.entries(f"{self.folder}/{self.query_id}/intents")
         places = [entry.path for entry in entries if entry.path.endswith(".json")]
@@ -180,14 +189,33 @@ class Intents:
         """Says what a batch has come to: from now on it is not made again.
 
         Raises:
-            RetryLater: another driver has said so of a batch of this number.
+            RetryLater: another driver has said so of a batch of this number, or of a later one.
         """
-        place = self._place(intent.number)
-        if not self._store.put_new(place, intent.as_json()):
-            msg = (
-                f"another driver runs {self.job} on {self._store.url}: it has done batch {intent.number}, this one ends"
-            )
-            raise RetryLater(msg)
+        if not self._store.put_new(self._place(intent.number), intent.as_json()):
+            raise self._another(intent.number)
+        now, seen = time.monotonic(), self._seen
+        self._seen = now
+        if now - seen > STALLED_S:
+            self.require_alone(intent.number)
+
+    def require_alone(self, last: int) -> None:
+        """Refuses to go on where another driver has put a later intent.
+
+        Args:
+            last: number of the newest batch that this driver knows of.
+
+        Raises:
+            RetryLater: another driver has.
+        """
+        entries = self._store.entries(f"{self.folder}/{self.query_id}/intents")
+        newest = max((int(entry.path[-13:-5]) for entry in entries if entry.path.endswith(".json")), default=-1)
+        if newest > last:
+            raise self._another(newest)
+
+    def _another(self, number: int) -> RetryLater:
+        return RetryLater(
+            f"another driver runs {self.job} on {self._store.url}: it has done batch {number}, this one ends"
+        )
 
     def is_sent(self, number: int) -> bool:
         """Whether what a batch sends to Kafka was sent."""

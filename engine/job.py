@@ -192,8 +192,8 @@ class StreamingJob:
     """One streaming job.
 
     Attributes:
-        name: its module's name: query, checkpoint, output prefix, CLI word.
-        version: raised when the state changes its form; part of the checkpoint's path.
+        name: its module's name: query, folder of its state, begin of its files' names, CLI word.
+        version: raised when the state changes its form; part of its folder's name.
         sources: what it reads, each with its rule.
         writes: lake tables that its rules give; their rows' dates are by `schemas.tables.DATED_BY`.
         current: lake table of the newest rows only → the kind of state that it is made of, and how; see `Current`.

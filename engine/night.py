@@ -304,6 +304,8 @@ def run(jobs: Iterable[BatchJob], date: datetime.date, limits: JudgeSettings, as
     left.prepare()
     console = Console(stderr=as_json, highlight=False)
     day, lake = date.isoformat(), Lake()
+    for table in {"registry", *(name for job in ordered for name in job.reads)} & set(TABLES):
+        lake.version(table)  # all jobs read the tables as they are now
     if silence := silent(lake, date):
         Console(stderr=True, highlight=False).print(silence, soft_wrap=True)
     if not as_json and len(ordered) > 1:

@@ -75,8 +75,9 @@ class Runner:
             StateLost: what that left is gone.
             RetryLater: the store, or Kafka, does not answer.
         """
-        last = self.intents.newest()
+        self.intents.newest()  # looks at the id before somebody gives it one
         committed = self._writer.newest([*self.job.tables, "accounting"], self.intents.app)
+        last = self.intents.newest()  # after the tables: what they have, an intent came before
         self.intents.require_all(last.number if last else -1, committed)
         if last:
             self.send(last)
@@ -87,12 +88,24 @@ class Runner:
         self._before = last.state if last else {}
         self.is_flushed = last.is_flush if last else True
         self._clocks, self._older = {}, {}
+        self._tidy()
         for source in self.job.sources:
             if source.closes_windows:
                 for name in self._partitions(source.topic):
                     self._clocks[name] = self._kind(name, CLOCKS, source).present
         if last:
             metrics.stands(self.job.name, last.number, state.rows_of(self._before))
+
+    def require_alone(self) -> None:
+        """Raises RetryLater where another driver has gone on with the job: it removes state that this one reads."""
+        self.intents.require_alone(self._last)
+
+    def _tidy(self) -> None:
+        """Removes state of batches up to the last one that it does not name: of tries that failed, and of before."""
+        if self._last >= 0:
+            named, folder = state.names(self._before), self.intents.states
+            names = [entry.path.rpartition("/")[2] for entry in store().entries(folder)]
+            store().delete(f"{folder}/{name}" for name in names if int(name[:8]) <= self._last and name not in named)
 
     def where(self) -> Offsets:
         """Its place, for who asks now and then."""

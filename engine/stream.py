@@ -244,6 +244,10 @@ class Stream:
             plans += [runner.plan(came, at, registry) for runner in runners]
             done = self._tasks(MicroBatch(tuple(plans), tuple(came), self._fetch, registry, store().url))
             self._end(runners, plans, done, registry, began)
+        except StateLost:
+            for runner in runners:
+                runner.require_alone()
+            raise
         finally:
             self._turn.release()
             self._seen, self._is_busy = time.time(), False
@@ -255,8 +259,9 @@ class Stream:
             return
         began, registry = time.monotonic(), registry_files()
         plan = runner.plan((), datetime.now(UTC), registry, close_all=True)
-        done = self._tasks(MicroBatch((plan,), (), self._fetch, registry, store().url))
-        self._end([runner], [plan], done, registry, began)
+        with self._turn:
+            done = self._tasks(MicroBatch((plan,), (), self._fetch, registry, store().url))
+            self._end([runner], [plan], done, registry, began)
 
     def _end(
         self, runners: list[Runner], plans: list[BatchPlan], done: list[Done], registry: RegistryFiles, began: float

@@ -8,7 +8,7 @@ tables.polars("readings").filter(...)     tables.pandas("alarms")     tables.duc
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -68,16 +68,24 @@ class Lake:
         version = self._versions.get(table) if isinstance(self._versions, Mapping) else self._versions
         try:
             found = DeltaTable(self._store.uri(folder_of(table)))
-            if version is not None:
-                found.load_as_version(version)
         except TableNotFoundError:
             return None
-        except DeltaError as error:
-            if version is not None:
-                msg = f"table {table} has no version {version} any more: {error}"
-                raise ConfigError(msg) from error
+        except (DeltaError, OSError) as error:
             msg = f"table {table} cannot be read now: {error}"
             raise RetryLater(msg) from error
+        if version is None:
+            return found
+        try:
+            times_ms = {each["version"]: each["timestamp"] for each in found.history()}  # right before the load only
+            found.load_as_version(version)
+            at_ms = times_ms[found.version()] if isinstance(version, datetime) else 0
+        except (DeltaError, OSError, LookupError) as error:
+            msg = f"table {table} has no version {version} any more: {error}"
+            raise ConfigError(msg) from error
+        if isinstance(version, datetime) and at_ms > version.timestamp() * 1000:
+            oldest = datetime.fromtimestamp(at_ms / 1000, UTC)
+            msg = f"table {table} has no version of {version} any more: its oldest one is of {oldest}"
+            raise ConfigError(msg)
         return found
 
     def version(self, table: str) -> int | None:
@@ -177,7 +185,7 @@ class _Registry:
             except TableNotFoundError:
                 self._table = None
                 return ()
-            except DeltaError as error:
+            except (DeltaError, OSError) as error:
                 self._table = None
                 msg = f"the registry cannot be read now: {error}"
                 raise RetryLater(msg) from error

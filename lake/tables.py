@@ -21,7 +21,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction
 
 from lake.store import store
-from schemas.errors import RetryLater
+from schemas.errors import ConfigError, RetryLater
 from schemas.tables import CURRENT, TABLES, polars_schema
 
 NO_DATE = "__HIVE_DEFAULT_PARTITION__"
@@ -38,7 +38,7 @@ REOPENED_COMMITS = 50
 PROPERTIES = {
     "delta.checkpointInterval": "1000000",  # upkeep writes them
     "delta.logRetentionDuration": "interval 1 hours",  # who commits lists the log: at a trigger of 5 s a day is 17,000
-    "delta.deletedFileRetentionDuration": "interval 1 hours",
+    "delta.deletedFileRetentionDuration": "interval 1 days",  # so long the log knows what vacuum removes
 }
 NO_HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
 
@@ -167,7 +167,7 @@ class Writer:
                 handle = DeltaTable(store().uri(folder_of(table)), without_files=True)
             except TableNotFoundError:
                 continue
-            except DeltaError as error:
+            except (DeltaError, OSError) as error:
                 msg = f"table {table} cannot be read now: {error}"
                 raise RetryLater(msg) from error
             self._handles[table, False] = time.monotonic(), handle.version(), handle
@@ -185,10 +185,12 @@ class Writer:
             RetryLater: the store did not take it.
         """
         try:
-            DeltaTable(store().uri(folder_of(table))).delete(where, post_commithook_properties=NO_HOOKS)
+            DeltaTable(store().uri(folder_of(table)), without_files=True)
+            _, handle = self._handle(table, with_files=True)  # has all columns that it is declared with
+            handle.delete(where, post_commithook_properties=NO_HOOKS)
         except TableNotFoundError:
             return
-        except DeltaError as error:
+        except (DeltaError, OSError) as error:
             msg = f"rows of {table} were not removed: {error}"
             raise RetryLater(msg) from error
 
@@ -208,7 +210,7 @@ class Writer:
                     opened_at, handle = self._handle(table, is_replaced)
                     self._write(handle, table, batches, is_replaced)
                 handle.update_incremental()
-            except DeltaError as error:
+            except (DeltaError, OSError) as error:
                 self._handles.pop((table, is_replaced), None)
                 names = ", ".join(f"{commit.version} of {commit.app}" for commit in batches)
                 msg = f"table {table} did not take commit {names}: {error}"
@@ -255,6 +257,9 @@ class Writer:
         try:
             handle = DeltaTable(uri, without_files=not with_files)
         except TableNotFoundError:
+            if "checkpoints" in store().folders("state"):
+                msg = f"{store().url} is of an earlier release: stop all, copy it, then python -m stack migrate"
+                raise ConfigError(msg) from None
             DeltaTable.create(
                 uri, columns_of(table), mode="ignore", partition_by=[partition_column(table)], configuration=PROPERTIES
             )

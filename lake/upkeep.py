@@ -82,10 +82,10 @@ class Upkeep:
             handle.cleanup_metadata()
         self._compact(table, handle)
         now = time.monotonic()
-        if now - self._vacuumed.setdefault(table, now) > VACUUM_S:
+        if now - self._vacuumed.get(table, -VACUUM_S) >= VACUUM_S:
             handle.vacuum(RETENTION_HOURS, dry_run=False, enforce_retention_duration=False)
             self._vacuumed[table] = now
-        if now - self._swept.setdefault(table, now) > ORPHANS_S:
+        if now - self._swept.get(table, -ORPHANS_S) >= ORPHANS_S:
             handle.vacuum(ORPHANS_HOURS, dry_run=False, enforce_retention_duration=False, full=True)
             self._swept[table] = now
 
@@ -107,6 +107,8 @@ class Upkeep:
             done = handle.optimize.compact(
                 [(column, "=", value)], target_size=target, max_concurrent_tasks=1, post_commithook_properties=NO_HOOKS
             )
+            if not done["numFilesRemoved"]:
+                continue  # none of them fit together
             log.info(
                 "compacted", table=table, day=value, files=done["numFilesRemoved"], left=done["numFilesAdded"],
                 seconds=round(time.monotonic() - began, 2),

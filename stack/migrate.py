@@ -71,6 +71,8 @@ def migrate(on_step: Step = lambda _: None) -> None:
         for table in TABLES:
             if files := _table(table):
                 on_step(f"{table}: {files:,} files")
+        for part in (home() / "reports").glob("*/date=*/part-*.parquet"):
+            part.rename(part.with_name("0000-of-0001.parquet"))  # as a night names it: it is replaced then
         shutil.rmtree(home() / "staging", ignore_errors=True)
         shutil.rmtree(home() / "state" / "locks", ignore_errors=True)
         shutil.rmtree(checkpoints)
@@ -94,7 +96,7 @@ def _job(job: StreamingJob, old: Path) -> str:
             return "nothing was done yet"
         intent = _intent(old, done, flushed)
     except (OSError, ValueError, LookupError) as error:
-        msg = f"{job.name}: {old} cannot be read ({error}); remove it, and migrate again: the job begins anew then"
+        msg = f"{job.name}: {old} cannot be read ({error}): mend it by the release before, and migrate again"
         raise StateLost(msg) from error
     intents = Intents(job.name, job.version)
     store().put_new(f"{intents.folder}/id.json", json.dumps({"id": query_id}).encode())

@@ -100,10 +100,14 @@ def begin_anew(
         with only_one(job):
             if not yes:
                 typer.confirm(f"Remove the state of {job} and its rows in {store().url}?", abort=True)
+            folders = [f"state/{name}" for name in store().folders("state") if name.rpartition("-v")[0] == job]
+            places = [entry.path for folder in folders for entry in store().entries(folder)]
+            ids = [place for place in places if place.endswith("/id.json")]
+            store().delete(
+                place for place in places if place not in ids
+            )  # a cut from here on is told at the next start
             for table in [*known[job].tables, *known[job].current, "accounting"]:
                 Writer().delete(table, known[job].rows_of(table))
                 console.print(f"{table}: its rows are removed")
-            for folder in store().folders("state"):
-                if folder.rpartition("-v")[0] == job:
-                    store().delete(entry.path for entry in store().entries(f"state/{folder}"))
+            store().delete(ids)
             console.print(f"{job} begins with the oldest record in Kafka when it starts again")

@@ -8,6 +8,7 @@ of that changes what a meter sends.
 """
 
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -121,7 +122,7 @@ def _register(crew: Fleet, ledger: Ledger) -> None:
         new = mine.join(all_registered(mine.get_column("meter_id")), on=KEY, how="anti", nulls_equal=True)
         if len(new):
             parts.append(put_part("registry", new.with_columns(by), ledger.run_id, date))
-    Writer().add(parts, Commit(f"replay-{ledger.run_id}", 0))
+    Writer().add(parts, Commit(f"replay-{ledger.run_id}-{uuid.uuid4()}", 0))
 
 
 def _unregister(ledger: Ledger) -> None:

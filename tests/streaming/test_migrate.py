@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from engine.intents import Intents, nested
@@ -17,6 +18,7 @@ from schemas.errors import ConfigError, StateLost
 from schemas.tables import TABLES
 from stack.migrate import migrate
 from streaming_jobs import consumption_deltas, voltage_deviation
+from tests.lake_by_hand import add_rows
 from tests.streaming.feed import SETTINGS, Feed, batches, flush, lake, take
 
 
@@ -83,9 +85,15 @@ def test_an_old_home_is_refused_and_after_its_migration_goes_on_where_it_was(
     feed.add(batches()[2])
     with pytest.raises(StateLost, match=f"^{job.name}: file://{home} is of an earlier release. .*stack migrate"):
         take(None, feed, Runner(job, SETTINGS))
+    report = home / "reports" / "daily_consumption_v1" / "date=2024-03-31" / "part-00000-x.parquet"
+    report.parent.mkdir(parents=True)
+    pl.DataFrame({"meter_id": ["a"]}).write_parquet(report)
+    with pytest.raises(ConfigError, match="is of an earlier release: stop all, copy it, then python -m stack migrate"):
+        add_rows("events", [{"meter_id": "a"}], "2024-03-31")
     said: list[str] = []
     migrate(said.append)
     assert any(line.startswith(f"{job.name}: stands after batch ") for line in said), said
+    assert [file.name for file in report.parent.iterdir()] == ["0000-of-0001.parquet"]
     with pytest.raises(ConfigError, match="nothing to migrate"):
         migrate()
     after = Runner(job, SETTINGS)

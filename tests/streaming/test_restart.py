@@ -208,6 +208,54 @@ def test_a_lost_id_is_told_and_its_repair_changes_no_row(home: Path, undisturbed
     assert lake(again) == undisturbed(job)
 
 
+def test_an_id_that_is_gone_beside_what_the_job_keeps_is_no_new_life(home: Path, undisturbed: Undisturbed) -> None:
+    job, feed, done = readings_lake.JOB, Feed(), Runner(readings_lake.JOB, SETTINGS)
+    feed.add(*batches()[:2])
+    take(None, feed, done)
+    (home / done.intents.folder / "id.json").unlink()
+    query_id = done.intents.query_id
+    with pytest.raises(StateLost, match=f'id.json is gone.* write {{"id": "{query_id}"}} into it'):
+        take(None, feed, Runner(job, SETTINGS))
+    (home / done.intents.folder / "id.json").write_text(f'{{"id": "{query_id}"}}')
+    feed.add(batches()[2])
+    again = Runner(job, SETTINGS)
+    take(None, feed, again)
+    assert lake(again) == undisturbed(job)
+
+
+def test_a_driver_that_stood_still_ends_however_far_the_other_one_is(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, feed = voltage_deviation.JOB, Feed()
+    feed.add(batches()[0])
+    old = Runner(job, SETTINGS)
+    take(None, feed, old)
+    feed.add(*batches()[1:])
+    monkeypatch.setattr("engine.intents.KEPT", 1)
+    new = Runner(job, SETTINGS)
+    take(None, feed, new)
+    newest_intent(home, old).with_name("00000001.json").unlink(missing_ok=True)  # as if it was forgotten long ago
+    before = lake(new)
+    _known.clear()
+    with pytest.raises((RetryLater, StateLost), match=f"another driver runs {job.name} .* it has done batch 2"):
+        monkeypatch.setattr("engine.intents.STALLED_S", -1.0)
+        Stream(None, [old], feed.fetch).process(feed.ends[1], PLANNED_AT)
+    assert lake(new) == before
+
+
+def test_what_tries_that_failed_left_of_state_is_removed_by_the_next_start(home: Path) -> None:
+    feed, done = Feed(), Runner(consumption_deltas.JOB, SETTINGS)
+    feed.add(*batches())
+    take(None, feed, done)
+    left = home / done.intents.states / "00000002-0123456789ab.zip"
+    later = home / done.intents.states / "00000003-0123456789ab.zip"  # another driver's, that is on its way
+    for file in (left, later):
+        file.write_bytes(b"")
+    Runner(consumption_deltas.JOB, SETTINGS).resume()
+    assert not left.exists()
+    assert later.exists()
+
+
 def test_a_state_of_another_version_is_told(home: Path) -> None:
     job, feed = readings_lake.JOB, Feed()
     feed.add(batches()[0])

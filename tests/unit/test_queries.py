@@ -64,6 +64,8 @@ def test_an_older_version_and_a_time_are_read_as_they_were() -> None:
     assert first.polars("alarms").select("alarm_id").collect().rows() == [("old",)]
     assert first.duckdb().sql("SELECT alarm_id FROM alarms").fetchall() == [("old",)]
     assert lake.open(then).polars("alarms").select("alarm_id").collect().rows() == [("old",)]
+    with pytest.raises(ConfigError, match="alarms has no version of 2001-01-01 .* any more: its oldest one is of"):
+        lake.open(datetime(2001, 1, 1, tzinfo=UTC)).files("alarms")
     with pytest.raises(ConfigError, match="table alarms has no version 77"):
         lake.open({"alarms": 77}).files("alarms")
     with pytest.raises(ConfigError, match="the lake has no table alarm; it has readings, events"):

@@ -191,7 +191,8 @@ class Intents:
         Raises:
             RetryLater: another driver has said so of a batch of this number, or of a later one.
         """
-        if not self._store.put_new(self._place(intent.number), intent.as_json()):
+        place, content = self._place(intent.number), intent.as_json()
+        if not self._store.put_new(place, content) and self._store.get(place) != content:  # else an answer was lost
             raise self._another(intent.number)
         now, seen = time.monotonic(), self._seen
         self._seen = now

@@ -11,6 +11,7 @@ import pytest
 
 from bench.contestants import per_meter
 from bench.peers import core, own
+from bench.store import in_a_store
 from bench.truth import PARTITIONS, REASONS, SHAPES, Shape, differences, expected, generate, payloads
 from engine.job import StreamingJob
 from kafka_io.ranges import KAFKA
@@ -178,3 +179,8 @@ def test_the_windows_of_our_contestants_are_the_oracles(job: StreamingJob, shape
     rows.write_parquet(tmp_path / "rows.parquet")
     found = written_by(job, "voltage_windows", rows).with_columns(window_us=pl.col("window_start").dt.epoch("us"))
     assert differences("windows", found, expected("windows", tmp_path / "rows.parquet")).is_empty()
+
+
+def test_a_commit_costs_no_more_for_the_files_that_a_table_has(tmp_path: Path) -> None:
+    few, many = (min(in_a_store(f"file://{tmp_path}", files).cpu_ms for _ in range(3)) for files in (10, 10_000))
+    assert many < 5 * few, "who commits reads the whole log"

@@ -49,9 +49,7 @@ def migrate(on_step: Step = lambda _: None) -> None:
         msg = f"{home()} is no home of an earlier release: there is nothing to migrate"
         raise ConfigError(msg)
     if store().url != f"file://{home()}":
-        msg = (
-            f"METERSTREAM_STORE is {store().url}: migrate the home first, without it, and copy its lake and state then"
-        )
+        msg = f"METERSTREAM_STORE is {store().url}: migrate the home first, without it, then copy its lake and state"
         raise ConfigError(msg)
     jobs = discovered()
     with ExitStack() as held:
@@ -62,9 +60,8 @@ def migrate(on_step: Step = lambda _: None) -> None:
                 on_step(f"{job.name}: {_job(job, old)}")
                 shutil.rmtree(old)
             elif others := sorted(checkpoints.glob(f"{job.name}-v*")):
-                on_step(
-                    f"{job.name}: its state is {others[0].name}'s; stack begin-anew {job.name} lets it read Kafka anew"
-                )
+                store().put_new(f"state/{others[0].name}/id.json", b"{}")  # so that it does not begin beside its rows
+                on_step(f"{job.name}: {others[0].name} cannot be read; run python -m stack begin-anew {job.name}")
         for old in checkpoints.glob("critical_events-v*"):  # Spark's own
             (home() / "state" / old.name).mkdir(exist_ok=True)
             old.rename(home() / "state" / old.name / "checkpoint")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,18 @@ def test_an_old_home_is_refused_and_after_its_migration_goes_on_where_it_was(
     assert sum(line[3] for line in found["accounting"]) == sum(line[3] for line in expected["accounting"])
     Upkeep(files=2).once()
     assert {table: lake(after)[table] for table in job.writes} == {table: expected[table] for table in job.writes}
+
+
+def test_a_job_whose_old_state_nobody_can_read_does_not_begin_beside_its_rows(home: Path) -> None:
+    job, feed = voltage_deviation.JOB, Feed()
+    feed.add(*batches()[:2])
+    take(None, feed, Runner(job, SETTINGS))
+    age(home, job)
+    newer = replace(job, version=job.version + 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stack.migrate.discovered", lambda: [newer])
+        said: list[str] = []
+        migrate(said.append)
+    assert f"{job.name}: {job.name}-v{job.version} cannot be read; run python -m stack begin-anew {job.name}" in said
+    with pytest.raises(StateLost, match=f"of version {job.version}, and version {newer.version} cannot read it"):
+        take(None, feed, Runner(newer, SETTINGS))

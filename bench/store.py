@@ -37,24 +37,21 @@ class Cell:
     """What one measurement found.
 
     Attributes:
-        what: is measured.
         files: that the table has.
         versions: of the log before.
         cpu_ms: of a commit, all threads.
         wall_ms: of a commit.
     """
 
-    what: str
     files: int
     versions: int
     cpu_ms: float
     wall_ms: float
 
 
-def part(table: str = TABLE) -> Part:
+def part() -> Part:
     """A file by name."""
-    column = "partition=0" if table == "latest_readings" else f"date={DAY}"
-    return Part(table, f"{column}/{uuid.uuid4()}.parquet", 10_000, 100, column.partition("=")[2])
+    return Part(TABLE, f"date={DAY}/{uuid.uuid4()}.parquet", 10_000, 100, DAY)
 
 
 def commits(files: int, versions: int = 0) -> Cell:
@@ -70,14 +67,14 @@ def commits(files: int, versions: int = 0) -> Cell:
     for number in range(COMMITS):
         writer.add([part()], Commit("bench", number))
     cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - wall_s
-    return Cell("a commit", files, versions, cpu_s * 1e3 / COMMITS, wall_s * 1e3 / COMMITS)
+    return Cell(files, versions, cpu_s * 1e3 / COMMITS, wall_s * 1e3 / COMMITS)
 
 
 def in_a_store(url: str, files: int, versions: int = 0) -> Cell:
     """`commits`, in a folder of a store that is empty before and after."""
     with used(f"{url}/bench-{uuid.uuid4()}"):
         found = commits(files, versions)
-        store().delete(entry.path for entry in store().entries("lake"))
+        store().delete(store().paths("lake"))
         return found
 
 

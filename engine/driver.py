@@ -26,6 +26,7 @@ from engine.session import spark_session
 from engine.settings import StreamSettings
 from engine.stream import JAVA_OPTIONS, Stream, ended, in_one_sentence
 from kafka_io.offsets import newest_offsets, oldest_offsets, topic_ids
+from lake.tables import Writer
 from lake.upkeep import Upkeep
 from schemas.errors import RetryLater, exits
 from settings import home, load
@@ -143,7 +144,8 @@ def only_one(*jobs: str) -> Iterator[None]:
 
 def _run(jobs: list[StreamingJob], settings: StreamSettings, stop: threading.Event) -> None:
     name = ALL_JOBS if len(jobs) > 1 else jobs[0].name
-    runners = [Runner(job, settings) for job in jobs]
+    writer = Writer()
+    runners = [Runner(job, settings, writer) for job in jobs]
     for runner in runners:
         runner.resume()
     flush = threading.Event()

@@ -18,7 +18,7 @@ from typing import Any
 
 from engine.state import Manifest
 from kafka_io.offsets import Offsets
-from lake.store import Store, store
+from lake.store import store
 from lake.tables import Commit, Part
 from schemas.errors import RetryLater, StateLost
 
@@ -92,10 +92,6 @@ class Intents:
         self._seen = time.monotonic()
 
     @property
-    def _store(self) -> Store:
-        return store()
-
-    @property
     def folder(self) -> str:
         """Where all lies that the job keeps, in the store."""
         return f"state/{self.job}-v{self.version}"
@@ -108,15 +104,15 @@ class Intents:
             StateLost: it cannot be read.
         """
         place = f"{self.folder}/id.json"
-        self._store.put_new(place, json.dumps({"id": str(uuid.uuid4())}).encode())
+        store().put_new(place, json.dumps({"id": str(uuid.uuid4())}).encode())
         try:
-            return str(json.loads(self._store.get(place))["id"])
+            return str(json.loads(store().get(place))["id"])
         except DAMAGED as error:
-            msg = f"{self.job}: {self._store.uri(place)} cannot be read. "
+            msg = f"{self.job}: {store().uri(place)} cannot be read. "
             raise StateLost(msg + self._repair_of_id()) from error
 
     def _repair_of_id(self) -> str:
-        ids = [name for name in self._store.folders(self.folder) if self._store.entries(f"{self.folder}/{name}")]
+        ids = [name for name in store().folders(self.folder) if store().paths(f"{self.folder}/{name}")]
         if len(ids) != 1:
             return from_the_beginning(self.job)
         return f'Repair: stop the jobs, write {{"id": "{ids[0]}"}} into it, start again.'
@@ -142,31 +138,44 @@ class Intents:
         """The last batch that has an intent; None before the first.
 
         Raises:
-            StateLost: it cannot be read, or the job's state is of another version; the message says what to do.
+            StateLost: it cannot be read, or see `require_id`.
         """
-        if not self._store.has(f"{self.folder}/id.json"):
-            self._require_no_other()
-            if self._store.entries(self.folder):
-                msg = f"{self.job}: {self._store.uri(self.folder)}/id.json is gone, beside what the job keeps. "
-                raise StateLost(msg + self._repair_of_id())
+        self.require_id()
+        numbers = self._numbers()
+        if not numbers:
             return None
-        entries = self._store.entries(f"{self.folder}/{self.query_id}/intents")
-        places = [entry.path for entry in entries if entry.path.endswith(".json")]
-        if not places:
-            return None
+        place = self._place(numbers[-1])
         try:
-            return Intent.of_json(self._store.get(places[-1]))
+            return Intent.of_json(store().get(place))
         except DAMAGED as error:
-            msg = f"{self.job}: {self._store.uri(places[-1])} cannot be read ({error}). "
+            msg = f"{self.job}: {store().uri(place)} cannot be read ({error}). "
             raise StateLost(msg + from_the_beginning(self.job)) from error
 
+    def _numbers(self) -> list[int]:
+        """Of the batches that have an intent, as far as these are kept."""
+        names = [path.rpartition("/")[2] for path in store().paths(f"{self.folder}/{self.query_id}/intents")]
+        return [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
+
+    def require_id(self) -> None:
+        """Refuses a job without an id that is not a new one: it would begin anew beside its rows.
+
+        Raises:
+            StateLost: its id is gone, or the job's state is of another version; the message says what to do.
+        """
+        if store().has(f"{self.folder}/id.json"):
+            return
+        self._require_no_other()
+        if store().paths(self.folder):
+            msg = f"{self.job}: {store().uri(self.folder)}/id.json is gone, beside what the job keeps. "
+            raise StateLost(msg + self._repair_of_id())
+
     def _require_no_other(self) -> None:
-        for name in self._store.folders("state"):
+        for name in store().folders("state"):
             if name == "checkpoints":
-                msg = f"{self.job}: {self._store.url} is of an earlier release. "
+                msg = f"{self.job}: {store().url} is of an earlier release. "
                 raise StateLost(msg + "Repair: stop the jobs, copy it, python -m stack migrate, and start again")
             job, _, theirs = name.rpartition("-v")
-            if job == self.job and theirs.isdecimal() and self._store.has(f"state/{name}/id.json"):
+            if job == self.job and theirs.isdecimal() and store().has(f"state/{name}/id.json"):
                 msg = f"{self.job}: its state is of version {theirs}, and version {self.version} cannot read it. "
                 raise StateLost(msg + from_the_beginning(self.job))
 
@@ -181,7 +190,7 @@ class Intents:
             StateLost: an intent is gone.
         """
         if committed is not None and committed > last:
-            place = self._store.uri(f"{self.folder}/{self.query_id}/intents")
+            place = store().uri(f"{self.folder}/{self.query_id}/intents")
             msg = f"{self.job}: its tables have batch {committed}, and its intent is gone from {place}. "
             raise StateLost(msg + from_the_beginning(self.job))
 
@@ -192,7 +201,7 @@ class Intents:
             RetryLater: another driver has said so of a batch of this number, or of a later one.
         """
         place, content = self._place(intent.number), intent.as_json()
-        if not self._store.put_new(place, content) and self._store.get(place) != content:  # else an answer was lost
+        if not store().put_new(place, content) and store().get(place) != content:  # else an answer was lost
             raise self._another(intent.number)
         now, seen = time.monotonic(), self._seen
         self._seen = now
@@ -208,27 +217,24 @@ class Intents:
         Raises:
             RetryLater: another driver has.
         """
-        entries = self._store.entries(f"{self.folder}/{self.query_id}/intents")
-        newest = max((int(entry.path[-13:-5]) for entry in entries if entry.path.endswith(".json")), default=-1)
-        if newest > last:
-            raise self._another(newest)
+        numbers = self._numbers()
+        if numbers and numbers[-1] > last:
+            raise self._another(numbers[-1])
 
     def _another(self, number: int) -> RetryLater:
-        return RetryLater(
-            f"another driver runs {self.job} on {self._store.url}: it has done batch {number}, this one ends"
-        )
+        return RetryLater(f"another driver runs {self.job} on {store().url}: it has done batch {number}, this one ends")
 
     def is_sent(self, number: int) -> bool:
         """Whether what a batch sends to Kafka was sent."""
-        return self._store.has(self._place(number, ".sent"))
+        return store().has(self._place(number, ".sent"))
 
     def sent(self, number: int) -> None:
         """Says that what a batch sends to Kafka was sent; else it is sent again at the next start."""
-        self._store.put(self._place(number, ".sent"), b"")
+        store().put(self._place(number, ".sent"), b"")
 
     def forget(self, number: int) -> None:
         """Removes the intent that is too old for anybody, after this batch."""
-        self._store.delete([self._place(number - KEPT), self._place(number - KEPT, ".sent")])
+        store().delete([self._place(number - KEPT), self._place(number - KEPT, ".sent")])
 
 
 def from_the_beginning(job: str) -> str:

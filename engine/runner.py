@@ -43,19 +43,27 @@ class Runner:
         job: what it is.
         settings: of the streaming jobs.
         intents: what its batches have come to.
+        writer: of its tables.
         place: topic and partition → the offset that it takes next; what is not there it takes from the oldest on.
         topic_ids: topic → Kafka's id of it, which the place is of; what is not there nobody knows.
         is_flushed: whether nothing is open after the last batch; true where there was none.
     """
 
-    def __init__(self, job: StreamingJob, settings: StreamSettings) -> None:
+    def __init__(self, job: StreamingJob, settings: StreamSettings, writer: Writer | None = None) -> None:
+        """Stands nowhere yet.
+
+        Args:
+            job: what it is.
+            settings: of the streaming jobs.
+            writer: of its tables, which the jobs of a driver share; else it has its own.
+        """
         self.job = job
         self.settings = settings
         self.intents = Intents(job.name, job.version)
         self.place: Offsets = {}
         self.topic_ids: dict[str, str] = {}
         self.is_flushed = True
-        self._writer = Writer()
+        self.writer = writer or Writer()
         self._older: state.Manifest = {}
         self._before: state.Manifest = {}
         self._clocks: dict[str, pl.DataFrame] = {}
@@ -75,13 +83,13 @@ class Runner:
             StateLost: what that left is gone.
             RetryLater: the store, or Kafka, does not answer.
         """
-        self.intents.newest()  # looks at the id before somebody gives it one
-        committed = self._writer.newest([*self.job.tables, "accounting"], self.intents.app)
+        self.intents.require_id()  # before somebody gives it one
+        committed = self.writer.newest([*self.job.tables, "accounting"], self.intents.app)
         last = self.intents.newest()  # after the tables: what they have, an intent came before
         self.intents.require_all(last.number if last else -1, committed)
         if last:
             self.send(last)
-            self._writer.add(last.parts, self.intents.commit(last.number))
+            self.writer.add(last.parts, self.intents.commit(last.number))
         self._last = last.number if last else -1
         self.place = dict(last.ends) if last else {}
         self.topic_ids = dict(last.topic_ids) if last else {}
@@ -104,7 +112,7 @@ class Runner:
         """Removes state of batches up to the last one that it does not name: of tries that failed, and of before."""
         if self._last >= 0:
             named, folder = state.names(self._before), self.intents.states
-            names = [entry.path.rpartition("/")[2] for entry in store().entries(folder)]
+            names = [path.rpartition("/")[2] for path in store().paths(folder)]
             store().delete(f"{folder}/{name}" for name in names if int(name[:8]) <= self._last and name not in named)
 
     def where(self) -> Offsets:
@@ -243,7 +251,7 @@ class Runner:
                 written[table, partition] = kept
             if parts:
                 commit = Commit(f"{self.intents.app}-current", self._last)
-                self._writer.replace(table, parts, commit)
+                self.writer.replace(table, parts, commit)
                 self._current |= written
 
 

@@ -40,7 +40,6 @@ from kafka_io.ranges import Range, fetched
 from lake.reading import RegistryFiles, registry_files
 from lake.spark import uri
 from lake.store import store
-from lake.tables import Writer
 from schemas.errors import ContractBroken, MeterstreamError, RetryLater, StateLost
 from settings import home
 
@@ -82,7 +81,6 @@ class Stream:
         self._fetch = fetch or partial(fetched, bootstrap=settings.kafka_bootstrap, accept_loss=settings.accept_loss)
         self._checkpoint = home() / "run" / "queries" / "-".join(sorted(runner.job.name for runner in runners))
         self._is_over = is_over
-        self._writer = Writer()
         self._goal: Offsets | None = None
         self._hurry = threading.Event()
         self._seen = time.time()
@@ -232,36 +230,27 @@ class Stream:
                 raise ContractBroken(msg)
         return place
 
-    def _batch(self, runners: list[Runner], came: list[Range], at: datetime) -> None:
-        """One batch of each of these jobs, of the same records."""
-        if not runners or not came:
-            return
+    def _batch(self, runners: list[Runner], came: list[Range], at: datetime, close_all: bool = False) -> None:
+        """One batch of each of these jobs, of the same records; one that closes all takes none."""
         began, registry = time.monotonic(), registry_files()
-        plans: list[BatchPlan] = []
-        self._turn.acquire()
-        self._is_busy = True
-        try:
-            plans += [runner.plan(came, at, registry) for runner in runners]
-            done = self._tasks(MicroBatch(tuple(plans), tuple(came), self._fetch, registry, store().url))
-            self._end(runners, plans, done, registry, began)
-        except StateLost:
-            for runner in runners:
-                runner.require_alone()
-            raise
-        finally:
-            self._turn.release()
-            self._seen, self._is_busy = time.time(), False
+        with self._turn:
+            self._is_busy = True
+            try:
+                plans = [runner.plan(came, at, registry, close_all) for runner in runners]
+                done = self._tasks(MicroBatch(tuple(plans), tuple(came), self._fetch, registry, store().url))
+                self._end(runners, plans, done, registry, began)
+            except StateLost:
+                for runner in runners:
+                    runner.require_alone()
+                raise
+            finally:
+                self._seen, self._is_busy = time.time(), False
         self.write_current()
 
     def flush(self, runner: Runner) -> None:
         """Closes what is open after a job's last batch, by a batch that takes nothing; the query must have stopped."""
-        if runner.is_flushed:
-            return
-        began, registry = time.monotonic(), registry_files()
-        plan = runner.plan((), datetime.now(UTC), registry, close_all=True)
-        with self._turn:
-            done = self._tasks(MicroBatch((plan,), (), self._fetch, registry, store().url))
-            self._end([runner], [plan], done, registry, began)
+        if not runner.is_flushed:
+            self._batch([runner], [], datetime.now(UTC), close_all=True)
 
     def _end(
         self, runners: list[Runner], plans: list[BatchPlan], done: list[Done], registry: RegistryFiles, began: float
@@ -273,7 +262,8 @@ class Stream:
             ended.append((runner, plan, runner.say(plan, mine, registry), mine))
         for runner, _, intent, _ in ended:
             runner.send(intent)
-        self._writer.add_all((runner.intents.commit(intent.number), intent.parts) for runner, _, intent, _ in ended)
+        commits = [(runner.intents.commit(intent.number), intent.parts) for runner, _, intent, _ in ended]
+        runners[0].writer.add_all(commits)
         for runner, plan, intent, mine in ended:
             runner.finish(plan, intent, mine, registry, began)
 

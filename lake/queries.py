@@ -49,11 +49,6 @@ def rows_of(files: Sequence[str], column: str) -> str:
     return f"FROM read_parquet([{names}], {how})"
 
 
-def open_lake() -> duckdb.DuckDBPyConnection:
-    """`connected`, of the lake as it is now."""
-    return connected(Lake())
-
-
 def connected(lake: Lake) -> duckdb.DuckDBPyConnection:
     """A connection with a view per table and report of a lake, and `newest_registry`, a row a meter.
 
@@ -123,7 +118,7 @@ def compared_energy(lake: duckdb.DuckDBPyConnection, truth: str) -> tuple[int, i
     """The energy of the deltas beside that of a run's truth.
 
     Args:
-        lake: of `open_lake`.
+        lake: of `Lake.duckdb`.
         truth: path of the run's file.
 
     Returns:

@@ -1,18 +1,17 @@
 """The lake as its readers have it: each table as it was when somebody first asked, by its log, for whatever tool.
 
-import lake
-tables = lake.open()
-tables.polars("readings").filter(...)     tables.pandas("alarms")     tables.duckdb().sql("FROM voltage_windows")
+`docs/storage.md` has an example of each; `lake.open()` is the way in.
 """
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import polars as pl
+import pyarrow as pa
 import pyarrow.dataset as ds
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
@@ -103,10 +102,10 @@ class Lake:
         found = self._table(table)
         if found is None:
             return []
-        days = None if dates is None else [day.isoformat() for day in dates]
-        if days == []:
-            return []
-        return sorted(found.file_uris(None if days is None else [("date", "in", days)]))
+        if dates is None:
+            return sorted(found.file_uris())
+        days = [day.isoformat() for day in dates]
+        return sorted(found.file_uris([("date", "in", days)])) if days else []
 
     def dates(self, table: str) -> list[date]:
         """The UTC days of which a table has rows."""
@@ -116,19 +115,7 @@ class Lake:
 
     def polars(self, table: str, dates: Iterable[date] | None = None) -> pl.LazyFrame:
         """A table's rows for Polars; a column that a file was written before is null there."""
-        schema = polars_schema(columns_of(table))
-        files = self.files(table, dates)
-        if not files:
-            return pl.LazyFrame(schema=schema)
-        column = partition_column(table)
-        return pl.scan_parquet(
-            files,
-            schema=schema,
-            hive_schema={column: schema[column]},
-            missing_columns="insert",
-            extra_columns="ignore",
-            cast_options=pl.ScanCastOptions(integer_cast="upcast"),
-        )
+        return _scanned(self.files(table, dates), columns_of(table), partition_column(table))
 
     def arrow(self, table: str) -> ds.Dataset:
         """A table as an Arrow dataset."""
@@ -211,11 +198,11 @@ def newest_registry(files: RegistryFiles) -> pl.DataFrame:
         ConfigError: a file is no registry; it names it.
     """
     try:
-        return usable(newest(_rows_of(files).collect()))
+        return usable(newest(_scanned(files, REGISTRY).collect()))
     except UNREADABLE:
         for file in files:
             try:
-                _rows_of((file,)).collect()
+                _scanned([file], REGISTRY).collect()
             except UNREADABLE as error:
                 msg = f"{file} is no file of the registry, mend or remove it: {str(error).splitlines()[0]}"
                 raise ConfigError(msg) from error
@@ -233,15 +220,22 @@ def registered(meter_ids: pl.Series) -> pl.DataFrame:
     return newest(all_registered(meter_ids))
 
 
-def _rows_of(files: RegistryFiles) -> pl.LazyFrame:
-    """All rows of the registry; a column that a file was written before is null there."""
-    schema = polars_schema(REGISTRY)
+def _scanned(files: Sequence[str], columns: pa.Schema, partition: str | None = None) -> pl.LazyFrame:
+    """The rows of files in these columns; a column that a file was written before is null there.
+
+    Args:
+        files: paths or URLs; without any there are no rows.
+        columns: of the table.
+        partition: the one among them that is in the path.
+    """
+    schema = polars_schema(columns)
     if not files:
         return pl.LazyFrame(schema=schema)
     return pl.scan_parquet(
         list(files),
         schema=schema,
-        hive_partitioning=False,
+        hive_partitioning=partition is not None,
+        hive_schema={partition: schema[partition]} if partition else None,
         missing_columns="insert",
         extra_columns="ignore",
         cast_options=pl.ScanCastOptions(integer_cast="upcast"),

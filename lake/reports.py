@@ -36,8 +36,7 @@ def glob_of(report: str) -> str:
 def files_of(report: str, dates: list[str] | None = None) -> list[str]:
     """Paths or URLs of a report's files; none where nobody has written it."""
     folders = [folder_of(report)] if dates is None else [folder_of(report, date) for date in dates]
-    entries = [entry for folder in folders for entry in store().entries(folder)]
-    return [store().uri(entry.path) for entry in entries if entry.path.endswith(".parquet")]
+    return [store().uri(path) for folder in folders for path in store().paths(folder) if path.endswith(".parquet")]
 
 
 def reports() -> list[str]:
@@ -61,7 +60,7 @@ def publish_report(rows: DataFrame, report: str, date: str, meters: int) -> int:
         RetryLater: the store does not answer.
     """
     folder = folder_of(report, date)
-    there = [found for entry in store().entries(folder) if (found := NAME.fullmatch(entry.path.rpartition("/")[2]))]
+    there = [found for path in store().paths(folder) if (found := NAME.fullmatch(path.rpartition("/")[2]))]
     shards = int(there[0][2]) if there else 1 + meters // METERS_A_FILE
     key, shard, url = F.col(rows.columns[0]).cast("string"), "shard of the file", store().url
 

@@ -8,8 +8,6 @@ are the same to all that is built on it.
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,21 +19,6 @@ from schemas.errors import ConfigError, RetryLater
 from settings import store_url
 
 SCHEMES = ("file", "s3", "gs", "az")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An object of the store.
-
-    Attributes:
-        path: of it, from the store's root.
-        size: bytes.
-        changed_at: when it was written.
-    """
-
-    path: str
-    size: int
-    changed_at: datetime
 
 
 class Store:
@@ -123,20 +106,18 @@ class Store:
             raise self._away(path, error) from error
         return True
 
-    def entries(self, folder: str) -> list[Entry]:
-        """All objects of a folder and of those in it, by name; none where there is no folder.
+    def paths(self, folder: str) -> list[str]:
+        """All objects of a folder and of those in it, from the store's root, by name; none where there is no folder.
 
         Raises:
             RetryLater: the store does not answer.
         """
         try:
-            found = [entry for chunk in obstore.list(self._store, f"{folder}/") for entry in chunk]
+            return sorted(entry["path"] for chunk in obstore.list(self._store, f"{folder}/") for entry in chunk)
         except FileNotFoundError:
             return []
         except (BaseError, OSError) as error:
             raise self._away(folder, error) from error
-        entries = [Entry(each["path"], each["size"], each["last_modified"]) for each in found]
-        return sorted(entries, key=lambda entry: entry.path)
 
     def folders(self, folder: str) -> list[str]:
         """Names of the folders in a folder.

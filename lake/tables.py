@@ -34,7 +34,7 @@ RETRIES = 100
 REOPENED_S = 600.0
 """A handle that was not used for so long is opened anew: the log that it would go on from may have been cleaned."""
 REOPENED_COMMITS = 50
-"""And one that has committed so often: it holds every commit since it was opened, and each costs the next 0.02 ms."""
+"""And one whose table has had so many commits since: it holds all of them."""
 PROPERTIES = {
     "delta.checkpointInterval": "1000000",  # upkeep writes them
     "delta.logRetentionDuration": "interval 1 hours",  # who commits lists the log: at a trigger of 5 s a day is 17,000

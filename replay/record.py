@@ -22,7 +22,7 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from kafka_io import clients
 from kafka_io.offsets import kept
 from kafka_io.ranges import Range, fetched
-from lake.queries import open_lake
+from lake.reading import Lake
 from replay.run.ledger import read_ledger, run_folder
 from replay.tape import Tape, log_schema, registry_of, write_tape
 from schemas.closed_lists import DeadLetterReason
@@ -232,7 +232,7 @@ def _interval_s(readings: pa.Table) -> int | None:
 def _registry(readings: pa.Table, events: pa.Table, interval_s: int | None) -> tuple[pa.Table, str]:
     """The newest row of each meter in the lake's registry, and what the log says of the others; with the time zone."""
     ids = pc.unique(pa.chunked_array([*readings["meter_id"].chunks, *events["meter_id"].chunks]))
-    lake = open_lake()
+    lake = Lake().duckdb()
     lake.register("meters", pa.table({"meter_id": ids}))
     known = (
         lake.sql(

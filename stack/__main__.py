@@ -442,8 +442,7 @@ def sql(
     """
     import duckdb
 
-    from lake.queries import open_lake
-    from lake.reading import registry_files
+    from lake.reading import Lake, registry_files
 
     def work() -> None:
         stack = _stack()
@@ -453,7 +452,7 @@ def sql(
             )
             raise ConfigError(msg)
         os.environ["METERSTREAM_HOME"] = str(stack.home)
-        with open_lake() as lake:
+        with Lake().duckdb() as lake:
             try:
                 rows = lake.sql(query)
                 if rows is None:

@@ -25,7 +25,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lake.queries import accounting_lines, compared_energy, open_lake
+from lake.queries import accounting_lines, compared_energy
+from lake.reading import Lake
 from lake.reports import glob_of
 from lake.store import store
 from metering.clocks import busiest_day
@@ -266,7 +267,7 @@ def _lag_shown(stack: Stack) -> Iterator[None]:
 
 
 def _summary(ledger: Ledger, offsets: dict[str, int], truth: Path | None, began: float) -> bool:
-    lake = open_lake()
+    lake = Lake().duckdb()
     lines = accounting_lines(lake)
     refused = lake.execute(
         """SELECT 'dead letter' AS place, reason, count(*) FROM dead_letters GROUP BY ALL

@@ -35,7 +35,7 @@ def problems(lake: duckdb.DuckDBPyConnection, offsets: dict[str, int], sent: int
     """Everything that does not hold, a sentence each; empty when the run is proven.
 
     Args:
-        lake: of `open_lake`.
+        lake: of `Lake.duckdb`.
         offsets: of `end_offsets`, when all was drained.
         sent: records that the MQTT broker or Kafka acknowledged to the replay.
         truth: the run's truth, where its registers neither reset nor lie.

@@ -101,11 +101,9 @@ def begin_anew(
             if not yes:
                 typer.confirm(f"Remove the state of {job} and its rows in {store().url}?", abort=True)
             folders = [f"state/{name}" for name in store().folders("state") if name.rpartition("-v")[0] == job]
-            places = [entry.path for folder in folders for entry in store().entries(folder)]
-            ids = [place for place in places if place.endswith("/id.json")]
-            store().delete(
-                place for place in places if place not in ids
-            )  # a cut from here on is told at the next start
+            places = [path for folder in folders for path in store().paths(folder)]
+            ids = [path for path in places if path.endswith("/id.json")]
+            store().delete(path for path in places if path not in ids)  # a start tells of a cut from here on
             for table in [*known[job].tables, *known[job].current, "accounting"]:
                 Writer().delete(table, known[job].rows_of(table))
                 console.print(f"{table}: its rows are removed")

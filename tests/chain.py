@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from kafka_io.offsets import received
-from lake.queries import AccountingLine, accounting_lines, compared_energy, open_lake
+from lake.queries import AccountingLine, accounting_lines, compared_energy
+from lake.reading import Lake
 from replay.run.ledger import run_folder
 from schemas.topics import INGESTED
 from stack import proof
@@ -124,7 +125,7 @@ def run_chain(kind: type[Stack], home: Path, monkeypatch: pytest.MonkeyPatch, ki
         if isinstance(stack, ContainerStack):
             stack.clean()
         thread.shutdown(wait=False)
-    lake = open_lake()
+    lake = Lake().duckdb()
     truth = run_folder("r1") / "truth.parquet"
     rows = {
         table: lake.execute(f"SELECT DISTINCT {columns} FROM {table} WHERE {_stored(table)} ORDER BY ALL").fetchall()

@@ -53,13 +53,9 @@ def differing(one: Path, other: Path) -> list[str]:
     for table in sorted({*tables_of(one), *tables_of(other)}):
         for side, home in (("left_rows", one), ("right_rows", other)):
             both.register(side, rows_of(homes[home], table).to_arrow_table())
-        for sql, place in (
-            ("left_rows EXCEPT ALL FROM right_rows", one),
-            ("right_rows EXCEPT ALL FROM left_rows", other),
-        ):
-            rows = both.execute(f"FROM {sql}").fetchall()
+        for side, rest, place in (("left_rows", "right_rows", one), ("right_rows", "left_rows", other)):
+            rows = both.execute(f"FROM {side} EXCEPT ALL FROM {rest}").fetchall()
             if rows:
-                side = "left_rows" if place == one else "right_rows"
                 count = (both.execute(f"SELECT count(*) FROM {side}").fetchone() or (0,))[0]
                 found.append(f"{table}: {len(rows):,} of {count:,} rows only in {place}: {rows[0]}")
     return found

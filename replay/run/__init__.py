@@ -106,20 +106,27 @@ def _prepare(crew: Fleet, dirt: Dirt | None, ledger: Ledger, again: bool) -> Non
         raise ConfigError(msg)
     if ledger.to != "null":
         _check_is_new(crew, again)
-        _register(crew, ledger)
+        _register(crew, ledger, again)
     _write((crew.truth(low, high).to_arrow() for low, high in _blocks(len(crew))), folder / "truth.parquet")
     faults = (dirt.faults if dirt else pl.DataFrame(schema=polars_schema(FAULTS))).to_arrow().cast(FAULTS)
     _write(iter([faults]), folder / "faults.parquet")
     write_ledger(ledger)
 
 
-def _register(crew: Fleet, ledger: Ledger) -> None:
-    """Adds the fleet to the lake's registry, in one commit; a row that it has stays: somebody may have put it right."""
+def _register(crew: Fleet, ledger: Ledger, again: bool) -> None:
+    """Adds the fleet to the lake's registry, in one commit; a row that it has stays: somebody may have put it right.
+
+    Args:
+        crew: the fleet.
+        ledger: of the run.
+        again: whether the registry may have some of the meters already.
+    """
     by, date = pl.lit(ledger.run_id).alias("registered_by"), ledger.first_at[:10]
     parts = []
     for low, high in _blocks(len(crew)):
-        mine = crew.registry(low, high)
-        new = mine.join(all_registered(mine.get_column("meter_id")), on=KEY, how="anti", nulls_equal=True)
+        new = crew.registry(low, high)
+        if again:
+            new = new.join(all_registered(new.get_column("meter_id")), on=KEY, how="anti", nulls_equal=True)
         if len(new):
             parts.append(put_part("registry", new.with_columns(by), ledger.run_id, date))
     Writer().add(parts, Commit(f"replay-{ledger.run_id}-{uuid.uuid4()}", 0))

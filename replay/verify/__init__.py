@@ -11,7 +11,8 @@ from functools import partial
 import duckdb
 import polars as pl
 
-from lake.queries import accounting_lines, open_lake
+from lake.queries import accounting_lines
+from lake.reading import Lake
 from replay.outcomes import judged
 from replay.run.ledger import run_folder
 from replay.scores import scores
@@ -39,7 +40,7 @@ def verify(run_id: str, on_step: Step = lambda _: None) -> Verdict:
     Raises:
         ConfigError: there is no such run, it has no ledger yet, or there is no lake.
     """
-    run, lake = Run.read(run_id), open_lake()
+    run, lake = Run.read(run_id), Lake().duckdb()
     on_step("what arrived")
     run.open_in(lake)
     make_arrived(lake)
@@ -84,7 +85,7 @@ def unfinished(run_id: str) -> list[str]:
     Raises:
         ConfigError: there is no such run, or it has no ledger yet.
     """
-    return behind(open_lake(), ledger_of(run_id))
+    return behind(Lake().duckdb(), ledger_of(run_id))
 
 
 def _expected(lake: duckdb.DuckDBPyConnection) -> dict[str, tuple[int, int]]:

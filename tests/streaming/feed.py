@@ -17,7 +17,7 @@ from engine.settings import StreamSettings
 from engine.stream import Stream
 from kafka_io.offsets import Offsets
 from kafka_io.ranges import KAFKA, Range
-from lake.queries import open_lake
+from lake.reading import Lake
 from schemas.codec import encode
 from schemas.topics import READINGS, Topic
 from settings import home
@@ -143,7 +143,7 @@ def rows(table: str) -> list[tuple[Any, ...]]:
     """What any reader sees, the query's own id and the day that it was written left out."""
     renamed = "replace (regexp_replace(batch, '-[0-9a-f-]{36}-', '-') as batch)" if table == "accounting" else ""
     dated = "exclude (date)" if table == "accounting" else ""  # the day of the test
-    with open_lake() as lake:
+    with Lake().duckdb() as lake:
         return sorted(lake.execute(f"select * {dated} {renamed} from {table}").fetchall(), key=repr)
 
 

@@ -7,7 +7,6 @@ import polars as pl
 import pytest
 
 import lake
-from lake.queries import open_lake
 from lake.reading import newest_registry, registered, registry_files
 from schemas.errors import ConfigError
 from schemas.tables import CURRENT, TABLES, polars_schema
@@ -34,7 +33,7 @@ def keep(table: str, rows: list[dict[str, object]], without: str | None = None, 
 
 
 def test_an_empty_lake_has_every_table_with_its_columns() -> None:
-    with open_lake() as found:
+    with lake.open().duckdb() as found:
         for table, schema in TABLES.items():
             assert found.sql(f"FROM {table}").columns == [*schema.names, CURRENT.get(table, "date")]
             assert found.sql(f"FROM {table}").fetchall() == []
@@ -45,7 +44,7 @@ def test_a_column_is_null_in_files_of_before_it_was_added_for_every_reader() -> 
     keep("alarms", [{"alarm_id": "new", "raised_at": AT, "severity": "error"}])
     expected = [("new", "error", AT.date()), ("old", None, AT.date())]
     names = ["alarm_id", "severity", "date"]
-    with open_lake() as found:
+    with lake.open().duckdb() as found:
         assert found.sql("SELECT alarm_id, severity, date FROM alarms ORDER BY alarm_id").fetchall() == expected
     tables = lake.open()
     assert sorted(tables.polars("alarms").select(names).collect().rows()) == expected
@@ -74,19 +73,19 @@ def test_an_older_version_and_a_time_are_read_as_they_were() -> None:
 
 def test_a_column_that_no_file_has_yet_is_null() -> None:
     keep("alarms", [{"alarm_id": "old", "raised_at": AT}], without="severity")
-    with open_lake() as found:
+    with lake.open().duckdb() as found:
         assert found.sql("SELECT alarm_id, severity FROM alarms").fetchall() == [("old", None)]
 
 
 def test_a_table_may_have_the_name_of_a_word_of_sql(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TABLES, "select", TABLES["alarms"])
-    with open_lake() as found:
+    with lake.open().duckdb() as found:
         assert found.sql('SELECT alarm_id FROM "select"').fetchall() == []
 
 
 def test_a_current_table_has_its_rows() -> None:
     keep("latest_readings", [{"meter_id": "m1", "import_t1_wh": 7}], day="0")
-    with open_lake() as found:
+    with lake.open().duckdb() as found:
         assert found.sql("SELECT meter_id, import_t1_wh FROM latest_readings").fetchall() == [("m1", 7)]
 
 
@@ -100,12 +99,12 @@ def test_a_registry_of_before_a_column_was_added_is_read() -> None:
     known = registered(pl.Series(["m1"]))
     assert known.select("meter_id", "jurisdiction").rows() == [("m1", None)]
     assert known["registered_by"].to_list() == ["r1"]
-    with open_lake() as found:
+    with lake.open().duckdb() as found:
         assert found.sql("SELECT jurisdiction FROM newest_registry ORDER BY meter_id").fetchall() == [(None,), ("EN",)]
 
 
 def test_a_report_has_its_columns_before_the_first_night_and_its_rows_after_it(tmp_path: Path) -> None:
-    with open_lake() as found:
+    with lake.open().duckdb() as found:
         assert found.sql("SELECT meter_id, import_kwh FROM daily_consumption").fetchall() == []
     folder = tmp_path / "reports" / "daily_consumption_v1" / "date=2024-06-10"
     folder.mkdir(parents=True)
@@ -113,7 +112,7 @@ def test_a_report_has_its_columns_before_the_first_night_and_its_rows_after_it(t
     newer = tmp_path / "reports" / "daily_consumption_v9" / "date=2024-06-10"
     newer.mkdir(parents=True)
     pl.DataFrame({"meter_id": ["m9"]}).write_parquet(newer / "part-0.parquet")
-    with open_lake() as found:
+    with lake.open().duckdb() as found:
         assert found.sql("SELECT meter_id, import_wh, quality FROM daily_consumption_v1").fetchall() == [
             ("m1", 7, None)
         ]

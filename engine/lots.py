@@ -24,12 +24,14 @@ class Part(NamedTuple):
         name: as state and files name it.
         partition: its number.
         begin: the first offset that came; None where nothing did.
+        records: how many came.
         stocks: its state, by kind.
     """
 
     name: str
     partition: int
     begin: int | None
+    records: int
     stocks: Mapping[str, Stock]
 
 
@@ -60,7 +62,7 @@ def _taken(
     found = {}
     for kind, stock in part.stocks.items():
         is_all = kind not in source.keys or context.close_all or (context.is_anew and kind in source.due)
-        is_small = part.begin is not None and stock.is_small
+        is_small = part.begin is not None and stock.is_small(part.records)
         if is_all or is_small:
             which, rows = stock.is_there, stock.present
         else:
@@ -99,7 +101,9 @@ def looked_at(stocks: Sequence[Stock], arrived: Arrived) -> pl.DataFrame:
     meters = arrived.hashes(("meter_id",))
     return pl.concat(
         [
-            stock.present if stock.is_small else stock.rows.filter(pl.Series(stock.found(meters, None)))
+            stock.present
+            if stock.is_small(len(arrived.rows))
+            else stock.rows.filter(pl.Series(stock.found(meters, None)))
             for stock in stocks
         ]
     )

@@ -8,7 +8,7 @@ that nobody uses again. The driver gets the accounting and these names, and says
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 
@@ -22,7 +22,7 @@ from engine.batch import Arrived, BatchPlan, declared
 from engine.decoding import decoded
 from engine.job import BatchContext, Frames, Source, StreamingJob
 from engine.settings import StreamSettings
-from engine.state import hashes_of
+from engine.state import hashes_of, rows_of
 from engine.watermark import watermarks
 from kafka_io.ranges import KAFKA, Range
 from lake.reading import RegistryFiles, newest_registry, registry_files
@@ -32,7 +32,7 @@ from schemas.tables import DATED_BY
 
 CROSS_PARTITION = "cross_partition"
 """Name of the state that belongs to no partition."""
-RECORDS_OF_A_TASK = 20_000
+ROWS_OF_A_TASK = 20_000
 """Fewer go into one task: a second one costs what a few thousand records cost."""
 METER = ("meter_id",)
 AGES_S = [0.0, *(0.01 * 1.25**step for step in range(73))]  # 10 ms to a day, each a quarter more
@@ -86,11 +86,19 @@ class Done:
 
 @dataclass(frozen=True)
 class Place:
-    """A Kafka partition in a micro-batch, and what came of it; None where nothing did."""
+    """A Kafka partition in a micro-batch.
+
+    Attributes:
+        topic: its topic.
+        partition: its number.
+        came: what came of it; None where nothing did.
+        state_rows: rows of state that rules are handed whatever came.
+    """
 
     topic: str
     partition: int
     came: Range | None = None
+    state_rows: int = 0
 
     @property
     def name(self) -> str:
@@ -101,6 +109,11 @@ class Place:
     def records(self) -> int:
         """How many came."""
         return self.came.records if self.came else 0
+
+    @property
+    def rows(self) -> int:
+        """How many a rule meets, about."""
+        return self.records + self.state_rows
 
 
 def run(session: SparkSession | None, micro_batch: MicroBatch) -> list[Done]:
@@ -148,7 +161,7 @@ def warm_up(session: SparkSession, jobs: Sequence[StreamingJob], settings: Strea
                 stocks = {
                     kind: state.Stock.anew(schema.to_frame(), source.keys.get(kind, ())) for kind, schema in kinds
                 }
-                parts = [lots.Part("", 0, 0, stocks)]
+                parts = [lots.Part("", 0, 0, 0, stocks)]
                 handed = lots.taken(parts, source, arrived, context)
                 beside = {kind: other.state[kind].to_frame() for kind, other in job.beside(source).items()}
                 known = {**lots.together(source, handed), **beside}
@@ -166,7 +179,10 @@ def _places(micro_batch: MicroBatch) -> list[Place]:
             place = Place(topic, int(partition))
             if _is_called(plan, place):
                 places.setdefault((topic, int(partition)), place)
-    return list(places.values())
+    whole = [plan.before for plan in micro_batch.plans if plan.context.close_all or plan.context.is_anew]
+    return [
+        replace(place, state_rows=sum(rows_of(before, place.name) for before in whole)) for place in places.values()
+    ]
 
 
 def _is_called(plan: BatchPlan, place: Place) -> bool:
@@ -178,21 +194,21 @@ def _is_called(plan: BatchPlan, place: Place) -> bool:
 
 
 def _shares(places: list[Place], most: int) -> list[list[Place]]:
-    """The partitions of each task: few records in one, many in as many as there are cores, equal in records.
+    """The partitions of each task: few rows in one, many in as many as there are cores, equal in rows.
 
     Partitions of one number, of whichever topics, have the same meters and stay together.
     """
     numbered: dict[int, list[Place]] = {}
     for place in places:
         numbered.setdefault(place.partition, []).append(place)
-    records = {number: sum(place.records for place in those) for number, those in numbered.items()}
-    tasks = max(1, min(most, len(numbered), sum(records.values()) // RECORDS_OF_A_TASK))
+    rows = {number: sum(place.rows for place in those) for number, those in numbered.items()}
+    tasks = max(1, min(most, len(numbered), sum(rows.values()) // ROWS_OF_A_TASK))
     shares: list[list[Place]] = [[] for _ in range(tasks)]
     sizes = [0] * tasks
-    for number in sorted(numbered, key=lambda number: (-records[number], number)):
+    for number in sorted(numbered, key=lambda number: (-rows[number], number)):
         smallest = sizes.index(min(sizes))
         shares[smallest] += numbered[number]
-        sizes[smallest] += records[number] + 1
+        sizes[smallest] += rows[number] + 1
     return shares
 
 
@@ -226,7 +242,7 @@ def _task(micro_batch: MicroBatch, number: int, places: list[Place]) -> list[Don
 
 
 def _lots(micro_batch: MicroBatch, places: list[Place]) -> list[list[Place]]:
-    """The partitions that are done at once: all of a topic where they are few records, else each by itself.
+    """The partitions that are done at once: all of a topic where they are few rows, else each by itself.
 
     Topics whose state a rule looks at that reads another one come first.
     """
@@ -236,7 +252,7 @@ def _lots(micro_batch: MicroBatch, places: list[Place]) -> list[list[Place]]:
     for topic in sorted(dict.fromkeys(place.topic for place in places), key=lambda topic: topic not in first):
         of_topic = sorted((place for place in places if place.topic == topic), key=lambda place: place.partition)
         sources = [source for plan in micro_batch.plans for source in plan.job.sources if source.topic.name == topic]
-        is_small = sum(place.records for place in of_topic) <= RECORDS_OF_A_TASK
+        is_small = sum(place.rows for place in of_topic) <= ROWS_OF_A_TASK
         at_once = is_small and all(source.is_by_meter for source in sources)
         lots += [of_topic] if at_once else [[place] for place in of_topic]
     return lots
@@ -259,6 +275,7 @@ def _applied(
             place.name,
             place.partition,
             place.came.start_offset if place.came else None,
+            place.records,
             state.stocks(plan.states, plan.before, place.name, source.kept, source.keys),
         )
         for place in places

@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -26,10 +26,14 @@ from schemas.errors import StateLost
 
 SMALL_ROWS = 2_000
 """So few rows are written as a whole: it costs no more than their changes."""
+FEW_ROWS = 2
+"""Times the records that came: no more rows are handed, and written, as a whole (docs/bench.md, sparse)."""
 LONGEST_CHAIN = 16
 MOST_ROWS = 3
 """Times the rows that are there, a chain's files may have before they are written anew: what a row costs to change,
 against what it costs to read them."""
+COMPRESSED = pa.ipc.IpcWriteOptions(compression="lz4")
+"""A quarter of the bytes, in less time than it takes to write the rest."""
 GONE, ROWS = "gone", "rows"
 """In a state file, a zip that compresses nothing, each chain has two members: the places of the rows before it that are
 gone, as 32-bit numbers, which is not there where the chain begins; and the new rows, an Arrow file."""
@@ -63,48 +67,66 @@ Change = tuple[str, str, Kept]
 """Partition, kind, and where it lies now."""
 
 
+@dataclass
+class Keys:
+    """Keys of a chain's rows, each as a number; worked out when somebody looks for one, and then carried on."""
+
+    rows: pl.DataFrame
+    by: Sequence[str]
+
+    @cached_property
+    def hashes(self) -> pl.Series:
+        """Of each row."""
+        return hashes_of(self.rows, self.by)
+
+    def grown(self, rows: pl.DataFrame, new: pl.DataFrame) -> "Keys":
+        """Of these rows, of which the last are new."""
+        after = Keys(rows, self.by)
+        if "hashes" in self.__dict__:
+            after.hashes = pl.concat([self.hashes, hashes_of(new, self.by)], rechunk=False)
+        return after
+
+
 @dataclass(frozen=True)
 class Stock:
     """Rows of one kind of state of a partition.
 
     Attributes:
         rows: of the whole chain, also those that are gone.
-        hashes: of each one's key; None where rows are not found by a key.
+        keys: of them.
         is_there: which of them are.
         files: names of the chain's files.
     """
 
     rows: pl.DataFrame
-    hashes: pl.Series | None
+    keys: Keys
     is_there: NDArray[np.bool_]
     files: tuple[str, ...] = ()
 
     @classmethod
-    def anew(cls, rows: pl.DataFrame, by: Iterable[str]) -> "Stock":
+    def anew(cls, rows: pl.DataFrame, by: Sequence[str]) -> "Stock":
         """A chain that begins with these rows, found by these columns."""
-        return cls(rows, hashes_of(rows, by) if by else None, np.ones(len(rows), np.bool_))
+        return cls(rows, Keys(rows, by), np.ones(len(rows), np.bool_))
 
-    def grown(self, gone: NDArray[np.uint32], new: pl.DataFrame, by: Iterable[str]) -> "Stock":
+    def grown(self, gone: NDArray[np.uint32], new: pl.DataFrame) -> "Stock":
         """Without the rows at these places of the chain, and with new ones."""
         is_there = np.concatenate([self.is_there, np.ones(len(new), np.bool_)])
         is_there[gone] = False
-        hashes = None if self.hashes is None else pl.concat([self.hashes, hashes_of(new, by)], rechunk=False)
-        return Stock(self.rows.vstack(new), hashes, is_there, self.files)
+        rows = self.rows.vstack(new)
+        return Stock(rows, self.keys.grown(rows, new), is_there, self.files)
 
     @property
     def present(self) -> pl.DataFrame:
         """All rows that are there."""
         return self.rows if self.is_there.all() else self.rows.filter(pl.Series(self.is_there))
 
-    @property
-    def is_small(self) -> bool:
-        """Whether to look for some of its rows costs more than to hand, and write, all of them."""
-        return len(self.rows) <= SMALL_ROWS
+    def is_small(self, records: int) -> bool:
+        """Whether to look for the rows of so many records costs more than to hand, and write, all of them."""
+        return len(self.rows) <= max(SMALL_ROWS, FEW_ROWS * records)
 
     def found(self, hashes: pl.Series, due: pl.Expr | None) -> NDArray[np.bool_]:
         """Which rows are there and have one of these keys, or are due."""
-        assert self.hashes is not None
-        found = self.hashes.is_in(hashes.implode())
+        found = self.keys.hashes.is_in(hashes.implode())
         if due is not None:
             found |= self.rows.select(due.fill_null(False)).to_series()
         return found.to_numpy() & self.is_there
@@ -170,7 +192,7 @@ def stock(folder: str, manifest: Manifest, partition: str, kind: str, schema: pl
     for name in files[len(found.files) :]:
         try:
             gone, new = _entry(f"{folder}/{name}", partition, kind)
-            after = Stock.anew(new, by) if gone is None else found.grown(gone, new, by)
+            after = Stock.anew(new, by) if gone is None else found.grown(gone, new)
         except UNREADABLE as error:
             raise _lost(folder, name, str(error)) from error
         found = replace(after, files=(*found.files, name))
@@ -225,7 +247,7 @@ def changes(
         is_same = len(rows) == taken if given is rows else not taken and given.is_empty()
         if not is_same:
             gone, new = _replaced(stock, which, given, by)
-            grown = Stock.anew(new, by) if gone is None else stock.grown(gone, new, by)
+            grown = Stock.anew(new, by) if gone is None else stock.grown(gone, new)
             found.append(Changed(partition, kind, gone, new, grown))
     return found
 
@@ -234,13 +256,13 @@ def _replaced(
     before: Stock, taken: NDArray[np.bool_], given: pl.DataFrame, by: Sequence[str]
 ) -> tuple[NDArray[np.uint32] | None, pl.DataFrame]:
     """What a file says of a chain in which rows were replaced: what is gone, and the new rows."""
-    present = int(before.is_there.sum()) - int(taken.sum()) + len(given)
-    is_long = len(before.files) >= LONGEST_CHAIN or len(before.rows) + len(given) > MOST_ROWS * present
-    if by and before.files and not is_long and present > SMALL_ROWS:
-        return np.flatnonzero(taken).astype(np.uint32), given.rechunk()
     rest = before.is_there & ~taken
     if not rest.any():
         return None, given.rechunk()
+    present = int(rest.sum()) + len(given)
+    is_long = len(before.files) >= LONGEST_CHAIN or len(before.rows) + len(given) > MOST_ROWS * present
+    if by and before.files and not is_long and present > SMALL_ROWS:
+        return np.flatnonzero(taken).astype(np.uint32), given.rechunk()
     return None, pl.concat([before.rows.filter(pl.Series(rest)), given], rechunk=True)
 
 
@@ -266,11 +288,12 @@ def write(folder: str, batch: int, changed: Sequence[Changed]) -> list[Change]:
             with members.open(f"{place}/{ROWS}", "w", force_zip64=True) as member:
                 out = io.BufferedWriter(member)
                 rows = change.new.to_arrow(compat_level=pl.CompatLevel.newest())
-                with pa.ipc.new_file(out, rows.schema) as file:  # a third of what Polars takes for a small one
+                how = COMPRESSED if len(rows) > SMALL_ROWS else None
+                with pa.ipc.new_file(out, rows.schema, options=how) as file:  # a third of what Polars takes
                     file.write_table(rows)
                 out.flush()
             written.append((change.partition, change.kind, Kept(after.files, int(after.is_there.sum()))))
-    store().put(f"{folder}/{name}", content.getvalue())
+    store().put(f"{folder}/{name}", content.getbuffer())
     return written
 
 
@@ -282,9 +305,10 @@ def merged(before: Manifest, changes: Iterable[Change]) -> dict[str, dict[str, K
     return after
 
 
-def rows_of(manifest: Manifest) -> int:
-    """All rows that are there."""
-    return sum(rows for kinds in manifest.values() for _, rows in kinds.values())
+def rows_of(manifest: Manifest, partition: str | None = None) -> int:
+    """All rows that are there, or those of a partition."""
+    those = manifest.values() if partition is None else [manifest.get(partition, {})]
+    return sum(rows for kinds in those for _, rows in kinds.values())
 
 
 def names(*manifests: Manifest) -> set[str]:

@@ -52,7 +52,7 @@ class Store:
         """An object or folder as other libraries take it: a path where the store is a local folder, else a URL."""
         return f"{self.url}/{path}".removeprefix("file://")
 
-    def put(self, path: str, content: bytes) -> None:
+    def put(self, path: str, content: bytes | memoryview) -> None:
         """Writes an object; one of that name is replaced, in one step.
 
         Raises:

@@ -87,9 +87,10 @@ class Settling:
             source = self.job.source(topic)
             is_here = (pc.field("topic") == topic) & pc.field("partition").isin(partitions)
             arrived = Arrived(decoded(records.filter(is_here), source.topic))
-            begin = dict(arrived.rows.group_by("partition").agg(pl.col("offset").min()).iter_rows())
+            came = arrived.rows.group_by("partition").agg(begin=pl.col("offset").min(), records=pl.len())
+            begins = {number: (begin, records) for number, begin, records in came.iter_rows()}
             parts = [
-                Part(f"{topic}-{number}", number, begin.get(number), self.stocks[topic, number])
+                Part(f"{topic}-{number}", number, *begins.get(number, (None, 0)), self.stocks[topic, number])
                 for number in partitions
             ]
             asked = replace(context, close_all=close_all or self.is_handed_all)

@@ -260,14 +260,18 @@ def windows(samples: pl.DataFrame) -> pl.DataFrame:
             for name, statistic in STATISTICS.items()
         },
     )
-    wide = _with_means_over_time(wide, ordered)
+    wide = _with_means_over_time(wide, ordered).sort("meter_id", "window_start")
+    wide = wide.with_columns(place=pl.col("meter_id").rle_id() * len(PHASES))
     keys = ["meter_id", "window_start", "nominal_mv", "jurisdiction", "run_id"]
     totals = pl.concat(
         [
-            wide.select(*keys, phase=pl.lit(phase), **{name: f"{name}_{phase}" for name in STATISTICS})
-            for phase in PHASES
+            wide.select(
+                *keys, pl.col("place") + number, phase=pl.lit(phase), **{name: f"{name}_{phase}" for name in STATISTICS}
+            )
+            for number, phase in enumerate(PHASES)
         ]
-    ).filter(pl.col("sample_count") > 0)
+    )
+    totals = totals.filter(pl.col("sample_count") > 0).sort("place", maintain_order=True)  # by texts it takes twice
     deviation = (pl.col("exact_mv") - pl.col("nominal_mv")) / pl.col("nominal_mv") * 100
     return (
         with_rules(totals)
@@ -279,7 +283,6 @@ def windows(samples: pl.DataFrame) -> pl.DataFrame:
         .with_columns(band=_band())
         .select(WINDOWS.keys())
         .cast(WINDOWS)
-        .sort("meter_id", "phase", "window_start")
     )
 
 

@@ -32,3 +32,10 @@ USER meterstream
 WORKDIR /data
 ENTRYPOINT ["python", "-m"]
 CMD ["stack", "--help"]
+
+# The same with an S3 server in it: docker-compose.yml names the stage that it wants, and none after it is built.
+FROM packages AS s3-server
+RUN python3 tools/setup.py s3
+
+FROM meterstream AS s3
+COPY --from=s3-server /opt/meterstream/.venv/bin/versitygw /opt/meterstream/.venv/bin/

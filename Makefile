@@ -11,17 +11,17 @@ export SQL
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
-setup:  ## Install what is needed into .venv (again in no time)
+setup:  ## Install what is needed into .venv (again in no time); STORE=s3: an S3 server, too
 	@command -v python3 >/dev/null || { echo "python3 is missing: install Python 3.11 or newer" >&2; exit 1; }
-	@python3 tools/setup.py
+	@python3 tools/setup.py $(or $(WITH),$(filter s3,$(STORE)))
 
 # In containers where a Docker engine answers, else natively: MODE=docker|native decides. CLUSTER=1: Spark standalone.
-# CRITICAL=1: critical events too.
-export MODE CLUSTER CRITICAL FLUSH
+# CRITICAL=1: critical events too. STORE: where lake, state and reports lie: s3 (a server of the stack's own), a URL, home.
+export MODE CLUSTER CRITICAL FLUSH STORE
 # Lines are seen when they are written, in a pipe too.
 export PYTHONUNBUFFERED := 1
 
-up: setup  ## Start the stack: MQTT broker, Kafka, bridge, streaming jobs; MODE=docker|native, CLUSTER=1, CRITICAL=1
+up: setup  ## Start the stack: MQTT broker, Kafka, bridge, streaming jobs; MODE=docker|native, CLUSTER=1, CRITICAL=1, STORE=s3
 	@$(PYTHON) -m stack up
 
 down: setup  ## Stop the stack; its data stay. FLUSH=1: first take all, close open windows
@@ -36,7 +36,8 @@ logs: setup  ## Follow the logs of the stack
 demo: setup  ## The whole chain, once, checked: METERS=1000 SPEED=720, or LOG=file FORMAT=dsmr|p1mon|sparkfun
 	@$(PYTHON) -m stack.demo $(if $(LOG),--log "$(LOG)" $(if $(FORMAT),--format "$(FORMAT)")) \
 	  $(if $(METERS),--meters "$(METERS)") $(if $(SPEED),--speed "$(SPEED)") \
-	  $(if $(MODE),--mode "$(MODE)") $(if $(filter-out 0 false,$(CLUSTER)),--cluster)
+	  $(if $(MODE),--mode "$(MODE)") $(if $(filter-out 0 false,$(CLUSTER)),--cluster) \
+	  $(if $(STORE),--store "$(STORE)")
 
 nightly: setup  ## The night's reports of a day: DATE=2026-01-31
 	@$(if $(DATE),,echo "Which day? make nightly DATE=2026-01-31" >&2; exit 2)
@@ -72,9 +73,11 @@ bench-soak: setup  ## Two hours of readings at half of what the jobs can take: d
 PYTEST = mkdir -p data/tmp && TMPDIR="$(CURDIR)/data/tmp" \
   $(if $(METER_LOGS),METER_LOGS="$(abspath $(METER_LOGS))") $(PYTHON) -m pytest -n 2 --no-loadscope-reorder
 
+test: WITH := s3
 test: setup  ## All tests that take seconds; METER_LOGS= names a folder of real logs
 	@$(PYTEST) $(ARGS)
 
+test-long: WITH := s3
 test-long: setup  ## Those that take minutes by their nature: kills, an hour of faults, starved processes
 	@$(PYTEST) -m long $(ARGS)
 

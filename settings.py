@@ -19,9 +19,19 @@ def home() -> Path:
     return Path(os.environ.get("METERSTREAM_HOME") or Path(__file__).parent / "data").resolve()
 
 
+OWN_STORE = "s3://meterstream-local"
+"""The bucket of the S3 server that a stack runs of its own, where it is asked to."""
+
+
 def store_url() -> str:
-    """URL of what has lake, state and reports: `METERSTREAM_STORE`, else the home."""
-    return os.environ.get(f"{PREFIX}STORE") or f"file://{home()}"
+    """URL of what has lake, state and reports: `METERSTREAM_STORE`, else that of the stack, else the home."""
+    folder = home()
+    return os.environ.get(f"{PREFIX}STORE") or started_with(folder).get("store") or f"file://{folder}"
+
+
+def own_credentials(folder: Path) -> Path:
+    """Where a home keeps the keys of its own S3 server: a file as AWS's tools read it."""
+    return folder / "s3" / "credentials"
 
 
 def started_file(folder: Path) -> Path:

@@ -85,8 +85,10 @@ def kept_up(files: int, every_s: float) -> Iterator[None]:
 
     def work() -> None:
         keeping = Upkeep(files)
+        metrics.upkeep(0, 0)
         while not is_over.wait(every_s):
-            keeping.once(is_over.is_set)
+            done = keeping.once(is_over.is_set)
+            metrics.upkeep(done.compacted, done.left)
 
     keeper = threading.Thread(target=work, name="upkeep", daemon=True)
     keeper.start()

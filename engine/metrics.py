@@ -42,6 +42,11 @@ LATENCY = Gauge(
     ["job", "quantile"],
     registry=REGISTRY,
 )
+UPKEEP = Gauge(
+    "meterstream_upkeep_ended_timestamp_seconds", "When upkeep last got through all tables.", registry=REGISTRY
+)
+UPKEEP_LEFT = Gauge("meterstream_upkeep_left_tables", "Tables that it could not look after then.", registry=REGISTRY)
+COMPACTED = Counter("meterstream_compacted_files", "Small files that became large ones.", registry=REGISTRY)
 RECORDS = Counter(
     "meterstream_records", "Records by their bucket of the accounting.", ["job", "bucket"], registry=REGISTRY
 )
@@ -70,6 +75,13 @@ def batch(job: str, seconds: float, buckets: Mapping[str, int], watermark: datet
             gauge.labels(job).set(watermark.timestamp())
     for bucket in Bucket:
         RECORDS.labels(job, bucket.value).inc(buckets.get(bucket.value, 0))
+
+
+def upkeep(compacted: int, left: int) -> None:
+    """Tells of a look at all tables: how many files were compacted, how many tables could not be looked after."""
+    UPKEEP.set_to_current_time()
+    UPKEEP_LEFT.set(left)
+    COMPACTED.inc(compacted)
 
 
 class Latency:

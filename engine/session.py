@@ -7,6 +7,8 @@ import threading
 
 from pyspark.sql import SparkSession
 
+from lake.spark import hadoop_options
+from lake.store import store
 from settings import home
 
 
@@ -31,10 +33,11 @@ def spark_session(name: str, java_options: str = "", **options: str) -> SparkSes
         "spark.sql.streaming.numRecentProgressUpdates": "50",
         "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
         "spark.sql.warehouse.dir": str(home() / "tmp" / "warehouse"),
-        "spark.executor.extraJavaOptions": f"-Djava.io.tmpdir={home() / 'tmp'} -XX:-UsePerfData {java_options}",
+        "spark.executor.extraJavaOptions": f"-Djava.io.tmpdir=. -XX:-UsePerfData {java_options}",  # of the executor
         "spark.scheduler.mode": "FAIR",
         "spark.ui.enabled": "false",
     }
+    defaults |= hadoop_options(store().url)
     if java_options:  # else what spark-defaults.conf says stays
         defaults["spark.driver.extraJavaOptions"] = java_options
     for option, value in (defaults | {k.replace("_", "."): v for k, v in options.items()}).items():

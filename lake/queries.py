@@ -7,8 +7,9 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from lake.reading import Lake, newest_registry
+from lake.reading import Lake, newest_registry, over
 from lake.reports import files_of, reports
+from lake.store import store
 from lake.tables import columns_of, partition_column
 from schemas.closed_lists import ACCEPTED_DELTAS, DeltaReason
 from schemas.tables import REPORTS, TABLES
@@ -58,11 +59,7 @@ def connected(lake: Lake) -> duckdb.DuckDBPyConnection:
     connection.execute("SET TimeZone = 'UTC'")
     connection.execute(f"SET temp_directory = '{home() / 'tmp' / 'duckdb'}'")
     for table in TABLES:
-        files = lake.files(table)
-        if files and not lake.is_local:
-            connection.register(table, lake.arrow(table))
-        else:
-            _add_view(connection, table, columns_of(table), files, partition_column(table))
+        _add_view(connection, table, columns_of(table), lake.files(table), partition_column(table))
     for report in sorted({*REPORTS, *reports()}):
         columns = pa.schema([*REPORTS.get(report, []), pa.field("date", pa.date32())])
         if _add_view(connection, report, columns, files_of(report), "date"):
@@ -73,7 +70,10 @@ def connected(lake: Lake) -> duckdb.DuckDBPyConnection:
 
 def _add_view(lake: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema, files: Sequence[str], column: str) -> bool:
     """A view of what these files have; its declared columns are there without any file, too."""
-    parts = [rows_of(files, column)] if files else []
+    parts = [rows_of(files, column)] if files and store().is_local else []
+    if files and not parts:  # DuckDB reads no store by itself without an extension of its own host
+        lake.register(f"files of {name}", over(files, column))
+        parts = [f'FROM "files of {name}"']
     if schema.names:
         lake.register(f"declared {name}", schema.empty_table())
         parts.insert(0, f'FROM "declared {name}"')

@@ -15,9 +15,11 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
+from deltalake.fs import DeltaStorageHandler
+from pyarrow.fs import PyFileSystem
 
 from lake.store import Store, store
-from lake.tables import NO_DATE, REOPENED_S, columns_of, folder_of, partition_column
+from lake.tables import DATE, NO_DATE, REOPENED_S, columns_of, folder_of, partition_column
 from metering.registry import is_among, newest, usable
 from schemas.errors import ConfigError, RetryLater
 from schemas.tables import REGISTRY, TABLES, polars_schema
@@ -140,11 +142,6 @@ class Lake:
 
         return read_table(session, self, table, dates)
 
-    @property
-    def is_local(self) -> bool:
-        """Whether its files are on this machine's file system."""
-        return self._store.is_local
-
 
 UNREADABLE = (pl.exceptions.PolarsError, OSError)
 RegistryFiles = tuple[str, ...]
@@ -218,6 +215,22 @@ def all_registered(meter_ids: pl.Series) -> pl.DataFrame:
 def registered(meter_ids: pl.Series) -> pl.DataFrame:
     """The newest row of each of these meters as it was registered."""
     return newest(all_registered(meter_ids))
+
+
+def over(files: Sequence[str], partition: str) -> ds.Dataset:
+    """Files on a store that is not local as one Arrow dataset; a column that some were written before is null there.
+
+    Args:
+        files: URLs.
+        partition: the column that is in the path.
+    """
+    place = store()
+    system = PyFileSystem(DeltaStorageHandler(place.url))
+    kind = pa.date32() if partition == DATE else pa.int64()
+    options = ds.FileSystemFactoryOptions(partitioning=ds.partitioning(pa.schema({partition: kind}), flavor="hive"))
+    paths = [file.removeprefix(f"{place.url}/") for file in files]
+    factory = ds.FileSystemDatasetFactory(system, paths, ds.ParquetFileFormat(), options)
+    return factory.finish(factory.inspect(promote_options="permissive", fragments=None))
 
 
 def _scanned(files: Sequence[str], columns: pa.Schema, partition: str | None = None) -> pl.LazyFrame:

@@ -70,7 +70,7 @@ def publish_report(rows: DataFrame, report: str, date: str, meters: int) -> int:
         with used(url):
             for number in table[shard].unique().to_pylist():
                 those = table.filter(pc.equal(table[shard], number)).drop_columns([shard])
-                _put(those, f"{folder}/{number:04d}-of-{shards:04d}.parquet")
+                put_shard(those, report, date, number, shards)
                 yield pa.RecordBatch.from_pydict({"shard": [number], "rows": [len(those)]})
 
     sharded = rows.withColumn(shard, F.crc32(F.coalesce(key, F.lit("")).cast("binary")) % shards)
@@ -78,11 +78,16 @@ def publish_report(rows: DataFrame, report: str, date: str, meters: int) -> int:
     written = {row["shard"]: row["rows"] for row in placed.mapInArrow(put, "shard long, rows long").collect()}
     empty = to_arrow_schema(rows.schema, timezone="UTC").empty_table()
     for number in set(range(shards)) - set(written):
-        _put(empty, f"{folder}/{number:04d}-of-{shards:04d}.parquet")
+        put_shard(empty, report, date, number, shards)
     return sum(written.values())
 
 
-def _put(rows: pa.Table, path: str) -> None:
+def put_shard(rows: pa.Table, report: str, date: str, shard: int, shards: int) -> None:
+    """Replaces one of the files of a report's date.
+
+    Raises:
+        RetryLater: the store does not take it.
+    """
     content = io.BytesIO()
     pq.write_table(rows, content, compression=COMPRESSION)
-    store().put(path, content.getvalue())
+    store().put(f"{folder_of(report, date)}/{shard:04d}-of-{shards:04d}.parquet", content.getvalue())

@@ -10,8 +10,12 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 
 from lake.reading import Lake
+from lake.store import aws_variables
 from metering.registry import MOST
 from schemas.tables import TABLES
+
+CHECKPOINTS_ON_S3 = "org.apache.spark.internal.io.cloud.AbortableStreamBasedCheckpointFileManager"
+"""Spark's own checkpoints by uploads that are finished or dropped: there is no rename."""
 
 
 def uri(path: str) -> str:
@@ -20,6 +24,24 @@ def uri(path: str) -> str:
     if not separator:
         return f"file://{path}"
     return f"{'s3a' if scheme == 's3' else scheme}://{rest}"
+
+
+def hadoop_options(url: str) -> dict[str, str]:
+    """What Spark needs to read and write a store: options of the session, by AWS's variables for S3."""
+    if not url.startswith("s3://"):
+        return {}
+    variables = aws_variables(url)
+    found = {"fs.s3a.endpoint.region": variables["AWS_REGION"]}
+    found |= {"fs.s3a.input.stream.type": "classic", "fs.s3a.audit.enabled": "false"}  # else a library more
+    if endpoint := variables.get("AWS_ENDPOINT_URL"):
+        found |= {"fs.s3a.endpoint": endpoint, "fs.s3a.path.style.access": "true"}
+        found["fs.s3a.connection.ssl.enabled"] = str(not endpoint.startswith("http://")).lower()
+    return {f"spark.hadoop.{name}": value for name, value in found.items()}
+
+
+def checkpoint_options(url: str) -> dict[str, str]:
+    """What Spark needs to keep a checkpoint of its own on a store, besides `hadoop_options`."""
+    return {"spark.sql.streaming.checkpointFileManagerClass": CHECKPOINTS_ON_S3} if url.startswith("s3://") else {}
 
 
 def spark_schema(schema: pa.Schema) -> StructType:

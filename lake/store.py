@@ -5,6 +5,8 @@ several that try it at once one succeeds. Nothing is renamed, linked or locked, 
 are the same to all that is built on it.
 """
 
+import configparser
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,9 +18,15 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import from_url
 
 from schemas.errors import ConfigError, RetryLater
-from settings import store_url
+from settings import OWN_STORE, home, own_credentials, store_url
 
 SCHEMES = ("file", "s3", "gs", "az")
+DEFAULT_REGION = "us-east-1"
+AWS_FILES = (("AWS_CONFIG_FILE", "config"), ("AWS_SHARED_CREDENTIALS_FILE", "credentials"))
+"""Variables that name AWS's files, and what they are called in `~/.aws`; the later one wins."""
+AWS_KEYS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+AWS_NAMES = {**{name: name.upper() for name in AWS_KEYS}, "region": "AWS_REGION", "endpoint_url": "AWS_ENDPOINT_URL"}
+"""What a profile says, and the variable that says the same."""
 
 
 class Store:
@@ -40,6 +48,11 @@ class Store:
             msg = f"METERSTREAM_STORE is {url}, expected {', '.join(f'{each}://…' for each in SCHEMES)}"
             raise ConfigError(msg)
         self.is_local = scheme == "file"
+        if scheme == "s3":
+            variables = aws_variables(self.url)
+            for name in set(AWS_NAMES.values()) - set(variables):
+                os.environ.pop(name, None)  # empty, or of another account
+            os.environ.update(variables)
         try:
             if self.is_local:
                 Path(rest).mkdir(parents=True, exist_ok=True)
@@ -152,8 +165,36 @@ class Store:
         return RetryLater(f"the store {self.url} did not take or give {path}: {why}")
 
 
+def aws_variables(url: str) -> dict[str, str]:
+    """What AWS's variables have to say of a store: of the libraries that open it not all read AWS's files.
+
+    What a variable says already stays; keys are then not looked for. What the profile `AWS_PROFILE` says is taken else;
+    of the S3 server of a stack's own, what the home has kept.
+
+    Args:
+        url: of the store.
+    """
+    own = own_credentials(home())
+    is_own = url == OWN_STORE and own.exists()
+    files = [own] if is_own else [os.environ.get(name) or Path.home() / ".aws" / file for name, file in AWS_FILES]
+    profile = "default" if is_own else (os.environ.get("AWS_PROFILE") or "default")
+    sections = configparser.RawConfigParser()
+    sections.read(files)
+    said: dict[str, str] = {}
+    for section in (f"profile {profile}", profile):
+        said |= dict(sections[section]) if sections.has_section(section) else {}
+    given = {} if is_own else {name: os.environ[name] for name in AWS_NAMES.values() if os.environ.get(name)}
+    if "AWS_ACCESS_KEY_ID" in given:
+        said = {name: value for name, value in said.items() if name not in AWS_KEYS}
+    found = {AWS_NAMES[name]: value for name, value in said.items() if name in AWS_NAMES} | given
+    found.setdefault("AWS_REGION", os.environ.get("AWS_DEFAULT_REGION") or DEFAULT_REGION)
+    if found.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+        found["AWS_ALLOW_HTTP"] = "true"
+    return found
+
+
 @lru_cache(maxsize=8)
-def _opened(url: str) -> Store:
+def _opened(url: str, _: Path | None) -> Store:
     return Store(url)
 
 
@@ -166,7 +207,8 @@ def store() -> Store:
     Raises:
         ConfigError: see `Store`.
     """
-    return _opened(_used.get() or store_url())
+    url = _used.get() or store_url()
+    return _opened(url, home() if url == OWN_STORE else None)  # a server of each home's own
 
 
 @contextmanager

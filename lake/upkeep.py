@@ -9,6 +9,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
 from deltalake import DeltaTable
@@ -34,6 +35,19 @@ ORPHANS_S = 24 * 3600.0
 log = structlog.get_logger()
 
 
+@dataclass
+class Round:
+    """What a look at all tables has come to.
+
+    Attributes:
+        compacted: small files that became large ones.
+        left: tables that could not be looked after.
+    """
+
+    compacted: int = 0
+    left: int = 0
+
+
 class Upkeep:
     """Keeps tables small to open and fast to read.
 
@@ -47,24 +61,28 @@ class Upkeep:
         self._vacuumed: dict[str, float] = {}
         self._swept: dict[str, float] = {}
 
-    def once(self, is_over: Callable[[], bool] = lambda: False) -> None:
+    def once(self, is_over: Callable[[], bool] = lambda: False) -> Round:
         """Does what is due; what cannot be done is logged and tried again the next time.
 
         Args:
             is_over: asked between two tables: whether to end early.
         """
+        done = Round()
         for table in TABLES:
             if is_over():
-                return
+                break
             try:
-                self._look(table)
+                done.compacted += self._look(table)
             except TableNotFoundError:
                 continue
             except (DeltaError, OSError, RetryLater) as error:
                 self._known.pop(table, None)
+                done.left += 1
                 log.warning("upkeep of a table is left for the next time", table=table, error=str(error)[:500])
 
-    def _look(self, table: str) -> None:
+        return done
+
+    def _look(self, table: str) -> int:
         """Opens a table anew now and then, reads on where it was opened before, and does nothing where nothing came."""
         now = time.monotonic()
         opened_at, seen, handle = self._known.get(table, (-REOPENED_S, -1, None))
@@ -72,15 +90,15 @@ class Upkeep:
             opened_at, handle = now, DeltaTable(store().uri(folder_of(table)))
         else:
             handle.update_incremental()
-        if handle.version() != seen:
-            self._keep(table, handle)
+        compacted = self._keep(table, handle) if handle.version() != seen else 0
         self._known[table] = opened_at, handle.version(), handle
+        return compacted
 
-    def _keep(self, table: str, handle: DeltaTable) -> None:
+    def _keep(self, table: str, handle: DeltaTable) -> int:
         if handle.version() - _checkpointed(table) >= CHECKPOINT_COMMITS:
             handle.create_checkpoint()
             handle.cleanup_metadata()
-        self._compact(table, handle)
+        compacted = self._compact(table, handle)
         now = time.monotonic()
         if now - self._vacuumed.get(table, -VACUUM_S) >= VACUUM_S:
             handle.vacuum(RETENTION_HOURS, dry_run=False, enforce_retention_duration=False)
@@ -88,10 +106,11 @@ class Upkeep:
         if now - self._swept.get(table, -ORPHANS_S) >= ORPHANS_S:
             handle.vacuum(ORPHANS_HOURS, dry_run=False, enforce_retention_duration=False, full=True)
             self._swept[table] = now
+        return compacted
 
-    def _compact(self, table: str, handle: DeltaTable) -> None:
-        """Makes small files of a day into larger ones, where there are too many."""
-        small, middle = Counter[str](), Counter[str]()
+    def _compact(self, table: str, handle: DeltaTable) -> int:
+        """Makes small files of a day into larger ones, where there are too many. Returns how many."""
+        compacted, small, middle = 0, Counter[str](), Counter[str]()
         column = partition_column(table)
         actions = handle.get_add_actions(flatten=True)
         for size, value in zip(
@@ -109,10 +128,12 @@ class Upkeep:
             )
             if not done["numFilesRemoved"]:
                 continue  # none of them fit together
+            compacted += done["numFilesRemoved"]
             log.info(
                 "compacted", table=table, day=value, files=done["numFilesRemoved"], left=done["numFilesAdded"],
                 seconds=round(time.monotonic() - began, 2),
             )  # fmt: skip
+        return compacted
 
 
 def _checkpointed(table: str) -> int:

@@ -19,17 +19,16 @@ from typing import Annotated, NoReturn
 import typer
 from confluent_kafka import KafkaException
 from rich.console import Console
-from rich.table import Table
 
 from kafka_io.topics import create_topics
 from schemas.errors import ConfigError, RetryLater, exits
-from settings import Settings, contradictions, damage, load, started_with
+from settings import OWN_STORE, Settings, contradictions, damage, load, started_with
 from stack import following, registry, tables
 from stack.backlog import waiting_in_broker
 from stack.containers import ContainerStack, engine
-from stack.jobs import jobs, jobs_table, metrics_text
+from stack.jobs import LEGEND, jobs, jobs_table, metrics_text, processes_table, upkeep_warning
 from stack.native import NativeStack
-from stack.parts import ALWAYS, NATS, PARTS, STREAMING, SUPERVISOR, PartState
+from stack.parts import ALWAYS, NATS, PARTS, STREAMING, SUPERVISOR
 from stack.settings import StackSettings
 from stack.supervisor import supervise as restart_dead_parts
 
@@ -46,12 +45,16 @@ console, problems = Console(highlight=False), Console(highlight=False, stderr=Tr
 Names = Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join(ALWAYS)}. All without.")]
 Mode = Annotated[str, typer.Option(envvar="MODE", help="docker, native, or auto: Docker where an engine answers.")]
 Cluster = Annotated[bool, typer.Option(envvar="CLUSTER", help="The jobs on a Spark master and two workers.")]
+Store = Annotated[
+    str | None,
+    typer.Option(
+        envvar="STORE",
+        help="Where lake, state and reports lie: s3 (an S3 server of the stack's own), the URL of a store, or home. "
+        "Without: where they were.",
+    ),
+]
 Critical = Annotated[bool, typer.Option(envvar="CRITICAL", help="Critical events too, published within milliseconds.")]
 FOLLOW_EVERY_S = 0.3
-LEGEND = """lag: records in Kafka that are not taken · took: seconds of the last batch, ended: how long ago
-p50, p99: seconds from Kafka to the tables, of the last five minutes' records
-state: rows kept · late, bad: records kept apart since the start · watermark: windows up to then are closed"""
-COLOURS = {"running": "green", "starting": "yellow", "died": "red", "stopped": "dim"}
 
 
 def _ended(number: int, _: FrameType | None) -> NoReturn:
@@ -67,7 +70,11 @@ def _guarded(work: Callable[[], None]) -> None:
 
 
 def _stack(
-    mode: str = "auto", cluster: bool = False, critical: bool = False, is_asked: bool = False
+    mode: str = "auto",
+    cluster: bool = False,
+    critical: bool = False,
+    is_asked: bool = False,
+    store: str | None = None,
 ) -> NativeStack | ContainerStack:
     """The stack of the home, as it was started, where it runs.
 
@@ -76,6 +83,7 @@ def _stack(
         cluster: asked for.
         critical: asked for.
         is_asked: contradicting settings are an error; else they are said, and those of the running stack are taken.
+        store: s3, home or a URL; None: as it was.
 
     Raises:
         ConfigError: no such mode; or the environment says otherwise than what runs.
@@ -83,7 +91,7 @@ def _stack(
     if mode not in ("auto", "docker", "native"):
         msg = f"MODE is auto, docker or native, not {mode}"
         raise ConfigError(msg)
-    settings = load(StackSettings)
+    settings = load(StackSettings, store={"s3": OWN_STORE, "home": ""}.get(store, store) if store else None)
     started = started_with(folder := settings.folder)
 
     def show(line: str) -> None:
@@ -102,6 +110,10 @@ def _stack(
         wrong = list(dict.fromkeys([*contradictions(StackSettings, folder), *contradictions(Settings, folder)]))
         if mode not in ("auto", runs):
             wrong.append(f"MODE is {mode}, and the stack in {folder} was started with MODE={runs}")
+        if store and settings.store != started.get("store", ""):
+            wrong.append(
+                f"STORE is {store}, and the stack in {folder} was started with {started.get('store') or 'home'}"
+            )
         if wrong and is_asked:
             msg = "; ".join(wrong) + ": unset it, or make down first, then make up takes it"
             raise ConfigError(msg)
@@ -119,14 +131,24 @@ def _stack(
 
 
 @app.command()
-def up(names: Names = None, mode: Mode = "auto", cluster: Cluster = False, critical: Critical = False) -> None:
+def up(
+    names: Names = None,
+    mode: Mode = "auto",
+    cluster: Cluster = False,
+    critical: Critical = False,
+    store: Store = None,
+) -> None:
     """Start what does not run yet, and see to it that what dies comes back.
 
     Where a Docker engine answers it runs in containers, else as native processes; MODE decides.
     """
 
     def work() -> None:
-        stack = _stack(mode, cluster, critical, is_asked=True)
+        before = started_with(load(StackSettings).folder).get("store")
+        stack = _stack(mode, cluster, critical, is_asked=True, store=store)
+        if before is not None and before != stack.settings.store:
+            where = before or stack.home
+            problems.print(f"[yellow]![/] what the lake has so far stays in {where}: it is not read", soft_wrap=True)
         in_containers = isinstance(stack, ContainerStack)
         console.print(f"{_named(stack)} ({'MODE=native' if in_containers else 'MODE=docker'} is the other way)")
         with console.status("Starting the stack"):
@@ -137,6 +159,8 @@ def up(names: Names = None, mode: Mode = "auto", cluster: Cluster = False, criti
         settings = stack.settings
         console.print("Started." if started else "Already running.")
         files = f"volume {stack.project}_lake" if isinstance(stack, ContainerStack) else f"files in {stack.home}"
+        if settings.store:
+            files = f"lake in {settings.store}"
         console.print(f"MQTT 127.0.0.1:{settings.mqtt_port}, Kafka {settings.kafka_bootstrap}, {files}")
 
     _guarded(work)
@@ -194,10 +218,12 @@ def status(
             typer.echo(json.dumps(both))
         else:
             console.print(_named(stack))
-            console.print(_table(states))
+            console.print(processes_table(states))
             if found:
                 console.print(jobs_table(found))
                 console.print(LEGEND, style="dim")
+                if warning := upkeep_warning(text or ""):
+                    console.print(f"[yellow]![/] {warning}")
             elif stack.is_running(STREAMING.name):
                 console.print("The streaming jobs have exported no metrics yet.")
             if stack.is_running(NATS.name):
@@ -209,18 +235,6 @@ def status(
             raise typer.Exit(1)
 
     _guarded(work)
-
-
-def _table(states: list[PartState]) -> Table:
-    table = Table("process", "pid", "up since", "port", "memory", "state")
-    for state in states:
-        since = (
-            datetime.fromtimestamp(state.since, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S") if state.since else "-"
-        )
-        memory = f"{state.memory_bytes / 1e6:.0f} MB" if state.memory_bytes is not None else "-"
-        shown = f"[{COLOURS[state.state]}]{state.state}[/]"
-        table.add_row(state.name, str(state.pid or "-"), since, str(state.port or "-"), memory, shown)
-    return table
 
 
 @app.command()

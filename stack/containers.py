@@ -13,7 +13,19 @@ from typing import Any
 from schemas.errors import ConfigError, RetryLater
 from settings import started_file
 from stack.backlog import FLUSH_GRACE_S, FLUSHING, NOT_FLUSHED, NOT_READY, let_through
-from stack.parts import ALWAYS, CRITICAL_EVENTS, INGEST, NATS, PARTS, STREAMING, SUPERVISOR, PartState, asked_for
+from stack.parts import (
+    ALWAYS,
+    CRITICAL_EVENTS,
+    INGEST,
+    NATS,
+    PARTS,
+    S3,
+    STREAMING,
+    SUPERVISOR,
+    PartState,
+    asked_for,
+    s3_keys,
+)
 from stack.processes import LOG_TAIL_LINES, StartFailed
 from stack.settings import ROOT, StackSettings, remember
 
@@ -21,7 +33,10 @@ START_TIMEOUT_S = 240.0
 ANSWER_S = 20.0
 POLL_S = 0.5
 IMAGE_FAILED = "the image could not be built"
-EVERY_PROFILE = ["--profile", "cluster", "--profile", "critical"]
+EVERY_PROFILE = ["--profile", "cluster", "--profile", "critical", "--profile", "s3"]
+S3_KEYS = {"ACCESS_KEY": "ACCESS_KEY_ID", "SECRET_KEY": "SECRET_ACCESS_KEY"}
+S3_INSIDE = 7070
+"""The port of the stack's own S3 server for the other containers."""
 COMPOSE_STATES = {"running": "running", "restarting": "died", "exited": "stopped", "created": "stopped"}
 
 
@@ -72,9 +87,9 @@ class ContainerStack:
         self.settings = settings
         self.home = settings.folder
         self.project = settings.project
-        self.names = asked_for(cluster, critical)
+        self.names = asked_for(cluster, critical, settings.has_own_store)
         self._cluster = cluster
-        asked = {"cluster": cluster, "critical": critical}
+        asked = {"cluster": cluster, "critical": critical, "s3": settings.has_own_store}
         self._profiles = [part for profile, is_asked in asked.items() if is_asked for part in ("--profile", profile)]
         self._docker = str(shutil.which("docker"))
         self._compose = [*compose, "--project-directory", str(ROOT), "-f", str(ROOT / "docker-compose.yml")]
@@ -87,7 +102,7 @@ class ContainerStack:
             StartFailed: it cannot be built.
         """
         before = time.monotonic()
-        self._do(["build", NATS.name], IMAGE_FAILED)
+        self._do(["build", NATS.name, *([S3.name] if self.settings.has_own_store else [])], IMAGE_FAILED)
         self._on_progress(f"image ready in {time.monotonic() - before:.1f} s")
 
     def start(self, names: Iterable[str] | None = None) -> list[str]:
@@ -196,10 +211,18 @@ class ContainerStack:
 
     def _environment(self) -> dict[str, str]:
         settings = self.settings
-        ports = {variable: str(port) for name in ALWAYS for variable, port in PARTS[name].ports(settings).items()}
+        ports = {
+            variable: str(port) for name in (*ALWAYS, S3.name) for variable, port in PARTS[name].ports(settings).items()
+        }
         master = {"METERSTREAM_SPARK_MASTER": "spark://spark-master:7077"} if self._cluster else {}
         # the older compose would take the newer builder from its own docker only
-        return {**os.environ, **ports, **master, "COMPOSE_PROJECT_NAME": self.project, "COMPOSE_DOCKER_CLI_BUILD": "0"}
+        store = {"METERSTREAM_STORE": settings.store}
+        if settings.has_own_store:
+            keys = s3_keys(settings)
+            store |= {**keys, **{f"METERSTREAM_S3_{name}": keys[f"AWS_{full}"] for name, full in S3_KEYS.items()}}
+            store["AWS_ENDPOINT_URL"] = f"http://{S3.name}:{S3_INSIDE}"
+        own = {**ports, **master, **store, "COMPOSE_PROJECT_NAME": self.project, "COMPOSE_DOCKER_CLI_BUILD": "0"}
+        return {**os.environ, **own}
 
     def _do(self, arguments: list[str], what: str, show_errors: bool = False) -> str:
         profiles = [] if arguments[0] == "--profile" else self._profiles

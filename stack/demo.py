@@ -40,13 +40,14 @@ from replay.tape import read_tape
 from replay.verify import verify
 from replay.verify.verdict import rendered
 from schemas.errors import ConfigError, RetryLater, exits
-from settings import home
+from settings import OWN_STORE, home
 from stack import proof
 from stack.backlog import left_on_the_way
 from stack.containers import ContainerStack
 from stack.isolated import Stack, drain, environment, own_settings
 from stack.jobs import jobs, metrics_text
 from stack.native import NativeStack
+from stack.parts import S3
 from stack.settings import ROOT, StackSettings
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
@@ -71,10 +72,14 @@ def main(
     folder: Annotated[Path, typer.Option(help="Emptied at the start, kept at the end.")] = ROOT / "data" / "demo",
     mode: Annotated[str, typer.Option(help="native: processes; docker: containers.")] = "native",
     cluster: Annotated[bool, typer.Option(help="Spark's jobs on a master and two workers.")] = False,
+    store: Annotated[
+        str, typer.Option(help="home, s3 (an S3 server of the stack's own) or an empty store's URL.")
+    ] = "home",
 ) -> None:
     """Runs the whole chain on a day of a simulated low-voltage grid, or on a log of your own, and proves the result.
 
-    Examples: make demo; make demo METERS=100; make demo LOG=meter.txt FORMAT=dsmr; make demo MODE=docker CLUSTER=1
+    Examples: make demo; make demo METERS=100; make demo LOG=meter.txt FORMAT=dsmr; make demo STORE=s3;
+    make demo MODE=docker CLUSTER=1
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupted)
@@ -87,7 +92,7 @@ def main(
         if mode not in ("native", "docker"):
             msg = f"MODE is native or docker, not {mode}"
             raise ConfigError(msg)
-        if not _demo(meters, log, format, timezone, speed, folder.resolve(), mode == "docker", cluster):
+        if not _demo(meters, log, format, timezone, speed, folder.resolve(), mode == "docker", cluster, store):
             raise SystemExit(1)
 
 
@@ -104,9 +109,10 @@ def _demo(
     folder: Path,
     in_containers: bool,
     cluster: bool,
+    place: str,
 ) -> bool:
     began = time.monotonic()
-    settings = own_settings(folder)
+    settings = own_settings(folder, {"s3": OWN_STORE, "home": ""}.get(place, place))
     os.environ |= environment(settings)
 
     def on_progress(line: str) -> None:
@@ -148,10 +154,14 @@ def _demo(
         day = busiest_day(tape.readings.column("observed_at"), tape.info.time_zone)
         with _step(f"Nightly batch of {day}"):
             _nightly(stack, day)
+        if settings.has_own_store:
+            with _step("Stack stops but for its store"):
+                stack.stop()
+                stack.start([S3.name])
+        return _summary(ledger, offsets, None if log else run_folder(ledger.run_id) / "truth.parquet", began)
     finally:
         with _step("Stack stops"):
             stack.stop()
-    return _summary(ledger, offsets, None if log else run_folder(ledger.run_id) / "truth.parquet", began)
 
 
 def _played(stack: Stack, tape: Path, meters: int | None, speed: str) -> Ledger:
@@ -315,9 +325,14 @@ def _summary(ledger: Ledger, offsets: dict[str, int], truth: Path | None, began:
     console.print(Panel(facts, title=f"Run {ledger.run_id}", expand=False))
     console.print(f"Tables   {store().uri('lake')}")
     console.print(f"Reports  {store().uri('reports')}")
-    glob = glob_of("daily_consumption_v1")
-    sql = f"SELECT meter_id, date, import_wh, export_wh, readings, quality FROM '{glob}' LIMIT 5"
-    console.print(f'Open one .venv/bin/python -c "import duckdb; duckdb.sql(\\"{sql}\\").show()"', soft_wrap=True)
+    columns, place = "meter_id, date, import_wh, export_wh, readings, quality", "daily_consumption_v1"
+    if store().is_local:
+        sql = f"SELECT {columns} FROM '{glob_of(place)}' LIMIT 5"
+        line = f'.venv/bin/python -c "import duckdb; duckdb.sql(\\"{sql}\\").show()"'
+    else:
+        start = f"METERSTREAM_HOME={home()} .venv/bin/stack up s3; " if store().url == OWN_STORE else ""
+        line = f'{start}METERSTREAM_HOME={home()} .venv/bin/stack sql "SELECT {columns} FROM {place} LIMIT 5"'
+    console.print(f"Open one {line}", soft_wrap=True)
     found = proof.problems(lake, offsets, ledger.records, truth)
     with console.status("replay verify: every record, window, alarm and fault"):
         verdict = verify(ledger.run_id)

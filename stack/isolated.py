@@ -20,21 +20,22 @@ DRAIN_S = 3_600.0  # a slow machine is slow, not broken
 TRIES = 3  # the driver may be killed while it drains: it is started again and drains then
 
 
-def own_settings(folder: Path) -> StackSettings:
-    """A stack of its own in a folder, on ports that are free now."""
+def own_settings(folder: Path, store: str = "") -> StackSettings:
+    """A stack of its own in a folder, on ports that are free now; its lake in a store or in the folder."""
     names = [name for name in StackSettings.model_fields if name.endswith("_port")]
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in names]
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         ports = [each.getsockname()[1] for each in sockets]
-    return load(StackSettings, home=folder, **dict(zip(names, ports, strict=True)))
+    return load(StackSettings, home=folder, store=store, **dict(zip(names, ports, strict=True)))
 
 
 def environment(settings: StackSettings) -> dict[str, str]:
     """Variables by which replay, jobs and this process use that stack; the jobs flush when they are stopped."""
     return {
         "METERSTREAM_HOME": str(settings.home),
+        "METERSTREAM_STORE": settings.store,
         "METERSTREAM_MQTT_PORT": str(settings.mqtt_port),
         "METERSTREAM_KAFKA_BOOTSTRAP": settings.kafka_bootstrap,
         "METERSTREAM_FLUSH": "true",

@@ -1,4 +1,4 @@
-"""How the streaming jobs get on, by the metrics that their driver exports."""
+"""What runs, and how the streaming jobs get on, by the metrics that their driver exports."""
 
 import time
 from dataclasses import dataclass
@@ -8,9 +8,16 @@ from math import isfinite, nan
 from prometheus_client.parser import text_string_to_metric_families
 from rich.table import Table
 
+from stack.parts import PartState
 from stack.ports import http_answer
 
 PREFIX = "meterstream_"
+UPKEEP_STANDS_S = 900.0
+"""A look at all tables takes seconds; one that makes a day's files large, minutes."""
+LEGEND = """lag: records in Kafka that are not taken · took: seconds of the last batch, ended: how long ago
+p50, p99: seconds from Kafka to the tables, of the last five minutes' records
+state: rows kept · late, bad: records kept apart since the start · watermark: windows up to then are closed"""
+COLOURS = {"running": "green", "starting": "yellow", "died": "red", "stopped": "dim"}
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,21 @@ def jobs(text: str) -> list[JobMetrics]:
     ]
 
 
+def upkeep_warning(text: str) -> str | None:
+    """What to say where upkeep of the tables stands, or cannot look after some of them.
+
+    Args:
+        text: the driver's metrics.
+    """
+    found = {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
+    ended = found.get(f"{PREFIX}upkeep_ended_timestamp_seconds")
+    left = int(found.get(f"{PREFIX}upkeep_left_tables", 0))
+    stands_s = 0.0 if ended is None else time.time() - ended
+    if stands_s > UPKEEP_STANDS_S:
+        return f"upkeep of the tables has not got through them for {stands_s / 60:.0f} minutes: see make logs"
+    return f"upkeep leaves {left} tables for the next time: see make logs" if left else None
+
+
 def jobs_table(found: list[JobMetrics]) -> Table:
     """How the jobs get on; red is more in Kafka than ten batches of the last one's speed take.
 
@@ -121,4 +143,17 @@ def jobs_table(found: list[JobMetrics]) -> Table:
             f"{job.quarantined:,}",
             "-" if job.watermark is None else f"{datetime.fromtimestamp(job.watermark, UTC):%m-%d %H:%M}",
         )
+    return table
+
+
+def processes_table(states: list[PartState]) -> Table:
+    """The processes of a stack, for people."""
+    table = Table("process", "pid", "up since", "port", "memory", "state")
+    for state in states:
+        since = (
+            datetime.fromtimestamp(state.since, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S") if state.since else "-"
+        )
+        memory = f"{state.memory_bytes / 1e6:.0f} MB" if state.memory_bytes is not None else "-"
+        shown = f"[{COLOURS[state.state]}]{state.state}[/]"
+        table.add_row(state.name, str(state.pid or "-"), since, str(state.port or "-"), memory, shown)
     return table

@@ -30,6 +30,7 @@ from stack.parts import (
     in_order,
     master_address,
     nats_server,
+    store_variables,
 )
 from stack.ports import is_free, user_of
 from stack.processes import POLL_S, Processes, StartFailed, uninterrupted, wait_until
@@ -60,7 +61,7 @@ class NativeStack:
     ) -> None:
         self.settings = settings
         self.home = settings.folder
-        self.names = asked_for(cluster, critical)
+        self.names = asked_for(cluster, critical, settings.has_own_store)
         self._own_master = master_address(settings) if cluster else ""
         self._on_progress = on_progress
         self._processes = Processes(self.home)
@@ -266,6 +267,7 @@ class NativeStack:
             "METERSTREAM_MQTT_HOST": "127.0.0.1",
             **{variable: str(port) for variable, port in ports.items()},
             "METERSTREAM_NATS_SERVER": nats_server(self.settings),
+            **store_variables(self.settings),
             "TMPDIR": str(self.home / "tmp"),
             "PYTHONUNBUFFERED": "1",
             **environment,

@@ -1,6 +1,7 @@
 """The parts of the stack, a declaration each: how a part is started, when it is ready, how long it may take to end."""
 
 import base64
+import configparser
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ from confluent_kafka import KafkaException
 from kafka_io.clients import admin
 from kafka_io.topics import create_topics
 from schemas.errors import ConfigError
+from settings import OWN_STORE, own_credentials
 from stack.ports import accepts, http_answer
 from stack.processes import StartFailed
 from stack.settings import ROOT, StackSettings
@@ -51,7 +53,7 @@ class Part:
         stop_grace_s: what it may take to finish on SIGTERM, before it is killed.
         environment: variables of its own; arguments as of `command`.
         port_settings: names of the settings that are its ports, the one for clients first.
-        option: of `make up`, by which it is started: cluster or critical; empty: it always is.
+        option: of `make up`, by which it is started: cluster, critical or s3; empty: it always is.
         is_ready: whether it can be used; None where it writes its process id into run/<name>.ready then.
         missing: what keeps it from starting, a sentence each.
         prepare: what its home needs before each start; raises StartFailed.
@@ -226,6 +228,75 @@ KAFKA = Part(
     stop_grace_s=30.0,  # its clean flush
 )
 
+S3_SERVER = ENVIRONMENT / "bin" / "versitygw"
+
+
+def _s3_folder(settings: StackSettings) -> Path:
+    return settings.folder / "s3" / "buckets"
+
+
+def s3_keys(settings: StackSettings) -> dict[str, str]:
+    """Variables with the keys of the home's own S3 server: made the first time, kept as AWS's tools read them."""
+    file = own_credentials(settings.folder)
+    sections = configparser.RawConfigParser()
+    sections.read(file)
+    known = dict(sections["default"]) if sections.has_section("default") else {}
+    said = {
+        "aws_access_key_id": settings.s3_access_key or known.get("aws_access_key_id") or secrets.token_hex(10),
+        "aws_secret_access_key": settings.s3_secret_key or known.get("aws_secret_access_key") or secrets.token_hex(20),
+        "endpoint_url": f"http://127.0.0.1:{settings.s3_port}",
+    }
+    if said != known:
+        sections["default"] = said
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_suffix(".fresh")
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as content:
+            sections.write(content)
+        fresh.rename(file)
+    return {"AWS_ACCESS_KEY_ID": said["aws_access_key_id"], "AWS_SECRET_ACCESS_KEY": said["aws_secret_access_key"]}
+
+
+def store_variables(settings: StackSettings) -> dict[str, str]:
+    """Variables by which each process opens the store, wherever its own home is."""
+    if not settings.store:
+        return {}
+    own = (
+        {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{settings.s3_port}"} | s3_keys(settings)
+        if settings.has_own_store
+        else {}
+    )
+    return {"METERSTREAM_STORE": settings.store, **own}
+
+
+def _s3_prepared(settings: StackSettings, _: Run) -> None:
+    """Makes the bucket."""
+    (_s3_folder(settings) / OWN_STORE.removeprefix("s3://")).mkdir(parents=True, exist_ok=True)
+    (settings.folder / "s3" / "attributes").mkdir(exist_ok=True)
+
+
+def _s3_environment(settings: StackSettings, _: str) -> dict[str, str]:
+    keys = s3_keys(settings)
+    return {"ROOT_ACCESS_KEY": keys["AWS_ACCESS_KEY_ID"], "ROOT_SECRET_KEY": keys["AWS_SECRET_ACCESS_KEY"]}
+
+
+def _s3_command(settings: StackSettings, _: str) -> list[str]:
+    server = [str(S3_SERVER), "--port", f"{settings.listen}:{settings.s3_port}", "--health", "/health", "--quiet"]
+    return [*server, "posix", "--sidecar", str(settings.folder / "s3" / "attributes"), str(_s3_folder(settings))]
+
+
+S3 = Part(
+    "s3",
+    command=_s3_command,
+    environment=_s3_environment,
+    port_settings=("s3_port",),
+    option="s3",
+    missing=lambda _: [] if S3_SERVER.exists() else [f"no S3 server at {S3_SERVER}: run python3 tools/setup.py s3"],
+    prepare=_s3_prepared,
+    is_ready=lambda settings: http_answer(settings.s3_port, "/health") is not None,
+    start_timeout_s=60.0,
+    stop_grace_s=15.0,
+)
+
 INGEST = Part(
     "ingest",
     command=lambda *_: [sys.executable, "-m", "ingest", "run"],
@@ -283,6 +354,11 @@ SPARK_MASTER = Part(
 )
 
 
+def _worker_root(settings: StackSettings, name: str) -> Path:
+    """A worker's home: as on a machine of its own it has nothing of the driver's but the store."""
+    return settings.folder / "tmp" / name
+
+
 def _spark_worker(number: int) -> Part:
     name = f"spark-worker-{number}"
 
@@ -293,12 +369,18 @@ def _spark_worker(number: int) -> Part:
             raise ConfigError(msg)
         worker = [*_spark_class(settings, "org.apache.spark.deploy.worker.Worker"), "--webui-port", "0"]
         worker += ["--cores", f"{max(1, (os.cpu_count() or 2) // WORKERS)}", "--memory", WORKER_MEMORY]
-        return [*worker, "--work-dir", str(settings.folder / "tmp" / name), master]
+        return [*worker, "--work-dir", str(_worker_root(settings, name) / "work"), master]
+
+    def environment(settings: StackSettings, own_master: str) -> dict[str, str]:
+        root = _worker_root(settings, name)
+        own = {"METERSTREAM_HOME": str(root), "SPARK_LOCAL_DIRS": str(root / "tmp"), "TMPDIR": str(root / "tmp")}
+        return {**_spark_environment(settings, own_master), **own}
 
     return Part(
         name,
         command=command,
-        environment=_spark_environment,
+        environment=environment,
+        prepare=lambda settings, _: (_worker_root(settings, name) / "tmp").mkdir(parents=True, exist_ok=True),
         option="cluster",
         is_ready=lambda settings: _has_workers(settings, number),
         start_timeout_s=60.0,
@@ -332,6 +414,7 @@ CRITICAL_EVENTS = Part(
 PARTS = {
     part.name: part
     for part in (
+        S3,
         NATS,
         KAFKA,
         INGEST,
@@ -347,9 +430,9 @@ CLUSTER = tuple(name for name, part in PARTS.items() if part.option == "cluster"
 """A Spark standalone cluster, which runs the same jobs: started before them where it is asked for."""
 
 
-def asked_for(cluster: bool, critical: bool) -> tuple[str, ...]:
+def asked_for(cluster: bool, critical: bool, s3: bool) -> tuple[str, ...]:
     """The names of a stack's parts, in the order of starting."""
-    asked = {"cluster": cluster, "critical": critical}
+    asked = {"cluster": cluster, "critical": critical, "s3": s3}
     return tuple(name for name, part in PARTS.items() if not part.option or asked[part.option])
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from schemas.errors import ConfigError
-from settings import Settings, started_file, started_with
+from settings import OWN_STORE, Settings, started_file, started_with
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,13 +19,15 @@ class StackSettings(Settings):
         listen: address that the processes listen on; loopback, but for a container's 0.0.0.0.
         kafka_inside: host:port at which containers find Kafka, if they do: a second listener.
         spark_master: spark://host:port of the cluster that jobs and workers use; the port below where it is our own.
+        store: URL of what has lake, state and reports; empty: the home.
+        s3_access_key: of the stack's own S3 server, and s3_secret_key; empty: the home's, made the first time.
         project: compose's; names containers and volumes, so that two stacks can live beside each other.
     """
 
     of_stack: ClassVar[frozenset[str]] = frozenset(
         {
             "mqtt_port", "nats_port", "nats_monitor_port", "kafka_port", "kafka_controller_port", "spark_master_port",
-            "spark_master_ui_port", "metrics_port", "project",
+            "spark_master_ui_port", "metrics_port", "s3_port", "project", "store",
         }
     )  # fmt: skip
 
@@ -33,6 +35,7 @@ class StackSettings(Settings):
     listen: str = "127.0.0.1"
     kafka_inside: str | None = None
     spark_master: str = ""
+    store: str = ""
     project: str = "meterstream"
     mqtt_port: int = Field(1883, ge=1, le=65535)
     nats_port: int = Field(4222, ge=1, le=65535)
@@ -42,12 +45,20 @@ class StackSettings(Settings):
     spark_master_port: int = Field(7077, ge=1, le=65535)
     spark_master_ui_port: int = Field(8080, ge=1, le=65535)
     metrics_port: int = Field(9464, ge=1, le=65535)
+    s3_port: int = Field(7070, ge=1, le=65535)
+    s3_access_key: str = ""
+    s3_secret_key: str = ""
     nats_server: Path | None = None
 
     @property
     def folder(self) -> Path:
         """The home as an absolute path without links."""
         return self.home.resolve()
+
+    @property
+    def has_own_store(self) -> bool:
+        """Whether the stack runs an S3 server of its own for the store."""
+        return self.store == OWN_STORE
 
     @property
     def kafka_bootstrap(self) -> str:

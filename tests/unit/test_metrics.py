@@ -1,12 +1,13 @@
 """What the jobs tell of themselves, as Prometheus and `make status` read it."""
 
+import time
 from datetime import UTC, datetime
 
 import pytest
 from prometheus_client import generate_latest
 
 from engine import metrics
-from stack.jobs import JobMetrics, jobs
+from stack.jobs import JobMetrics, jobs, upkeep_warning
 
 
 def metrics_of(name: str) -> JobMetrics:
@@ -37,3 +38,15 @@ def test_what_is_older_than_some_minutes_is_forgotten(monkeypatch: pytest.Monkey
     monkeypatch.setattr(metrics, "REMEMBERED_S", -1.0)
     metrics.visible("three", [1.0], [5])
     assert metrics_of("three").latency_p50 is None
+
+
+def test_upkeep_that_stands_or_leaves_tables_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warning() -> str | None:
+        return upkeep_warning(generate_latest(metrics.REGISTRY).decode())
+
+    metrics.upkeep(16, 0)
+    assert warning() is None
+    metrics.upkeep(0, 2)
+    assert warning() == "upkeep leaves 2 tables for the next time: see make logs"
+    monkeypatch.setattr(time, "time", lambda: 1e10)
+    assert "has not got through them for" in str(warning())

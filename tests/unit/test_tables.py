@@ -2,29 +2,42 @@
 
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
 import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lake import upkeep
 from lake.reading import Lake
-from lake.store import Store, store
+from lake.reports import put_shard
+from lake.store import Store, store, used
 from lake.tables import Commit, Part, Writer, put_part
 from lake.upkeep import Upkeep
 from schemas.errors import ConfigError, RetryLater
 from schemas.tables import ACCOUNTING, TABLES, polars_schema
+from tests.stores import STORES, Place, place
 
 TABLE, DAY = "accounting", "2024-03-31"
 
 
+@pytest.fixture(scope="module", params=STORES)
+def stores(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with place(str(request.param), tmp_path_factory.mktemp("server")) as made:
+        yield made
+
+
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(stores: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store of the test's own; the folder in which its objects are files."""
     monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path))
-    return tmp_path
+    url, files = stores.store(tmp_path)
+    monkeypatch.setenv("METERSTREAM_STORE", url)
+    return files
 
 
 def part(number: int, table: str = TABLE, day: str | None = DAY) -> Part:
@@ -140,7 +153,7 @@ def test_a_partitions_files_are_replaced_in_one_commit_and_the_others_stay() -> 
     assert sorted(found) == [(0, "a"), (1, "c")]
 
 
-def test_small_files_become_one_and_who_has_opened_the_table_before_reads_on(home: Path) -> None:
+def test_small_files_become_one_and_who_has_opened_the_table_before_reads_on() -> None:
     for number in range(10):
         add(number)
     before = Lake()
@@ -150,20 +163,20 @@ def test_small_files_become_one_and_who_has_opened_the_table_before_reads_on(hom
     Upkeep(files=10).once()
     assert len(Lake().files(TABLE)) == 1
     assert received() == received(before) == list(range(10))
-    assert all(Path(file).exists() for file in files)
+    assert set(files) <= {store().uri(path) for path in store().paths(f"lake/{TABLE}")}
 
 
 def test_what_was_compacted_is_removed_after_its_retention_and_orphans_after_theirs(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(4):
         add(number)
-    orphan = home / "lake" / TABLE / part(99).path
+    orphan = folder / "lake" / TABLE / part(99).path
     for name in ("VACUUM_S", "ORPHANS_S"):
         monkeypatch.setattr(upkeep, name, -1.0)
     keeping = Upkeep(files=2)
     keeping.once()
-    assert len(list((home / "lake" / TABLE).rglob("*-*.parquet"))) >= 6, "an hour, and a week, are not over"
+    assert len(list((folder / "lake" / TABLE).rglob("*-*.parquet"))) >= 6, "an hour, and a week, are not over"
     monkeypatch.setattr(upkeep, "RETENTION_HOURS", 0)
     monkeypatch.setattr(upkeep, "ORPHANS_HOURS", 0)
     add(4)
@@ -172,13 +185,13 @@ def test_what_was_compacted_is_removed_after_its_retention_and_orphans_after_the
     assert received() == list(range(5))
 
 
-def test_a_log_has_a_checkpoint_every_so_many_commits(home: Path) -> None:
+def test_a_log_has_a_checkpoint_every_so_many_commits(folder: Path) -> None:
     writer = Writer()
     for number in range(45):
         writer.add([part(number)], Commit("app", number))
         if number % 5 == 0:
             Upkeep(files=99).once()
-    log = home / "lake" / TABLE / "_delta_log"
+    log = folder / "lake" / TABLE / "_delta_log"
     assert len(list(log.glob("*.checkpoint.parquet"))) in (2, 3)
     assert received() == list(range(45))
 
@@ -234,14 +247,41 @@ def test_a_store_that_is_none_is_named() -> None:
         store().get("state/nothing")
 
 
-def test_a_store_that_takes_nothing_is_told(home: Path) -> None:
-    (home / "a").write_text("a file where a folder should be")
-    with pytest.raises(RetryLater, match=f"the store file://{home} did not take or give a/b"):
+def test_a_store_that_takes_nothing_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a file where a folder should be")
+    with used(f"file://{tmp_path}"), pytest.raises(RetryLater, match=f"file://{tmp_path} did not take or give a/b"):
         store().put("a/b", b"")
 
 
-def test_plain_duckdb_reads_the_files_that_are_named(home: Path) -> None:
+def test_an_object_is_there_as_a_whole_under_its_name_until_it_is_removed() -> None:
+    store().put("state/a b=1/x", b"one")
+    store().put("state/a b=1/x", b"two")
+    store().put("state/y", memoryview(b"three"))
+    assert store().paths("state") == ["state/a b=1/x", "state/y"]
+    assert store().folders("state") == ["a b=1"]
+    assert (store().get("state/a b=1/x"), store().has("state/y"), store().has("state/z")) == (b"two", True, False)
+    store().delete(["state/y", "state/nothing"])
+    assert store().paths("state") == ["state/a b=1/x"]
+    assert store().paths("nothing") == store().folders("nothing") == []
+
+
+def test_duckdb_has_the_rows_of_tables_and_reports_of_whatever_columns() -> None:
     for number in range(3):
         add(number)
-    files = Lake().files(TABLE)
+    for day, columns in (("2024-03-30", ["meter_id"]), (DAY, ["meter_id", "wh"])):
+        rows = pa.table({name: ["a", "b"] if name == "meter_id" else [1, 2] for name in columns})
+        put_shard(rows, "own_report_v1", day, 0, 1)
+    with Lake().duckdb() as lake:
+        assert lake.execute(f"SELECT sum(received) FROM {TABLE} WHERE date = '{DAY}'").fetchall() == [(3,)]
+        assert lake.execute("SELECT count(*) FROM alarms").fetchall() == [(0,)]
+        asked = "SELECT date::VARCHAR, meter_id, wh FROM own_report ORDER BY ALL"
+        found = lake.execute(asked).fetchall()
+    assert found == [("2024-03-30", "a", None), ("2024-03-30", "b", None), (DAY, "a", 1), (DAY, "b", 2)]
+
+
+def test_plain_duckdb_reads_the_files_that_are_named(tmp_path: Path) -> None:
+    with used(f"file://{tmp_path}"):
+        for number in range(3):
+            add(number)
+        files = Lake().files(TABLE)
     assert duckdb.execute("SELECT sum(received) FROM read_parquet($files)", {"files": files}).fetchall() == [(3,)]

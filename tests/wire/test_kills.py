@@ -36,6 +36,7 @@ from stack.native import NativeStack
 from streaming_jobs import discovered
 from tests.eventually import eventually
 from tests.lake_by_hand import add_rows
+from tests.stores import STORES, Place, place
 
 START = datetime(2024, 3, 31, tzinfo=UTC)
 METERS = [f"m{number:02d}" for number in range(12)]
@@ -112,8 +113,9 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 class Driver:
     """Drivers of one home, one after the other."""
 
-    def __init__(self, home: Path, bootstrap: str) -> None:
+    def __init__(self, home: Path, bootstrap: str, place: Place | None = None) -> None:
         self.home = home
+        self.url, self.files = (place or Place()).store(home)
         self.metrics: list[list[JobMetrics]] = []
         (home / "tmp").mkdir()
         known = {"phases": "L1", "nominal_mv": 230_000, "fuse_a": 25, "interval_s": 60, "transformer_id": "T1"}
@@ -123,6 +125,7 @@ class Driver:
         self.environment = {
             **os.environ,
             "METERSTREAM_HOME": str(home),
+            "METERSTREAM_STORE": self.url,
             "METERSTREAM_KAFKA_BOOTSTRAP": bootstrap,
             "METERSTREAM_MAX_OFFSETS_PER_TRIGGER": str(OF_A_BATCH),
             "METERSTREAM_ALLOWED_LATENESS_S": "600",
@@ -155,15 +158,20 @@ class Driver:
         eventually(lambda: ready.exists() or process.poll() is not None, 90)
         process.send_signal(signal.SIGTERM)
 
+    def goes_on_with(self, other: "Driver") -> None:
+        """From now on its store is another's; its home is its own."""
+        self.url, self.files = other.url, other.files
+        self.environment["METERSTREAM_STORE"] = other.url
+
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
         """While it holds, the lake of this process is the driver's."""
-        with used(f"file://{self.home}"):
+        with used(self.url):
             yield
 
     def folder(self, job: str) -> Path:
         """Where a job's intents and state lie; of no name before its first start."""
-        return next((self.home / "state" / f"{job}-v{VERSIONS[job]}").glob("*-*-*-*-*"), self.home / "nowhere")
+        return next((self.files / "state" / f"{job}-v{VERSIONS[job]}").glob("*-*-*-*-*"), self.home / "nowhere")
 
     def committed(self, job: str) -> int:
         """The last batch that has an intent; −1 before the first."""
@@ -173,7 +181,7 @@ class Driver:
         """How far a batch has come."""
         folder = self.folder(job)
         if not (folder / "intents" / f"{batch:08d}.json").exists():
-            rows = glob(f"{self.home}/lake/*/date=*/{job}-{batch:08d}-*.parquet")
+            rows = glob(f"{self.files}/lake/*/date=*/{job}-{batch:08d}-*.parquet")
             return "written" if rows or glob(f"{folder}/state/{batch:08d}-*.zip") else None
         tables = {table for table in ("accounting", "readings", "voltage_windows", "consumption_deltas")
                   if self.has_commit(table, f"{job}-{folder.name}", batch)}  # fmt: skip
@@ -181,7 +189,7 @@ class Driver:
 
     def has_commit(self, table: str, app: str, batch: int) -> bool:
         """Whether one of the last commits of a table is that of a batch."""
-        log = sorted(glob(f"{self.home}/lake/{table}/_delta_log/*.json"))[-30:]
+        log = sorted(glob(f"{self.files}/lake/{table}/_delta_log/*.json"))[-30:]
         said = f'"appId":"{app}","version":{batch}'
         return any(said in Path(commit).read_text() for commit in log)
 
@@ -317,10 +325,15 @@ def test_meters_with_wrong_clocks_change_nothing_of_the_others(clean: Driver) ->
 
 @pytest.mark.long
 @pytest.mark.timeout(7_200)
+@pytest.mark.parametrize("kind", STORES)
 def test_ten_kills_one_at_each_phase_of_a_batch_and_of_a_flush_change_no_row(
-    clean: Driver, kafka: str, tmp_path: Path
+    clean: Driver, kafka: str, tmp_path: Path, kind: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    driver = Driver(tmp_path, kafka)
+    with place(kind, tmp_path_factory.mktemp("server")) as stores:
+        _ten_kills(clean, Driver(tmp_path, kafka, stores))
+
+
+def _ten_kills(clean: Driver, driver: Driver) -> None:
     hit: list[str] = []
     for phase in [*PHASES, *PHASES]:
         job = min(WATCHED, key=driver.committed)  # whose topic is not at its end yet
@@ -343,6 +356,34 @@ def test_ten_kills_one_at_each_phase_of_a_batch_and_of_a_flush_change_no_row(
     assert found.keys() == expected.keys()
     for table, rows in expected.items():
         assert found[table] == rows, f"{table}, after kills at {hit}"
+
+
+@pytest.mark.long
+def test_a_driver_whose_machine_stands_still_or_is_lost_and_one_with_the_store_alone_change_no_row(
+    clean: Driver, kafka: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with place("s3", tmp_path_factory.mktemp("server")) as stores:
+        lost = Driver(tmp_path_factory.mktemp("lost"), kafka, stores)
+        with lost.running() as process:
+            assert watch(process, lambda: lost.committed("readings_lake") >= 2)
+            tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            for each in tree:
+                each.suspend()
+            other = Driver(tmp_path_factory.mktemp("other"), kafka, stores)
+            other.goes_on_with(lost)
+            with other.running() as another:
+                assert watch(another, lambda: lost.committed("readings_lake") >= 5)
+                for each in tree:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        each.resume()
+                eventually(lambda: {process.poll(), another.poll()} != {None}, 300)
+            assert {process.poll(), another.poll()} - {None, 0, -9}, "two drivers went on beside each other"
+        shutil.rmtree(lost.home)
+        assert other.to_the_end() == 0
+        expected, found = clean.rows(), other.rows()
+    assert found.keys() == expected.keys()
+    for table, rows in expected.items():
+        assert found[table] == rows, table
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 import pytest
 
+from settings import OWN_STORE
 from stack.native import NativeStack
 from tests.chain import WholeChain
 
@@ -10,5 +11,14 @@ class TestNativeProcesses(WholeChain):
     kind = NativeStack
 
     @pytest.fixture(params=["ingest", "streaming", "spark-worker-1"])
+    def killed(self, request: pytest.FixtureRequest) -> str:
+        return str(request.param)
+
+
+class TestNativeProcessesAndS3(WholeChain):
+    kind = NativeStack
+    store = OWN_STORE
+
+    @pytest.fixture(params=["s3", "streaming"])
     def killed(self, request: pytest.FixtureRequest) -> str:
         return str(request.param)

@@ -1,0 +1,87 @@
+"""How a store is found and opened: its URL, and what AWS's variables and files say of it."""
+
+from pathlib import Path
+
+import pytest
+
+from lake.spark import hadoop_options, uri
+from lake.store import AWS_NAMES, Store, aws_variables, store
+from schemas.errors import ConfigError
+from settings import OWN_STORE, load, own_credentials
+from stack.parts import s3_keys, store_variables
+from stack.settings import StackSettings, remember
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in (*AWS_NAMES.values(), "AWS_PROFILE", "AWS_DEFAULT_REGION", "METERSTREAM_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path / "home"))
+    for name, file in (("AWS_CONFIG_FILE", "config"), ("AWS_SHARED_CREDENTIALS_FILE", "credentials")):
+        monkeypatch.setenv(name, str(tmp_path / file))
+    return tmp_path
+
+
+def test_without_a_word_the_store_is_the_home_and_a_stack_remembers_another(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert store().url == f"file://{home}/home"
+    remember(load(StackSettings, home=home / "home", store=f"file://{home}/other"), "native", False, False)
+    assert store().url == f"file://{home}/other"
+    assert load(StackSettings, home=home / "home").store == f"file://{home}/other"
+    monkeypatch.setenv("METERSTREAM_STORE", f"file://{home}/third")
+    assert store().url == f"file://{home}/third"
+
+
+def test_what_is_no_store_is_told(home: Path) -> None:
+    with pytest.raises(ConfigError, match=r"METERSTREAM_STORE is s3:, expected file://…, s3://…"):
+        Store("s3:")
+
+
+def test_keys_are_those_of_the_variables_else_of_the_profile(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "config").write_text("[default]\nregion = eu-central-1\n[profile grid]\nregion = eu-west-3\n")
+    (home / "credentials").write_text(
+        "[default]\naws_access_key_id = a\naws_secret_access_key = b\n"
+        "[grid]\naws_access_key_id = c\naws_secret_access_key = d\nendpoint_url = http://10.0.0.9:7070\n"
+    )
+    assert aws_variables("s3://meters") == {
+        "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "eu-central-1"
+    }  # fmt: skip
+    monkeypatch.setenv("AWS_PROFILE", "grid")
+    assert aws_variables("s3://meters") == {
+        "AWS_ACCESS_KEY_ID": "c", "AWS_SECRET_ACCESS_KEY": "d", "AWS_REGION": "eu-west-3",
+        "AWS_ENDPOINT_URL": "http://10.0.0.9:7070", "AWS_ALLOW_HTTP": "true",
+    }  # fmt: skip
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "e")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "f")
+    monkeypatch.setenv("AWS_REGION", "us-west-2")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "")  # as compose passes on what is not set
+    found = aws_variables("s3://meters")
+    assert (found["AWS_ACCESS_KEY_ID"], found["AWS_SECRET_ACCESS_KEY"], found["AWS_REGION"]) == ("e", "f", "us-west-2")
+    assert found["AWS_ENDPOINT_URL"] == "http://10.0.0.9:7070"
+
+
+def test_the_stacks_own_server_has_keys_that_the_home_keeps(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(StackSettings, home=home / "home", store=OWN_STORE, s3_port=7171)
+    keys = s3_keys(settings)
+    assert s3_keys(settings) == keys
+    assert own_credentials(settings.folder).stat().st_mode & 0o077 == 0
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of somebody's account")
+    expected = {
+        **keys,
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:7171",
+        "AWS_REGION": "us-east-1",
+        "AWS_ALLOW_HTTP": "true",
+    }
+    assert aws_variables(OWN_STORE) == expected
+    assert store_variables(settings).items() >= {"METERSTREAM_STORE": OWN_STORE, **keys}.items()
+    assert store_variables(load(StackSettings, home=home / "home", store="")) == {}
+
+
+def test_spark_is_told_where_a_store_is_and_reads_it_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:7070")
+    options = hadoop_options("s3://meters/grid")
+    assert options["spark.hadoop.fs.s3a.endpoint"] == "http://127.0.0.1:7070"
+    assert options["spark.hadoop.fs.s3a.connection.ssl.enabled"] == "false"
+    assert hadoop_options("file:///srv/meters") == {}
+    assert uri("s3://meters/grid/x") == "s3a://meters/grid/x"

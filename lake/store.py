@@ -152,13 +152,15 @@ class Store:
         Raises:
             RetryLater: the store does not answer.
         """
-        for path in paths:
+        gone = list(paths)
+        for those in gone if self.is_local else [gone]:  # an object store takes many in one request
             try:
-                obstore.delete(self._store, path)
+                if those:
+                    obstore.delete(self._store, those)
             except FileNotFoundError:
                 continue
             except (BaseError, OSError) as error:
-                raise self._away(path, error) from error
+                raise self._away(f"the end of {those}"[:200], error) from error
 
     def _away(self, path: str, error: Exception) -> RetryLater:
         why = str(error).partition("\n")[0]

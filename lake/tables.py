@@ -124,6 +124,7 @@ class Writer:
 
     def __init__(self) -> None:
         self._handles: dict[tuple[str, bool], tuple[float, int, DeltaTable]] = {}
+        self._done: dict[tuple[str, bool], dict[str, int | None]] = {}  # by app, as the handle's version has it
         self._turns: dict[str, threading.Lock] = {}
 
     def add(self, parts: Iterable[Part], commit: Commit) -> None:
@@ -170,7 +171,7 @@ class Writer:
             except (DeltaError, OSError) as error:
                 msg = f"table {table} cannot be read now: {error}"
                 raise RetryLater(msg) from error
-            self._handles[table, False] = time.monotonic(), handle.version(), handle
+            self._handles[table, False], self._done[table, False] = (time.monotonic(), handle.version(), handle), {}
             found.append(handle.transaction_version(app))
         return max((version for version in found if version is not None), default=None)
 
@@ -203,12 +204,14 @@ class Writer:
         with self._turns.setdefault(table, threading.Lock()):
             try:
                 opened_at, handle = self._handle(table, is_replaced)
+                before = handle.version()
                 try:
-                    self._write(handle, table, batches, is_replaced)
+                    written = self._write(handle, table, batches, is_replaced)
                 except CommitFailedError:
                     self._handles.pop((table, is_replaced), None)
                     opened_at, handle = self._handle(table, is_replaced)
-                    self._write(handle, table, batches, is_replaced)
+                    before = handle.version()
+                    written = self._write(handle, table, batches, is_replaced)
                 handle.update_incremental()
             except (DeltaError, OSError) as error:
                 self._handles.pop((table, is_replaced), None)
@@ -216,17 +219,27 @@ class Writer:
                 msg = f"table {table} did not take commit {names}: {error}"
                 raise RetryLater(msg) from error
             self._handles[table, is_replaced] = time.monotonic(), opened_at, handle
+            if handle.version() == before + bool(written):
+                self._done[table, is_replaced].update(written)
+            else:  # others have committed, perhaps for the same app
+                self._done[table, is_replaced] = {}
 
     def _write(
         self, handle: DeltaTable, table: str, batches: Mapping[Commit, Sequence[Part]], is_replaced: bool
-    ) -> None:
-        left = {}
+    ) -> dict[str, int]:
+        """Commits what the handle's version has not. Returns app → version of what it has written.
+
+        An app's newest version is asked for once: the answer reads every commit since the last checkpoint.
+        """
+        left, known = {}, self._done[table, is_replaced]
         for commit, parts in batches.items():
-            done = handle.transaction_version(commit.app)
+            if commit.app not in known:
+                known[commit.app] = handle.transaction_version(commit.app)
+            done = known[commit.app]
             if done is None or done < commit.version:
                 left[commit] = parts
         if not left:
-            return
+            return {}
         column, at = partition_column(table), int(time.time() * 1000)
         actions = [
             AddAction(part.path, part.size, {column: part.partition}, at, True, json.dumps({"numRecords": part.rows}))
@@ -246,6 +259,7 @@ class Writer:
             ),
             post_commithook_properties=NO_HOOKS,
         )
+        return {commit.app: commit.version for commit in left}
 
     def _handle(self, table: str, with_files: bool) -> tuple[int, DeltaTable]:
         """A table's handle, and the version that it was opened at."""
@@ -254,6 +268,7 @@ class Writer:
             if handle.version() - opened_at < REOPENED_COMMITS:
                 return opened_at, handle
         uri = store().uri(folder_of(table))
+        self._done[table, with_files] = {}
         try:
             handle = DeltaTable(uri, without_files=not with_files)
         except TableNotFoundError:

@@ -290,10 +290,23 @@ def silent(lake: Lake, date: datetime.date) -> str | None:
     return f"The lake has no readings of {date.isoformat()}; {known}. The reports will say no more than that."
 
 
-def run(jobs: Iterable[BatchJob], date: datetime.date, limits: JudgeSettings, as_json: bool = False) -> None:
+def run(
+    jobs: Iterable[BatchJob],
+    date: datetime.date,
+    limits: JudgeSettings,
+    as_json: bool = False,
+    as_of: datetime.datetime | None = None,
+) -> None:
     """Runs the jobs, some at once, each after those whose reports it reads, and says rows and seconds of each.
 
     A report that cannot be read or written stops those that read it, and no other.
+
+    Args:
+        jobs: which.
+        date: the local day.
+        limits: which clocks cannot be right.
+        as_json: a line of JSON each instead.
+        as_of: the tables are read as they were then; None: as they are now.
 
     Raises:
         ConfigError: see `publish`.
@@ -303,7 +316,7 @@ def run(jobs: Iterable[BatchJob], date: datetime.date, limits: JudgeSettings, as
     left = graph(ordered)
     left.prepare()
     console = Console(stderr=as_json, highlight=False)
-    day, lake = date.isoformat(), Lake()
+    day, lake = date.isoformat(), Lake(as_of)
     for table in {"registry", *(name for job in ordered for name in job.reads)} & set(TABLES):
         lake.version(table)  # all jobs read the tables as they are now
     if silence := silent(lake, date):
@@ -370,12 +383,27 @@ def _timed(
     return publish(session, lake, job, date, limits), time.monotonic() - began
 
 
+def _time(text: str) -> datetime.datetime:
+    try:
+        found = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        found = None
+    if found is None or found.tzinfo is None:
+        msg = f"--as-of is a time with its zone, such as 2026-11-30T06:00:00+01:00, not {text}"
+        raise ConfigError(msg)
+    return found
+
+
 def command(jobs: list[BatchJob]) -> None:
     """The command line of one job, or of all in one session."""
 
     def main(
         date: Annotated[str, typer.Option(metavar="YYYY-MM-DD", help="Local day of the report.")],
         as_json: Annotated[bool, typer.Option("--json", help="One JSON object per job on standard output.")] = False,
+        as_of: Annotated[
+            str | None,
+            typer.Option(metavar="TIME", help="Of the tables as they were then, such as 2026-11-30T06:00:00+01:00."),
+        ] = None,
     ) -> None:
         with exits():
             try:
@@ -386,7 +414,7 @@ def command(jobs: list[BatchJob]) -> None:
             if day.year not in YEARS:
                 msg = f"--date is a day of the years {YEARS.start} to {YEARS.stop - 1}, not {date}"
                 raise ConfigError(msg)
-            run(jobs, day, load(JudgeSettings), as_json)
+            run(jobs, day, load(JudgeSettings), as_json, _time(as_of) if as_of else None)
 
     main.__doc__ = f"Writes the reports of one local day: {', '.join(job.name for job in jobs)}."
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -2,6 +2,7 @@ import datetime
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,20 @@ def test_a_date_run_twice_has_the_same_rows_and_nothing_else_is_written(
     assert rows_of(job.report) == rows
     assert files_of(job.report) == files_of(job.report, ["2024-06-10"])
     assert [report.name for report in (home() / "reports").iterdir()] == [job.report]
+
+
+def test_a_report_as_of_a_time_is_of_the_tables_as_they_were_then(spark: SparkSession, lake: Path) -> None:
+    job = next(job for job in discovered() if job.name == "alarm_report")
+    published(spark, job)
+    before, then = rows_of(job.report), datetime.datetime.now(datetime.UTC)
+    time.sleep(0.01)
+    noon = datetime.datetime(2024, 6, 10, 12, tzinfo=datetime.UTC)
+    alarm = {"alarm_id": "2", "meter_id": "b", "alarm_type": "tamper", "severity": "error", "source": "meter_event"}
+    keep("alarms", DAY, [{**alarm, "state": "active", "raised_at": noon, "updated_at": noon, "repeat_count": 0}])
+    published(spark, job)
+    assert rows_of(job.report) != before
+    publish(spark, Lake(then), job, DAY, LIMITS)
+    assert rows_of(job.report) == before
 
 
 def test_the_days_of_a_meter_add_up_to_its_register(spark: SparkSession, lake: Path) -> None:

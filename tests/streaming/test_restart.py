@@ -223,6 +223,25 @@ def test_an_id_that_is_gone_beside_what_the_job_keeps_is_no_new_life(home: Path,
     assert lake(again) == undisturbed(job)
 
 
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
+def test_a_store_that_is_put_back_from_a_copy_goes_on_where_the_copy_stood(
+    job: StreamingJob, home: Path, undisturbed: Undisturbed
+) -> None:
+    feed = Feed()
+    feed.add(*batches()[:2])
+    take(None, feed, Runner(job, SETTINGS))
+    for folder in ("state", "lake"):  # in this order, with the jobs down
+        shutil.copytree(home / folder, home / "copy" / folder)
+    feed.add(batches()[2])
+    take(None, feed, Runner(job, SETTINGS))
+    for folder in ("state", "lake"):
+        shutil.rmtree(home / folder)
+        shutil.copytree(home / "copy" / folder, home / folder)
+    again = Runner(job, SETTINGS)
+    take(None, feed, again)
+    assert lake(again) == undisturbed(job)
+
+
 def test_a_driver_that_stood_still_ends_however_far_the_other_one_is(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ from stack.native import NativeStack
 from streaming_jobs.critical_events import CriticalSettings, known, start
 from tests.eventually import eventually
 from tests.lake_by_hand import add_rows
+from tests.stores import place
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +68,14 @@ def failures(bootstrap: str, numbers: range) -> None:
 
 
 @pytest.fixture
-def running(kafka: NativeStack) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+def running(kafka: NativeStack) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Starts the job; whatever is left of it is killed."""
     begun: list[subprocess.Popen[bytes]] = []
     ready = kafka.home / "run" / "critical_events.ready"
 
-    def run() -> subprocess.Popen[bytes]:
+    def run(**more: str) -> subprocess.Popen[bytes]:
         ready.unlink(missing_ok=True)
-        variables = {**os.environ, **environment(kafka.settings), "METERSTREAM_CRITICAL_CHECKPOINT_S": "5"}
+        variables = {**os.environ, **environment(kafka.settings), "METERSTREAM_CRITICAL_CHECKPOINT_S": "5", **more}
         with (kafka.home / "logs" / "critical.log").open("ab") as log:
             command = [sys.executable, "-m", "streaming_jobs.critical_events"]
             begun.append(subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True))
@@ -88,12 +89,19 @@ def running(kafka: NativeStack) -> Iterator[Callable[[], subprocess.Popen[bytes]
             process.wait()
 
 
+@pytest.fixture
+def on_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Variables by which the job keeps its checkpoint on S3."""
+    with place("s3", tmp_path_factory.mktemp("server")) as stores:
+        yield {"METERSTREAM_STORE": stores.store(Path("critical"))[0], **stores.variables}
+
+
 def test_what_is_sent_while_it_runs_or_lies_dead_is_told_with_one_id_each(
-    kafka: NativeStack, running: Callable[[], subprocess.Popen[bytes]]
+    kafka: NativeStack, running: Callable[..., subprocess.Popen[bytes]], on_s3: dict[str, str]
 ) -> None:
     bootstrap = kafka.settings.kafka_bootstrap
     reader = Reader(bootstrap)
-    process = running()
+    process = running(**on_s3)
     failures(bootstrap, range(0, 1))  # what comes from "ready" on is told
     eventually(reader.ids, 30)
     began = time.monotonic()
@@ -103,7 +111,7 @@ def test_what_is_sent_while_it_runs_or_lies_dead_is_told_with_one_id_each(
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     failures(bootstrap, range(101, 201))
-    process = running()
+    process = running(**on_s3)
     failures(bootstrap, range(201, 301))
     ids = {(record["meter_id"], record["event_id"]) for record in eventually(lambda: whole(reader), 120)}
     assert len({event_id for _, event_id in ids}) == len(ids), "an id is one meter's"

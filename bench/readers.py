@@ -51,6 +51,9 @@ class Found:
         commits: that were done.
         meant: that were begun.
         runs: of the report that were begun.
+        compacted: small files that became large ones.
+        left: how often upkeep could not look after the table.
+        vacuumed: files that vacuum has removed.
         reads: how often each reader has read.
         wrong: what it should not have found, a sentence each.
     """
@@ -58,6 +61,9 @@ class Found:
     commits: int = 0
     meant: int = 0
     runs: int = 0
+    compacted: int = 0
+    left: int = 0
+    vacuumed: int = 0
     reads: dict[str, int] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
 
@@ -80,6 +86,15 @@ def replace_report(found: Found) -> None:
         meters = [f"m{meter:03}" for meter in range(shard, METERS, SHARDS) for _ in range(2)]
         rows = pa.table({"meter_id": meters, "run": [found.runs] * len(meters)})
         reports.put_shard(rows, REPORT, DAYS[0], shard, SHARDS)
+
+
+def keep_up(keeping: Upkeep, found: Found) -> None:
+    """Compacts and vacuums."""
+    before = {path for path in store().paths(f"lake/{TABLE}") if path.endswith(".parquet")}
+    done = keeping.once()
+    found.vacuumed += len(before - set(store().paths(f"lake/{TABLE}")))
+    found.compacted += done.compacted
+    found.left += done.left
 
 
 def by_polars(lake: Lake) -> int:
@@ -171,7 +186,7 @@ def watched(minutes: float) -> Found:
     threads = [
         again(lambda: write(found), COMMIT_S),
         again(lambda: replace_report(found), COMMIT_S),
-        again(lambda: keeping.once(is_over.is_set), UPKEEP_S),
+        again(lambda: keep_up(keeping, found), UPKEEP_S),
         *[again(lambda name=name, read=read: look(name, read), READ_S) for name, read in readers.items()],  # type: ignore[misc]
     ]
     until = time.monotonic() + minutes * 60
@@ -199,6 +214,12 @@ def main(
         else:
             reads = ", ".join(f"{name} {number:,}" for name, number in found.reads.items())
             console.print(f"{found.commits:,} commits, {found.runs:,} runs of the report; reads: {reads}")
+            console.print(f"{found.compacted:,} files compacted, {found.vacuumed:,} removed by vacuum")
+        if not found.compacted or found.left:
+            msg = f"{found.compacted} files were compacted, and {found.left} times upkeep failed: nothing is shown"
+            raise ContractBroken(msg)
+        if not found.vacuumed:
+            console.print("Vacuum has removed nothing yet: let it run for more than an hour.")
         if found.wrong:
             msg = f"{len(found.wrong)} wrong: {found.wrong[0]}"
             raise ContractBroken(msg)

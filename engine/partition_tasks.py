@@ -26,7 +26,7 @@ from engine.state import hashes_of, rows_of
 from engine.watermark import watermarks
 from kafka_io.ranges import KAFKA, Range
 from lake.reading import RegistryFiles, newest_registry, registry_files
-from lake.store import used
+from lake.store import store, used
 from lake.tables import Part, put_part, read_parts
 from schemas.tables import DATED_BY
 
@@ -149,11 +149,12 @@ def warm_up(session: SparkSession, jobs: Sequence[StreamingJob], settings: Strea
     """
     spark = session.sparkContext
     slots = spark.defaultParallelism
-    registry = registry_files()
+    registry, url = registry_files(), store().url
     context = BatchContext(settings, watermarks((), settings.allowed_lateness_s, datetime.now(UTC)))
 
     def work(_: int) -> None:
-        meters = _registry(registry)[0].clear()
+        with used(url):
+            meters = _registry(registry)[0].clear()
         for job in jobs:
             for source in job.sources:
                 arrived = Arrived(decoded(KAFKA.empty_table(), source.topic))

@@ -9,11 +9,15 @@ from pyspark.sql import SparkSession
 
 from lake.spark import hadoop_options
 from lake.store import store
+from schemas.errors import ConfigError
 from settings import home
 
 
 def spark_session(name: str, java_options: str = "", **options: str) -> SparkSession:
     """The session, made once per process; under spark-submit it takes what was submitted.
+
+    Raises:
+        ConfigError: under spark-submit a variable is missing by which Spark opens the store.
 
     Args:
         name: shown by Spark as the application's name.
@@ -37,6 +41,10 @@ def spark_session(name: str, java_options: str = "", **options: str) -> SparkSes
         "spark.scheduler.mode": "FAIR",
         "spark.ui.enabled": "false",
     }
+    filled = store().filled
+    if "PYSPARK_GATEWAY_PORT" in os.environ and filled:
+        msg = f"under spark-submit Java was there before: set {', '.join(filled)} in the environment for {store().url}"
+        raise ConfigError(msg)
     defaults |= hadoop_options(store().url)
     if java_options:  # else what spark-defaults.conf says stays
         defaults["spark.driver.extraJavaOptions"] = java_options

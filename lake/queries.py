@@ -72,7 +72,7 @@ def _add_view(lake: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema, fil
     """A view of what these files have; its declared columns are there without any file, too."""
     parts = [rows_of(files, column)] if files and store().is_local else []
     if files and not parts:  # DuckDB reads no store by itself without an extension of its own host
-        lake.register(f"files of {name}", over(files, column))
+        lake.register(f"files of {name}", over(files, column, schema))
         parts = [f'FROM "files of {name}"']
     if schema.names:
         lake.register(f"declared {name}", schema.empty_table())

@@ -217,12 +217,13 @@ def registered(meter_ids: pl.Series) -> pl.DataFrame:
     return newest(all_registered(meter_ids))
 
 
-def over(files: Sequence[str], partition: str) -> ds.Dataset:
+def over(files: Sequence[str], partition: str, columns: pa.Schema) -> ds.Dataset:
     """Files on a store that is not local as one Arrow dataset; a column that some were written before is null there.
 
     Args:
         files: URLs.
         partition: the column that is in the path.
+        columns: that they have; where none are known each file is asked.
     """
     place = store()
     system = PyFileSystem(DeltaStorageHandler(place.url))
@@ -230,6 +231,8 @@ def over(files: Sequence[str], partition: str) -> ds.Dataset:
     options = ds.FileSystemFactoryOptions(partitioning=ds.partitioning(pa.schema({partition: kind}), flavor="hive"))
     paths = [file.removeprefix(f"{place.url}/") for file in files]
     factory = ds.FileSystemDatasetFactory(system, paths, ds.ParquetFileFormat(), options)
+    if columns.names and set(columns.names) != {partition}:
+        return factory.finish(columns)
     return factory.finish(factory.inspect(promote_options="permissive", fragments=None))
 
 

@@ -13,6 +13,7 @@ from lake.reading import Lake
 from lake.store import aws_variables
 from metering.registry import MOST
 from schemas.tables import TABLES
+from settings import home
 
 CHECKPOINTS_ON_S3 = "org.apache.spark.internal.io.cloud.AbortableStreamBasedCheckpointFileManager"
 """Spark's own checkpoints by uploads that are finished or dropped: there is no rename."""
@@ -32,6 +33,7 @@ def hadoop_options(url: str) -> dict[str, str]:
         return {}
     variables = aws_variables(url)
     found = {"fs.s3a.endpoint.region": variables["AWS_REGION"]}
+    found["fs.s3a.buffer.dir"] = str(home() / "tmp" / "s3a")
     found |= {"fs.s3a.input.stream.type": "classic", "fs.s3a.audit.enabled": "false"}  # else a library more
     if endpoint := variables.get("AWS_ENDPOINT_URL"):
         found |= {"fs.s3a.endpoint": endpoint, "fs.s3a.path.style.access": "true"}

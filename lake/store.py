@@ -27,6 +27,8 @@ AWS_FILES = (("AWS_CONFIG_FILE", "config"), ("AWS_SHARED_CREDENTIALS_FILE", "cre
 AWS_KEYS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 AWS_NAMES = {**{name: name.upper() for name in AWS_KEYS}, "region": "AWS_REGION", "endpoint_url": "AWS_ENDPOINT_URL"}
 """What a profile says, and the variable that says the same."""
+AWS_KEYS_AND_SERVER = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL")
+AWS_VARIABLES = (*AWS_NAMES.values(), "AWS_ALLOW_HTTP")
 
 
 class Store:
@@ -48,11 +50,8 @@ class Store:
             msg = f"METERSTREAM_STORE is {url}, expected {', '.join(f'{each}://…' for each in SCHEMES)}"
             raise ConfigError(msg)
         self.is_local = scheme == "file"
-        if scheme == "s3":
-            variables = aws_variables(self.url)
-            for name in set(AWS_NAMES.values()) - set(variables):
-                os.environ.pop(name, None)  # empty, or of another account
-            os.environ.update(variables)
+        self._variables = aws_variables(self.url) if scheme == "s3" else {}
+        self.use()
         try:
             if self.is_local:
                 Path(rest).mkdir(parents=True, exist_ok=True)
@@ -60,6 +59,24 @@ class Store:
         except (BaseError, ValueError, OSError) as error:
             msg = f"METERSTREAM_STORE is {url}, which cannot be opened: {error}"
             raise ConfigError(msg) from error
+
+    def use(self) -> None:
+        """Lets other libraries of this process find what opens the store: they look at AWS's variables."""
+        for name in AWS_VARIABLES if self._variables else ():
+            before, after = os.environ.get(name), self._variables.get(name)
+            if before != after:
+                _set_here[name] = _given(name), after
+                if after is None:
+                    del os.environ[name]  # empty, or of another account
+                else:
+                    os.environ[name] = after
+
+    @property
+    def filled(self) -> list[str]:
+        """AWS's variables that this process was started without."""
+        return sorted(
+            name for name in AWS_KEYS_AND_SERVER if name in self._variables and _given(name) != self._variables[name]
+        )
 
     def uri(self, path: str) -> str:
         """An object or folder as other libraries take it: a path where the store is a local folder, else a URL."""
@@ -163,7 +180,7 @@ class Store:
                 raise self._away(f"the end of {those}"[:200], error) from error
 
     def _away(self, path: str, error: Exception) -> RetryLater:
-        why = str(error).partition("\n")[0]
+        why = " ".join(str(error).split())[:500]
         return RetryLater(f"the store {self.url} did not take or give {path}: {why}")
 
 
@@ -185,14 +202,26 @@ def aws_variables(url: str) -> dict[str, str]:
     said: dict[str, str] = {}
     for section in (f"profile {profile}", profile):
         said |= dict(sections[section]) if sections.has_section(section) else {}
-    given = {} if is_own else {name: os.environ[name] for name in AWS_NAMES.values() if os.environ.get(name)}
+    given = {name: value for name in AWS_NAMES.values() if not is_own and (value := _given(name))}
     if "AWS_ACCESS_KEY_ID" in given:
         said = {name: value for name, value in said.items() if name not in AWS_KEYS}
     found = {AWS_NAMES[name]: value for name, value in said.items() if name in AWS_NAMES} | given
-    found.setdefault("AWS_REGION", os.environ.get("AWS_DEFAULT_REGION") or DEFAULT_REGION)
+    region = DEFAULT_REGION if is_own else os.environ.get("AWS_DEFAULT_REGION")
+    found.setdefault("AWS_REGION", region or DEFAULT_REGION)
     if found.get("AWS_ENDPOINT_URL", "").startswith("http://"):
         found["AWS_ALLOW_HTTP"] = "true"
     return found
+
+
+_set_here: dict[str, tuple[str | None, str | None]] = {}
+"""AWS's variables that this process has changed, for the S3 store that was used last: before, and after that."""
+
+
+def _given(name: str) -> str | None:
+    """What a variable says that was not set here."""
+    now = os.environ.get(name)
+    before, after = _set_here.get(name, (now, now))
+    return before if now == after else now
 
 
 @lru_cache(maxsize=8)
@@ -209,8 +238,13 @@ def store() -> Store:
     Raises:
         ConfigError: see `Store`.
     """
-    url = _used.get() or store_url()
-    return _opened(url, home() if url == OWN_STORE else None)  # a server of each home's own
+    return _found(_used.get() or store_url())
+
+
+def _found(url: str) -> Store:
+    found = _opened(url, home() if url == OWN_STORE else None)  # a server of each home's own
+    found.use()
+    return found
 
 
 @contextmanager
@@ -218,6 +252,7 @@ def used(url: str) -> Iterator[None]:
     """While it holds, `store` is the one of this URL: for a task, whose process knows nothing of the driver's home."""
     token = _used.set(url)
     try:
+        _found(url)  # what reads without it finds AWS's variables
         yield
     finally:
         _used.reset(token)

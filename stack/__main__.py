@@ -22,14 +22,14 @@ from rich.console import Console
 
 from kafka_io.topics import create_topics
 from schemas.errors import ConfigError, RetryLater, exits
-from settings import OWN_STORE, Settings, contradictions, damage, load, started_with
+from settings import Settings, contradictions, damage, load, started_with
 from stack import following, registry, tables
 from stack.backlog import waiting_in_broker
 from stack.containers import ContainerStack, engine
 from stack.jobs import LEGEND, jobs, jobs_table, metrics_text, processes_table, upkeep_warning
 from stack.native import NativeStack
 from stack.parts import ALWAYS, NATS, PARTS, STREAMING, SUPERVISOR
-from stack.settings import StackSettings
+from stack.settings import StackSettings, store_of
 from stack.supervisor import supervise as restart_dead_parts
 
 app = typer.Typer(
@@ -91,7 +91,7 @@ def _stack(
     if mode not in ("auto", "docker", "native"):
         msg = f"MODE is auto, docker or native, not {mode}"
         raise ConfigError(msg)
-    settings = load(StackSettings, store={"s3": OWN_STORE, "home": ""}.get(store, store) if store else None)
+    settings = load(StackSettings, store=store_of(store) if store else None)
     started = started_with(folder := settings.folder)
 
     def show(line: str) -> None:
@@ -144,9 +144,11 @@ def up(
     """
 
     def work() -> None:
-        before = started_with(load(StackSettings).folder).get("store")
+        known = started_with(load(StackSettings).folder)
+        before = known.get("store", "")
         stack = _stack(mode, cluster, critical, is_asked=True, store=store)
-        if before is not None and before != stack.settings.store:
+        store_of(stack.settings.store, isinstance(stack, ContainerStack))
+        if known and before != stack.settings.store:
             where = before or stack.home
             problems.print(f"[yellow]![/] what the lake has so far stays in {where}: it is not read", soft_wrap=True)
         in_containers = isinstance(stack, ContainerStack)
@@ -258,10 +260,7 @@ def alarms(
                 typer.echo(json.dumps(alarm, default=str))
             return
         for alarm in chosen[:limit]:
-            seen = f", seen by {alarm['acknowledged_by']}" if alarm["acknowledged_by"] else ""
-            line = f"{alarm['alarm_id']}  {alarm['raised_at']:%Y-%m-%d %H:%M:%S}  {alarm['meter_id']:<16} "
-            line += f"{alarm['state']:<7} {alarm['severity']:<7} {alarm['alarm_type']}{seen}"
-            console.print(line, markup=False, soft_wrap=True)
+            console.print(following.alarm_line(alarm), markup=False, soft_wrap=True)
         more = f", the newest {limit} of them above" if len(chosen) > limit else ""
         console.print(f"{len(chosen):,} {'' if all_ else 'that stand '}in {following.KEPT}{more}.", soft_wrap=True)
 
@@ -401,6 +400,8 @@ def clean(mode: Mode = "auto", yes: Annotated[bool, typer.Option("--yes", "-y", 
     def work() -> None:
         stack = _stack(mode)
         what = f"the volumes of {stack.project}" if isinstance(stack, ContainerStack) else f"all of {stack.home}"
+        if stack.settings.store and not stack.settings.has_own_store:
+            problems.print(f"[yellow]![/] lake, state and reports in {stack.settings.store} stay", soft_wrap=True)
         if not yes and not typer.confirm(f"Remove {what}?"):
             console.print("Kept.")
             return
@@ -432,11 +433,7 @@ def critical(
             if as_json:
                 typer.echo(json.dumps(event, default=str))
             else:
-                volts = "" if event["voltage_mv"] is None else f" {event['voltage_mv'] / 1000:.1f} V"
-                delay_ms = (event["told_at"] - event["appended_at"]).total_seconds() * 1000
-                what = " ".join(filter(None, (event["kind"], event["phase"], event["code"])))
-                line = f"{event['observed_at']:%Y-%m-%d %H:%M:%S}  {event['meter_id']:<16} {what}{volts}"
-                console.print(f"{line}  (told after {delay_ms:,.0f} ms)", markup=False, soft_wrap=True)
+                console.print(following.event_line(event), markup=False, soft_wrap=True)
             if number == count:
                 return
 
@@ -457,15 +454,16 @@ def sql(
     import duckdb
 
     from lake.reading import Lake, registry_files
+    from lake.store import store as place
 
     def work() -> None:
         stack = _stack()
-        if isinstance(stack, ContainerStack):
+        if isinstance(stack, ContainerStack) and not stack.settings.store:
             msg = (
                 "the lake is in Docker's volume: docs/docker.md says how to copy it out, METERSTREAM_HOME names a copy"
             )
             raise ConfigError(msg)
-        os.environ["METERSTREAM_HOME"] = str(stack.home)
+        os.environ |= {"METERSTREAM_HOME": str(stack.home), "METERSTREAM_STORE": stack.settings.store}
         with Lake().duckdb() as lake:
             try:
                 rows = lake.sql(query)
@@ -478,9 +476,9 @@ def sql(
                     rows.show(max_width=console.width)
                     if not rows.limit(1).fetchall():
                         hint = "" if registry_files() else ": METERSTREAM_HOME names another home"
-                        problems.print(f"No rows in {stack.home}{hint}", soft_wrap=True)
+                        problems.print(f"No rows in {place().url}{hint}", soft_wrap=True)
             except duckdb.Error as error:
-                msg = f"{error}\nThe lake is that of {stack.home}"
+                msg = f"{error}\nThe lake is in {place().url}"
                 raise ConfigError(msg) from error
 
     _guarded(work)

@@ -24,7 +24,7 @@ from stack.parts import (
     SUPERVISOR,
     PartState,
     asked_for,
-    s3_keys,
+    store_variables,
 )
 from stack.processes import LOG_TAIL_LINES, StartFailed
 from stack.settings import ROOT, StackSettings, remember
@@ -215,12 +215,10 @@ class ContainerStack:
             variable: str(port) for name in (*ALWAYS, S3.name) for variable, port in PARTS[name].ports(settings).items()
         }
         master = {"METERSTREAM_SPARK_MASTER": "spark://spark-master:7077"} if self._cluster else {}
-        # the older compose would take the newer builder from its own docker only
-        store = {"METERSTREAM_STORE": settings.store}
+        store = store_variables(settings, f"http://{S3.name}:{S3_INSIDE}")
         if settings.has_own_store:
-            keys = s3_keys(settings)
-            store |= {**keys, **{f"METERSTREAM_S3_{name}": keys[f"AWS_{full}"] for name, full in S3_KEYS.items()}}
-            store["AWS_ENDPOINT_URL"] = f"http://{S3.name}:{S3_INSIDE}"
+            store |= {f"METERSTREAM_S3_{name}": store[f"AWS_{full}"] for name, full in S3_KEYS.items()}
+        # the older compose would take the newer builder from its own docker only
         own = {**ports, **master, **store, "COMPOSE_PROJECT_NAME": self.project, "COMPOSE_DOCKER_CLI_BUILD": "0"}
         return {**os.environ, **own}
 

@@ -48,7 +48,7 @@ from stack.isolated import Stack, drain, environment, own_settings
 from stack.jobs import jobs, metrics_text
 from stack.native import NativeStack
 from stack.parts import S3
-from stack.settings import ROOT, StackSettings
+from stack.settings import ROOT, StackSettings, store_of
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 SEED = 1
@@ -109,11 +109,14 @@ def _demo(
     folder: Path,
     in_containers: bool,
     cluster: bool,
-    place: str,
+    asked: str,
 ) -> bool:
     began = time.monotonic()
-    settings = own_settings(folder, {"s3": OWN_STORE, "home": ""}.get(place, place))
+    settings = own_settings(folder, store_of(asked, in_containers))
     os.environ |= environment(settings)
+    if settings.store and not settings.has_own_store and (taken := store().folders("state") + store().folders("lake")):
+        msg = f"{settings.store} has {', '.join(taken[:3])} already: a demo takes an empty store, or STORE=s3"
+        raise ConfigError(msg)
 
     def on_progress(line: str) -> None:
         console.print(f"  {line}")
@@ -325,13 +328,13 @@ def _summary(ledger: Ledger, offsets: dict[str, int], truth: Path | None, began:
     console.print(Panel(facts, title=f"Run {ledger.run_id}", expand=False))
     console.print(f"Tables   {store().uri('lake')}")
     console.print(f"Reports  {store().uri('reports')}")
-    columns, place = "meter_id, date, import_wh, export_wh, readings, quality", "daily_consumption_v1"
+    columns, report = "meter_id, date, import_wh, export_wh, readings, quality", "daily_consumption_v1"
     if store().is_local:
-        sql = f"SELECT {columns} FROM '{glob_of(place)}' LIMIT 5"
+        sql = f"SELECT {columns} FROM '{glob_of(report)}' LIMIT 5"
         line = f'.venv/bin/python -c "import duckdb; duckdb.sql(\\"{sql}\\").show()"'
     else:
         start = f"METERSTREAM_HOME={home()} .venv/bin/stack up s3; " if store().url == OWN_STORE else ""
-        line = f'{start}METERSTREAM_HOME={home()} .venv/bin/stack sql "SELECT {columns} FROM {place} LIMIT 5"'
+        line = f'{start}METERSTREAM_HOME={home()} .venv/bin/stack sql "SELECT {columns} FROM {report} LIMIT 5"'
     console.print(f"Open one {line}", soft_wrap=True)
     found = proof.problems(lake, offsets, ledger.records, truth)
     with console.status("replay verify: every record, window, alarm and fault"):

@@ -130,3 +130,19 @@ def acknowledge(bootstrap: str, alarm_id: str, meter_id: str | None, by: str, no
         msg = f"Kafka at {bootstrap} did not take it ({'; '.join(refused) or 'no answer'}): make up starts it"
         raise RetryLater(msg)
     return alarm_id, meter_id
+
+
+def alarm_line(alarm: dict[str, Any]) -> str:
+    """An alarm for people: since when, whose, and who has seen it."""
+    seen = f", seen by {alarm['acknowledged_by']}" if alarm["acknowledged_by"] else ""
+    line = f"{alarm['alarm_id']}  {alarm['raised_at']:%Y-%m-%d %H:%M:%S}  {alarm['meter_id']:<16} "
+    return f"{line}{alarm['state']:<7} {alarm['severity']:<7} {alarm['alarm_type']}{seen}"
+
+
+def event_line(event: dict[str, Any]) -> str:
+    """A critical event for people: when, whose, what, volts, and how long telling it took."""
+    volts = "" if event["voltage_mv"] is None else f" {event['voltage_mv'] / 1000:.1f} V"
+    delay_ms = (event["told_at"] - event["appended_at"]).total_seconds() * 1000
+    what = " ".join(filter(None, (event["kind"], event["phase"], event["code"])))
+    line = f"{event['observed_at']:%Y-%m-%d %H:%M:%S}  {event['meter_id']:<16} {what}{volts}"
+    return f"{line}  (told after {delay_ms:,.0f} ms)"

@@ -113,7 +113,7 @@ def upkeep_warning(text: str) -> str | None:
     found = {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
     ended = found.get(f"{PREFIX}upkeep_ended_timestamp_seconds")
     left = int(found.get(f"{PREFIX}upkeep_left_tables", 0))
-    stands_s = 0.0 if ended is None else time.time() - ended
+    stands_s = time.time() - ended if ended else 0.0  # 0: it has not begun
     if stands_s > UPKEEP_STANDS_S:
         return f"upkeep of the tables has not got through them for {stands_s / 60:.0f} minutes: see make logs"
     return f"upkeep leaves {left} tables for the next time: see make logs" if left else None

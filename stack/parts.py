@@ -17,6 +17,7 @@ from confluent_kafka import KafkaException
 
 from kafka_io.clients import admin
 from kafka_io.topics import create_topics
+from lake.store import DEFAULT_REGION, aws_variables
 from schemas.errors import ConfigError
 from settings import OWN_STORE, own_credentials
 from stack.ports import accepts, http_answer
@@ -256,16 +257,21 @@ def s3_keys(settings: StackSettings) -> dict[str, str]:
     return {"AWS_ACCESS_KEY_ID": said["aws_access_key_id"], "AWS_SECRET_ACCESS_KEY": said["aws_secret_access_key"]}
 
 
-def store_variables(settings: StackSettings) -> dict[str, str]:
-    """Variables by which each process opens the store, wherever its own home is."""
-    if not settings.store:
-        return {}
-    own = (
-        {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{settings.s3_port}"} | s3_keys(settings)
-        if settings.has_own_store
-        else {}
-    )
-    return {"METERSTREAM_STORE": settings.store, **own}
+def store_variables(settings: StackSettings, own_server: str = "") -> dict[str, str]:
+    """Variables by which each process opens the store, wherever its own home is.
+
+    Args:
+        settings: of the stack.
+        own_server: URL of its own S3 server, where it has one; by default that of this machine.
+    """
+    if settings.has_own_store:
+        server = {
+            "AWS_ENDPOINT_URL": own_server or f"http://127.0.0.1:{settings.s3_port}",
+            "AWS_REGION": DEFAULT_REGION,
+        }
+        return {"METERSTREAM_STORE": settings.store, "AWS_SESSION_TOKEN": "", **server, **s3_keys(settings)}
+    account = aws_variables(settings.store) if settings.store.startswith("s3://") else {}
+    return {"METERSTREAM_STORE": settings.store, **account}
 
 
 def _s3_prepared(settings: StackSettings, _: Run) -> None:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from lake.store import SCHEMES
 from schemas.errors import ConfigError
 from settings import OWN_STORE, Settings, started_file, started_with
 
@@ -64,6 +65,27 @@ class StackSettings(Settings):
     def kafka_bootstrap(self) -> str:
         """Address for Kafka clients."""
         return f"127.0.0.1:{self.kafka_port}"
+
+
+def store_of(said: str, in_containers: bool = False) -> str:
+    """URL of the store that somebody asks for; empty: the home.
+
+    Args:
+        said: s3, home or a URL.
+        in_containers: of what runs in containers.
+
+    Raises:
+        ConfigError: it is none of these, or a folder that is another one in each container.
+    """
+    url = {"s3": OWN_STORE, "home": ""}.get(said, said.rstrip("/"))
+    scheme, _, rest = url.partition("://")
+    if url and (scheme not in SCHEMES or not rest):
+        msg = f"STORE is s3, home or a URL ({', '.join(f'{each}://…' for each in SCHEMES)}), not {said}"
+        raise ConfigError(msg)
+    if in_containers and scheme == "file":
+        msg = f"STORE={said} would be another folder in each container: home is their volume"
+        raise ConfigError(msg)
+    return url
 
 
 def remember(settings: StackSettings, mode: str, cluster: bool, critical: bool) -> None:

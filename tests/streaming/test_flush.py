@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
+from engine import partition_tasks
 from engine.intents import Intents
 from engine.runner import Runner
 from engine.stream import Stream
@@ -41,6 +42,29 @@ def test_asked_again_it_closes_each_window_once(spark: SparkSession, home: Path)
     flush(runner)
     flush(Runner(JOB, SETTINGS))
     assert lake(runner) == once
+
+
+def test_much_state_is_flushed_by_several_tasks(
+    spark: SparkSession, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed, runner = Feed(), Runner(JOB, SETTINGS)
+    feed.add(batches()[0], apart="m2")
+    take(None, feed, runner)
+    cuts: list[int] = []
+    share = partition_tasks._shares
+
+    def shares(places: list[partition_tasks.Place], most: int) -> list[list[partition_tasks.Place]]:
+        found = share(places, most)
+        cuts.append(len(found))
+        return found
+
+    monkeypatch.setattr(partition_tasks, "_shares", shares)
+    monkeypatch.setattr(partition_tasks, "ROWS_OF_A_TASK", 2)
+    flushing = Runner(JOB, SETTINGS)
+    flushing.resume()
+    Stream(spark, [flushing]).flush(flushing)
+    assert cuts == [2]
+    assert windows() == sorted([*OVER, *OPEN])
 
 
 def test_one_that_died_before_its_intent_has_closed_nothing_and_after_it_everything(

@@ -1,21 +1,23 @@
 """How a store is found and opened: its URL, and what AWS's variables and files say of it."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from lake.spark import hadoop_options, uri
-from lake.store import AWS_NAMES, Store, aws_variables, store
+from lake.store import AWS_VARIABLES, Store, aws_variables, store, used
 from schemas.errors import ConfigError
 from settings import OWN_STORE, load, own_credentials
 from stack.parts import s3_keys, store_variables
-from stack.settings import StackSettings, remember
+from stack.settings import StackSettings, remember, store_of
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in (*AWS_NAMES.values(), "AWS_PROFILE", "AWS_DEFAULT_REGION", "METERSTREAM_STORE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in (*AWS_VARIABLES, "AWS_PROFILE", "AWS_DEFAULT_REGION", "METERSTREAM_STORE"):
+        monkeypatch.setenv(name, "")  # so that it is put back, whatever is set meanwhile
+        monkeypatch.delenv(name)
     monkeypatch.setenv("METERSTREAM_HOME", str(tmp_path / "home"))
     for name, file in (("AWS_CONFIG_FILE", "config"), ("AWS_SHARED_CREDENTIALS_FILE", "credentials")):
         monkeypatch.setenv(name, str(tmp_path / file))
@@ -75,7 +77,48 @@ def test_the_stacks_own_server_has_keys_that_the_home_keeps(home: Path, monkeypa
     }
     assert aws_variables(OWN_STORE) == expected
     assert store_variables(settings).items() >= {"METERSTREAM_STORE": OWN_STORE, **keys}.items()
-    assert store_variables(load(StackSettings, home=home / "home", store="")) == {}
+    assert store_variables(load(StackSettings, home=home / "home", store="")) == {"METERSTREAM_STORE": ""}
+
+
+def test_the_stacks_own_server_hears_nothing_of_an_account_in_the_shell(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.setenv(name, "of somebody's account")
+    (home / "config").write_text("[default]\nregion = eu-central-1\n")
+    settings = load(StackSettings, home=home / "home", store=OWN_STORE)
+    keys = s3_keys(settings)
+    expected = {**keys, "AWS_REGION": "us-east-1", "AWS_ENDPOINT_URL": "http://127.0.0.1:7070"}
+    assert aws_variables(OWN_STORE) == expected | {"AWS_ALLOW_HTTP": "true"}
+    for name, value in store_variables(settings).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("METERSTREAM_HOME", str(home / "a worker's"))
+    assert aws_variables(OWN_STORE) == expected | {"AWS_ALLOW_HTTP": "true"}
+
+
+def test_each_store_has_its_own_variables_while_it_is_used_and_the_shells_come_back(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "credentials").write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "")
+    s3_keys(load(StackSettings, home=home / "home", store=OWN_STORE, s3_port=7171))
+    with used(OWN_STORE):
+        assert os.environ["AWS_ENDPOINT_URL"] == "http://127.0.0.1:7171"
+        assert store().filled == ["AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL", "AWS_SECRET_ACCESS_KEY"]
+    with used("s3://meters"):
+        assert (os.environ["AWS_ACCESS_KEY_ID"], os.environ.get("AWS_ENDPOINT_URL")) == ("a", None)
+        assert "AWS_SESSION_TOKEN" not in os.environ
+    with used(OWN_STORE):
+        assert os.environ["AWS_ENDPOINT_URL"] == "http://127.0.0.1:7171"
+
+
+def test_what_is_asked_for_is_a_store_or_refused() -> None:
+    assert [store_of(said) for said in ("s3", "home", "s3://a/b/")] == [OWN_STORE, "", "s3://a/b"]
+    for said in ("S3", "ftp://a", "s3://"):
+        with pytest.raises(ConfigError, match=f"STORE is s3, home or a URL .*, not {said}"):
+            store_of(said)
+    with pytest.raises(ConfigError, match="another folder in each container"):
+        store_of("file:///srv", in_containers=True)
 
 
 def test_spark_is_told_where_a_store_is_and_reads_it_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:

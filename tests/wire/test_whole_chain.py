@@ -19,6 +19,6 @@ class TestNativeProcessesAndS3(WholeChain):
     kind = NativeStack
     store = OWN_STORE
 
-    @pytest.fixture(params=["s3", "streaming"])
+    @pytest.fixture(params=["s3", "spark-worker-1"])  # the second on a cluster that shares nothing but the store
     def killed(self, request: pytest.FixtureRequest) -> str:
         return str(request.param)

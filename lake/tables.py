@@ -102,7 +102,7 @@ def put_part(table: str, rows: pl.DataFrame, name: str, partition: str | None) -
     rows.write_parquet(content, compression=COMPRESSION)
     value = NO_DATE if partition is None else partition
     path = f"{column}={value}/{name}-{uuid.uuid4().hex[:12]}.parquet"
-    store().put(f"{folder_of(table)}/{path}", content.getvalue())
+    store().put(f"{folder_of(table)}/{path}", content.getbuffer())
     return Part(table, path, content.tell(), len(rows), partition)
 
 

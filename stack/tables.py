@@ -54,14 +54,23 @@ def _version(text: str) -> int | datetime:
 
 def upkeep(
     every_s: Annotated[float | None, typer.Option(help="Go on until Ctrl-C, after so many seconds each.")] = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Once: put the rows of closed days in the order of their meters.")
+    ] = False,
 ) -> None:
     """Write checkpoints of the tables' logs, compact small files, remove what nobody reads any more.
 
-    The driver of the streaming jobs does it, too. Several at once do no harm.
+    The driver of the streaming jobs does it, too, but for --cluster. Several at once do no harm.
 
     For example: .venv/bin/python -m stack upkeep --every-s 60
+
+    .venv/bin/python -m stack upkeep --cluster
     """
     with exits():
+        if cluster:
+            done = Upkeep(load(StreamSettings, kafka_bootstrap="none:0").compact_files).cluster()
+            console.print(f"{store().url}: {done} days of tables are in the order of their meters now")
+            return
         keeping = Upkeep(load(StreamSettings, kafka_bootstrap="none:0").compact_files)
         stop = asked_to_end() if every_s else threading.Event()
         while True:

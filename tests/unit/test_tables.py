@@ -20,6 +20,7 @@ from lake.tables import Commit, Part, Writer, put_part
 from lake.upkeep import Upkeep
 from schemas.errors import ConfigError, RetryLater
 from schemas.tables import ACCOUNTING, TABLES, polars_schema
+from tests.lake_by_hand import add as add_by_hand
 from tests.stores import STORES, Place, place
 
 TABLE, DAY = "accounting", "2024-03-31"
@@ -183,6 +184,28 @@ def test_what_was_compacted_is_removed_after_its_retention_and_orphans_after_the
     keeping.once()
     assert not orphan.exists()
     assert received() == list(range(5))
+
+
+def test_closed_days_are_put_in_the_order_of_their_meters_once(folder: Path) -> None:
+    def add_meters(number: int) -> None:
+        rows = pl.DataFrame({"meter_id": [f"m{(number * 7 + each) % 50:02d}" for each in range(50)]})
+        add_by_hand("readings", rows, DAY)
+
+    for number in range(5):
+        add_meters(number)
+    before = Lake().polars("readings").collect()
+    keeping = Upkeep(files=99)
+    assert keeping.cluster() == 0, "the day is not closed"
+    assert keeping.cluster(quiet_s=-1.0) == 1
+    lake = Lake()
+    after = lake.polars("readings").collect()
+    assert after.equals(before.sort("meter_id"))
+    assert len(lake.files("readings")) == 1
+    assert keeping.cluster(quiet_s=-1.0) == 0
+    assert Upkeep(files=99).cluster(quiet_s=-1.0) == 0
+    add_meters(9)
+    assert keeping.cluster(quiet_s=-1.0) == 1
+    assert len(Lake().polars("readings").collect()) == 300
 
 
 def test_a_log_has_a_checkpoint_every_so_many_commits(folder: Path) -> None:

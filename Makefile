@@ -11,7 +11,7 @@ export SQL
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
-setup:  ## Install what is needed into .venv (again in no time); STORE=s3: an S3 server, too
+setup:  ## Install what is needed into .venv (again in no time); STORE=s3: an S3 server, too; WITH=hdfs: an HDFS for tests
 	@command -v python3 >/dev/null || { echo "python3 is missing: install Python 3.11 or newer" >&2; exit 1; }
 	@python3 tools/setup.py $(or $(WITH),$(filter s3,$(STORE)))
 
@@ -77,7 +77,7 @@ test: WITH := s3
 test: setup  ## All tests that take seconds; METER_LOGS= names a folder of real logs
 	@$(PYTEST) $(ARGS)
 
-test-long: WITH := s3
+test-long: WITH := s3 hdfs
 test-long: setup  ## Those that take minutes by their nature: kills, an hour of faults, starved processes
 	@$(PYTEST) -m long $(ARGS)
 

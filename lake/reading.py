@@ -143,7 +143,7 @@ class Lake:
         return read_table(session, self, table, dates)
 
 
-UNREADABLE = (pl.exceptions.PolarsError, OSError)
+UNREADABLE = (pl.exceptions.PolarsError, pa.ArrowException, OSError)
 RegistryFiles = tuple[str, ...]
 """The registry's files."""
 
@@ -217,18 +217,19 @@ def registered(meter_ids: pl.Series) -> pl.DataFrame:
     return newest(all_registered(meter_ids))
 
 
-def over(files: Sequence[str], partition: str, columns: pa.Schema) -> ds.Dataset:
+def over(files: Sequence[str], partition: str | None, columns: pa.Schema) -> ds.Dataset:
     """Files on a store that is not local as one Arrow dataset; a column that some were written before is null there.
 
     Args:
         files: URLs.
-        partition: the column that is in the path.
+        partition: the column that is in the path, if one is.
         columns: that they have; where none are known each file is asked.
     """
-    place = store()
+    place, options = store(), ds.FileSystemFactoryOptions()
     system = PyFileSystem(DeltaStorageHandler(place.url))
-    kind = pa.date32() if partition == DATE else pa.int64()
-    options = ds.FileSystemFactoryOptions(partitioning=ds.partitioning(pa.schema({partition: kind}), flavor="hive"))
+    if partition:
+        kind = pa.date32() if partition == DATE else pa.int64()
+        options.partitioning = ds.partitioning(pa.schema({partition: kind}), flavor="hive")
     paths = [file.removeprefix(f"{place.url}/") for file in files]
     factory = ds.FileSystemDatasetFactory(system, paths, ds.ParquetFileFormat(), options)
     if columns.names and set(columns.names) != {partition}:
@@ -247,6 +248,8 @@ def _scanned(files: Sequence[str], columns: pa.Schema, partition: str | None = N
     schema = polars_schema(columns)
     if not files:
         return pl.LazyFrame(schema=schema)
+    if files[0].startswith("hdfs://"):  # Polars has no client of it
+        return pl.scan_pyarrow_dataset(over(files, partition, columns))
     return pl.scan_parquet(
         list(files),
         schema=schema,

@@ -8,7 +8,7 @@ are the same to all that is built on it.
 import configparser
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
@@ -17,10 +17,11 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import from_url
 
+from lake.hdfs import Hdfs
 from schemas.errors import ConfigError, RetryLater
 from settings import OWN_STORE, home, own_credentials, store_url
 
-SCHEMES = ("file", "s3", "gs", "az")
+SCHEMES = ("file", "s3", "gs", "az", "hdfs")
 DEFAULT_REGION = "us-east-1"
 AWS_FILES = (("AWS_CONFIG_FILE", "config"), ("AWS_SHARED_CREDENTIALS_FILE", "credentials"))
 """Variables that name AWS's files, and what they are called in `~/.aws`; the later one wins."""
@@ -29,6 +30,8 @@ AWS_NAMES = {**{name: name.upper() for name in AWS_KEYS}, "region": "AWS_REGION"
 """What a profile says, and the variable that says the same."""
 AWS_KEYS_AND_SERVER = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL")
 AWS_VARIABLES = (*AWS_NAMES.values(), "AWS_ALLOW_HTTP")
+FAILURES = (BaseError, OSError, ValueError, RuntimeError)
+"""What the clients raise; that of HDFS has no class of its own."""
 
 
 class Store:
@@ -55,8 +58,8 @@ class Store:
         try:
             if self.is_local:
                 Path(rest).mkdir(parents=True, exist_ok=True)
-            self._store = from_url(self.url)
-        except (BaseError, ValueError, OSError) as error:
+            self._objects = Hdfs(self.url) if scheme == "hdfs" else _Objects(self.url)
+        except FAILURES as error:
             msg = f"METERSTREAM_STORE is {url}, which cannot be opened: {error}"
             raise ConfigError(msg) from error
 
@@ -88,10 +91,8 @@ class Store:
         Raises:
             RetryLater: the store does not take it.
         """
-        try:
-            obstore.put(self._store, path, content)
-        except (BaseError, OSError) as error:
-            raise self._away(path, error) from error
+        with self._asked(path):
+            self._objects.put(path, content)
 
     def put_new(self, path: str, content: bytes) -> bool:
         """Writes an object where there is none of that name. Returns whether it did; of several at once one does.
@@ -99,13 +100,8 @@ class Store:
         Raises:
             RetryLater: the store does not answer: nobody knows whether it did.
         """
-        try:
-            obstore.put(self._store, path, content, mode="create")
-        except AlreadyExistsError:
-            return False
-        except (BaseError, OSError) as error:
-            raise self._away(path, error) from error
-        return True
+        with self._asked(path):
+            return self._objects.put_new(path, content)
 
     def get(self, path: str) -> bytes:
         """An object's bytes.
@@ -114,13 +110,13 @@ class Store:
             FileNotFoundError: there is none.
             RetryLater: the store does not answer.
         """
-        try:
-            return obstore.get(self._store, path).bytes().to_bytes()
-        except FileNotFoundError:
-            msg = f"{self.uri(path)} is not there"
-            raise FileNotFoundError(msg) from None
-        except (BaseError, OSError) as error:
-            raise self._away(path, error) from error
+        with self._asked(path):
+            try:
+                return self._objects.get(path)
+            except FileNotFoundError:
+                pass
+        msg = f"{self.uri(path)} is not there"
+        raise FileNotFoundError(msg)
 
     def has(self, path: str) -> bool:
         """Whether an object of that name is there.
@@ -128,13 +124,8 @@ class Store:
         Raises:
             RetryLater: the store does not answer.
         """
-        try:
-            obstore.head(self._store, path)
-        except FileNotFoundError:
-            return False
-        except (BaseError, OSError) as error:
-            raise self._away(path, error) from error
-        return True
+        with self._asked(path):
+            return self._objects.has(path)
 
     def paths(self, folder: str) -> list[str]:
         """All objects of a folder and of those in it, from the store's root, by name; none where there is no folder.
@@ -142,12 +133,11 @@ class Store:
         Raises:
             RetryLater: the store does not answer.
         """
-        try:
-            return sorted(entry["path"] for chunk in obstore.list(self._store, f"{folder}/") for entry in chunk)
-        except FileNotFoundError:
-            return []
-        except (BaseError, OSError) as error:
-            raise self._away(folder, error) from error
+        with self._asked(folder):
+            try:
+                return sorted(self._objects.paths(folder))
+            except FileNotFoundError:
+                return []
 
     def folders(self, folder: str) -> list[str]:
         """Names of the folders in a folder.
@@ -155,13 +145,11 @@ class Store:
         Raises:
             RetryLater: the store does not answer.
         """
-        try:
-            found = obstore.list_with_delimiter(self._store, f"{folder}/")["common_prefixes"]
-        except FileNotFoundError:
-            return []
-        except (BaseError, OSError) as error:
-            raise self._away(folder, error) from error
-        return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
+        with self._asked(folder):
+            try:
+                return sorted(path.rstrip("/").rpartition("/")[2] for path in self._objects.folders(folder))
+            except FileNotFoundError:
+                return []
 
     def delete(self, paths: Iterable[str]) -> None:
         """Removes objects; those that are not there already are no error.
@@ -170,18 +158,56 @@ class Store:
             RetryLater: the store does not answer.
         """
         gone = list(paths)
-        for those in gone if self.is_local else [gone]:  # an object store takes many in one request
-            try:
-                if those:
-                    obstore.delete(self._store, those)
-            except FileNotFoundError:
-                continue
-            except (BaseError, OSError) as error:
-                raise self._away(f"the end of {those}"[:200], error) from error
+        with self._asked(f"the end of {gone}"[:200]):
+            self._objects.delete(gone)
 
-    def _away(self, path: str, error: Exception) -> RetryLater:
-        why = " ".join(str(error).split())[:500]
-        return RetryLater(f"the store {self.url} did not take or give {path}: {why}")
+    @contextmanager
+    def _asked(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except FAILURES as error:
+            why = str(error).partition("\n\tat ")[0].partition(r"\n\tat ")[0]  # without the name node's stack
+            why = " ".join(why.split())[:500]
+            msg = f"the store {self.url} did not take or give {path}: {why}"
+            raise RetryLater(msg) from error
+
+
+class _Objects:
+    """Objects of a folder or an object store, by `obstore`; see `Store`, which has the same calls."""
+
+    def __init__(self, url: str) -> None:
+        self._store, self._is_local = from_url(url), url.startswith("file://")
+
+    def put(self, path: str, content: bytes | memoryview) -> None:
+        obstore.put(self._store, path, content)
+
+    def put_new(self, path: str, content: bytes) -> bool:
+        try:
+            obstore.put(self._store, path, content, mode="create")
+        except AlreadyExistsError:
+            return False
+        return True
+
+    def get(self, path: str) -> bytes:
+        return obstore.get(self._store, path).bytes().to_bytes()
+
+    def has(self, path: str) -> bool:
+        try:
+            obstore.head(self._store, path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def paths(self, folder: str) -> list[str]:
+        return [entry["path"] for chunk in obstore.list(self._store, f"{folder}/") for entry in chunk]
+
+    def folders(self, folder: str) -> list[str]:
+        return list(obstore.list_with_delimiter(self._store, f"{folder}/")["common_prefixes"])
+
+    def delete(self, paths: list[str]) -> None:
+        for those in paths if self._is_local else [paths] if paths else []:  # an object store takes many in a request
+            with suppress(FileNotFoundError):
+                obstore.delete(self._store, those)
 
 
 def aws_variables(url: str) -> dict[str, str]:

@@ -128,7 +128,7 @@ NATS = Part(
 )
 
 
-def _java() -> str:
+def own_java() -> str:
     """The Java that set-up brought, where it brought one, else the machine's, as Spark chooses it."""
     own = ENVIRONMENT / "java" / "bin" / "java"
     if own.exists():
@@ -138,7 +138,7 @@ def _java() -> str:
 
 
 def _kafka_java(settings: StackSettings) -> list[str]:
-    java = [_java(), KAFKA_HEAP, f"-Djava.io.tmpdir={settings.folder / 'tmp'}", "-XX:-UsePerfData"]
+    java = [own_java(), KAFKA_HEAP, f"-Djava.io.tmpdir={settings.folder / 'tmp'}", "-XX:-UsePerfData"]
     java += ["-XX:+ExitOnOutOfMemoryError", f"-Dlog4j2.configurationFile={CONFIG / 'kafka' / 'log4j2.properties'}"]
     return [*java, "-cp", str(KAFKA_JARS / "*")]
 
@@ -154,7 +154,7 @@ def _kafka_missing(settings: StackSettings) -> list[str]:
     logs = settings.folder / "kafka"
     if not _is_formatted(logs) and logs.exists() and any(logs.iterdir()):
         missing.append(f"{logs} has no meta.properties, so Kafka cannot read it: move it away")
-    if shutil.which(_java()) is None:
+    if shutil.which(own_java()) is None:
         missing.append("no Java found: run make setup")
     return missing
 

@@ -1,4 +1,4 @@
-"""Stores that tests run on: the home itself, and a real S3 server beside it."""
+"""Stores that tests run on: the home itself, a real S3 server beside it, a real HDFS."""
 
 import contextlib
 import subprocess
@@ -15,8 +15,10 @@ from stack.isolated import own_settings
 from stack.native import NativeStack
 from stack.parts import S3, S3_SERVER
 from stack.settings import ROOT
+from tests.hdfs_server import hdfs
 
-STORES = ("home", "s3")
+AS_FILES = ("home", "s3")
+"""Kinds of stores whose objects are files under their names, for whoever looks at them from outside."""
 
 
 @dataclass
@@ -25,7 +27,7 @@ class Place:
 
     Attributes:
         url: of them all; empty: each is in its own home.
-        folder: where the server keeps its objects, each a file under its name.
+        folder: where the S3 server keeps its objects, each a file under its name.
         variables: of the environment, by which they are opened.
         stack: that has the server.
     """
@@ -35,11 +37,13 @@ class Place:
     variables: dict[str, str] = field(default_factory=dict)
     stack: NativeStack | None = None
 
-    def store(self, home: Path) -> tuple[str, Path]:
-        """URL of a store that nobody else has, and the folder in which its objects are files."""
-        if self.folder is None:
-            return f"file://{home}", home
-        return f"{self.url}/{home.name}", self.folder / home.name
+    def store(self, home: Path) -> str:
+        """URL of a store that nobody else has."""
+        return f"{self.url}/{home.name}" if self.url else f"file://{home}"
+
+    def files(self, home: Path) -> Path:
+        """The folder in which the objects of that store are files."""
+        return self.folder / home.name if self.folder else home
 
 
 @contextlib.contextmanager
@@ -47,11 +51,15 @@ def place(kind: str, folder: Path) -> Iterator[Place]:
     """A place of a kind, while it holds; this process opens its stores, too.
 
     Args:
-        kind: one of `STORES`.
+        kind: home, s3 or hdfs.
         folder: of the server, where there is one.
     """
     if kind == "home":
         yield Place()
+        return
+    if kind == "hdfs":
+        with hdfs(folder) as url:
+            yield Place(url)
         return
     if not S3_SERVER.exists():
         subprocess.run([sys.executable, ROOT / "tools" / "setup.py", "s3"], check=True)

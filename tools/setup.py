@@ -384,12 +384,12 @@ def wire_spark() -> None:
         replace_script(VENV / "bin" / program, text)
 
 
-def install(key: str, with_s3: bool) -> None:
+def install(key: str, extras: set[str]) -> None:
     """Does every step that is not done yet.
 
     Args:
         key: hash of what set-up depends on.
-        with_s3: an S3 server is wanted, too.
+        extras: what is wanted, too: s3 is an S3 server, hdfs the jars of an HDFS for tests.
 
     Raises:
         SetupFailed: something is missing or a package manager failed.
@@ -409,8 +409,10 @@ def install(key: str, with_s3: bool) -> None:
     jars = ROOT / "config" / "ivy.xml"
     step("Jars", digest(read["config/ivy.xml"]), lambda progress: fetch_jars(java, jars, ("kafka", "spark"), progress))
     step("Spark", key, lambda _: wire_spark())
-    if with_s3:
+    if "s3" in extras:
         step("S3 server", digest(VERSITYGW_VERSION), lambda _: build_s3_server())
+    if "hdfs" in extras:
+        step("HDFS", digest(read["config/ivy.xml"]), lambda progress: fetch_jars(java, jars, ("hdfs",), progress))
     shutil.rmtree(VENV / "tmp", ignore_errors=True)
     (STAMPS / "complete").write_text(key)
     say("Ready.")
@@ -427,10 +429,14 @@ def main() -> int:
         key = digest(str(ROOT), *((ROOT / name).read_bytes() for name in INPUTS))
         complete = STAMPS / "complete"
 
-        with_s3 = "s3" in sys.argv[1:]
+        extras = set(sys.argv[1:])
 
         def is_done() -> bool:
-            if with_s3 and not (VENV / "bin" / "versitygw").exists():
+            if "s3" in extras and not (VENV / "bin" / "versitygw").exists():
+                return False
+            hdfs = STAMPS / "hdfs"
+            is_fetched = hdfs.exists() and hdfs.read_text() == digest((ROOT / "config" / "ivy.xml").read_bytes())
+            if "hdfs" in extras and not is_fetched:
                 return False
             done = complete.exists() and complete.read_text() == key and (VENV / "bin" / "python").exists()
             return done and (OWN_JAVA.exists() or system_java() is not None)
@@ -439,7 +445,7 @@ def main() -> int:
             return 0
         with only_one_at_a_time():
             if not is_done():
-                install(key, with_s3)
+                install(key, extras)
     except SetupFailed as failure:
         sys.stderr.write(f"\nSet-up stopped: {failure}\nRun the same command again to continue.\n")
         return 1

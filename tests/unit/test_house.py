@@ -119,6 +119,7 @@ def reads_checkpoint(source: str) -> list[str]:
 FILE_SYSTEM = {"os", "pathlib", "shutil", "glob", "fcntl", "tempfile", "ctypes"}
 SEAM = {
     "lake/store.py": "a local folder is a store, too",
+    "lake/hdfs.py": "renames what it has written",
     "engine/driver.py": "marks and a lock in the home",
     "engine/checkpoint.py": "Spark's own",
     "engine/stream.py": "Spark's own",

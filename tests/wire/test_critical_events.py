@@ -93,7 +93,7 @@ def running(kafka: NativeStack) -> Iterator[Callable[..., subprocess.Popen[bytes
 def on_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Variables by which the job keeps its checkpoint on S3."""
     with place("s3", tmp_path_factory.mktemp("server")) as stores:
-        yield {"METERSTREAM_STORE": stores.store(Path("critical"))[0], **stores.variables}
+        yield {"METERSTREAM_STORE": stores.store(Path("critical")), **stores.variables}
 
 
 def test_what_is_sent_while_it_runs_or_lies_dead_is_told_with_one_id_each(

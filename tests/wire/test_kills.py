@@ -36,7 +36,7 @@ from stack.native import NativeStack
 from streaming_jobs import discovered
 from tests.eventually import eventually
 from tests.lake_by_hand import add_rows
-from tests.stores import STORES, Place, place
+from tests.stores import AS_FILES, Place, place
 
 START = datetime(2024, 3, 31, tzinfo=UTC)
 METERS = [f"m{number:02d}" for number in range(12)]
@@ -115,7 +115,7 @@ class Driver:
 
     def __init__(self, home: Path, bootstrap: str, place: Place | None = None) -> None:
         self.home = home
-        self.url, self.files = (place or Place()).store(home)
+        self.url, self.files = (place or Place()).store(home), (place or Place()).files(home)
         self.metrics: list[list[JobMetrics]] = []
         (home / "tmp").mkdir()
         known = {"phases": "L1", "nominal_mv": 230_000, "fuse_a": 25, "interval_s": 60, "transformer_id": "T1"}
@@ -325,7 +325,7 @@ def test_meters_with_wrong_clocks_change_nothing_of_the_others(clean: Driver) ->
 
 @pytest.mark.long
 @pytest.mark.timeout(7_200)
-@pytest.mark.parametrize("kind", STORES)
+@pytest.mark.parametrize("kind", AS_FILES)
 def test_ten_kills_one_at_each_phase_of_a_batch_and_of_a_flush_change_no_row(
     clean: Driver, kafka: str, tmp_path: Path, kind: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

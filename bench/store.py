@@ -10,6 +10,8 @@ import json
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -70,18 +72,31 @@ def commits(files: int, versions: int = 0) -> Cell:
     return Cell(files, versions, cpu_s * 1e3 / COMMITS, wall_s * 1e3 / COMMITS)
 
 
-def in_a_store(url: str, files: int, versions: int = 0) -> Cell:
-    """`commits`, in a folder of a store that is empty before and after."""
+@contextmanager
+def base_url() -> Iterator[str]:
+    """URL below which stores are made: of what METERSTREAM_STORE names, else of a folder that is removed."""
+    with tempfile.TemporaryDirectory() as folder:
+        url = store_url()
+        yield f"file://{Path(folder).resolve()}" if url.startswith("file://") else url
+
+
+@contextmanager
+def own_store(url: str) -> Iterator[None]:
+    """While it holds, the store is a folder of this one that is empty before and after."""
     with used(f"{url}/bench-{uuid.uuid4()}"):
-        found = commits(files, versions)
-        store().delete(store().paths("lake"))
-        return found
+        yield
+        store().delete([*store().paths("lake"), *store().paths("reports")])
+
+
+def in_a_store(url: str, files: int, versions: int = 0) -> Cell:
+    """`commits`, in a store of its own."""
+    with own_store(url):
+        return commits(files, versions)
 
 
 def main(as_json: Annotated[bool, typer.Option("--json", help="A line of JSON each.")] = False) -> None:
     """CPU and wall of a commit at 10 and 10,000 files, and after 1,000 versions with upkeep."""
-    with exits(), tempfile.TemporaryDirectory() as folder:
-        url = store_url() if not store_url().startswith("file://") else f"file://{Path(folder).resolve()}"
+    with exits(), base_url() as url:
         found = [in_a_store(url, *cell) for cell in ((10, 0), (10_000, 0), (10, 1_000), (10, 0))]
         if as_json:
             for cell in found:

@@ -16,13 +16,13 @@ from settings import home
 def spark_session(name: str, java_options: str = "", **options: str) -> SparkSession:
     """The session, made once per process; under spark-submit it takes what was submitted.
 
-    Raises:
-        ConfigError: under spark-submit a variable is missing by which Spark opens the store.
-
     Args:
         name: shown by Spark as the application's name.
         java_options: for the JVMs of driver and executors; those of spark-submit's driver are its own.
         options: Spark options with `_` for `.`, over the defaults here.
+
+    Raises:
+        ConfigError: under spark-submit a variable is missing by which Spark opens the store.
     """
     os.environ["PYSPARK_PYTHON"] = sys.executable
     os.environ.setdefault("POLARS_MAX_THREADS", "1")  # a task has one core

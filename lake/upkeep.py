@@ -33,7 +33,7 @@ ORPHANS_HOURS = 7 * 24
 """Files that no commit names are removed when they are so old: a batch that is on its way names its own by then."""
 ORPHANS_S = 24 * 3600.0
 QUIET_S = 6 * 3600.0
-METER = "meter_id"
+CLUSTERED_BY = "meter_id"
 log = structlog.get_logger()
 
 
@@ -88,17 +88,15 @@ class Upkeep:
                 self._known.pop(table, None)
                 done.left += 1
                 log.warning("upkeep of a table is left for the next time", table=table, error=str(error)[:500])
-
         return done
 
-    def cluster(self, quiet_s: float = QUIET_S, is_over: Callable[[], bool] = lambda: False) -> int:
+    def cluster(self, quiet_s: float = QUIET_S) -> int:
         """Puts the rows of closed days in the order of their meters: who asks for one meter reads little of a day.
 
         It takes a day's rows at once, so it is not the driver's work. Returns how many days of tables were done.
 
         Args:
             quiet_s: a day is closed when nothing came to it for so long.
-            is_over: asked between two days: whether to end early.
 
         Raises:
             RetryLater: the store does not answer.
@@ -106,24 +104,22 @@ class Upkeep:
         done = 0
         there = set(store().folders("lake"))
         for table in TABLES:
-            if table in there and METER in columns_of(table).names and partition_column(table) == DATE:
+            if table in there and CLUSTERED_BY in columns_of(table).names and partition_column(table) == DATE:
                 try:
-                    done += self._cluster(table, quiet_s, is_over)
+                    done += self._cluster(table, quiet_s)
                 except (DeltaError, OSError) as error:
                     log.warning("a table's days are left as they are", table=table, error=str(error)[:500])
         return done
 
-    def _cluster(self, table: str, quiet_s: float, is_over: Callable[[], bool]) -> int:
+    def _cluster(self, table: str, quiet_s: float) -> int:
         handle, place, done = DeltaTable(store().uri(folder_of(table))), f"upkeep/clustered/{table}.json", 0
         clustered = json.loads(store().get(place)) if store().has(place) else {}
         for day, newest in sorted(_newest(handle).items()):
-            if is_over():
-                break
             if clustered.get(day) == newest or time.time() - newest / 1000 < quiet_s:
                 continue
             began = time.monotonic()
             handle.optimize.z_order(
-                [METER], [(DATE, "=", day)], target_size=LARGE_BYTES, max_concurrent_tasks=1,
+                [CLUSTERED_BY], [(DATE, "=", day)], target_size=LARGE_BYTES, max_concurrent_tasks=1,
                 post_commithook_properties=NO_HOOKS,
             )  # fmt: skip
             clustered[day] = _newest(handle)[day]

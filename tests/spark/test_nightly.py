@@ -92,7 +92,7 @@ def test_a_report_as_of_a_time_is_of_the_tables_as_they_were_then(spark: SparkSe
     job = next(job for job in discovered() if job.name == "alarm_report")
     published(spark, job)
     before, then = rows_of(job.report), datetime.datetime.now(datetime.UTC)
-    time.sleep(0.01)
+    time.sleep(0.01)  # a commit's time has milliseconds: the next one must be later, however fast the machine is
     noon = datetime.datetime(2024, 6, 10, 12, tzinfo=datetime.UTC)
     alarm = {"alarm_id": "2", "meter_id": "b", "alarm_type": "tamper", "severity": "error", "source": "meter_event"}
     keep("alarms", DAY, [{**alarm, "state": "active", "raised_at": noon, "updated_at": noon, "repeat_count": 0}])

@@ -277,8 +277,8 @@ def write(folder: str, batch: int, changed: Sequence[Changed]) -> list[Change]:
     if not changed:
         return []
     name = f"{batch:08d}-{uuid.uuid4().hex[:12]}.zip"
-    content, written = io.BytesIO(), []
-    with zipfile.ZipFile(content, "w") as members:
+    written = []
+    with store().writing(f"{folder}/{name}") as file, zipfile.ZipFile(file, "w") as members:
         for change in changed:
             after = replace(change.stock, files=(*change.stock.files, name))
             _known[folder, change.partition, change.kind] = after
@@ -289,11 +289,10 @@ def write(folder: str, batch: int, changed: Sequence[Changed]) -> list[Change]:
                 out = io.BufferedWriter(member)
                 rows = change.new.to_arrow(compat_level=pl.CompatLevel.newest())
                 how = COMPRESSED if len(rows) > SMALL_ROWS else None
-                with pa.ipc.new_file(out, rows.schema, options=how) as file:  # a third of what Polars takes
-                    file.write_table(rows)
+                with pa.ipc.new_file(out, rows.schema, options=how) as arrow:  # a third of what Polars takes
+                    arrow.write_table(rows)
                 out.flush()
             written.append((change.partition, change.kind, Kept(after.files, int(after.is_there.sum()))))
-    store().put(f"{folder}/{name}", content.getbuffer())
     return written
 
 

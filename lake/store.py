@@ -6,12 +6,14 @@ are the same to all that is built on it.
 """
 
 import configparser
+import io
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
@@ -30,6 +32,8 @@ AWS_NAMES = {**{name: name.upper() for name in AWS_KEYS}, "region": "AWS_REGION"
 """What a profile says, and the variable that says the same."""
 AWS_KEYS_AND_SERVER = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL")
 AWS_VARIABLES = (*AWS_NAMES.values(), "AWS_ALLOW_HTTP")
+IN_ONE_REQUEST = 64 * 2**20
+"""Bytes that are put at once; larger ones in parts, which are two requests more."""
 FAILURES = (BaseError, OSError, ValueError, RuntimeError)
 """What the clients raise; that of HDFS has no class of its own."""
 
@@ -93,6 +97,26 @@ class Store:
         """
         with self._asked(path):
             self._objects.put(path, content)
+
+    @contextmanager
+    def writing(self, path: str) -> Iterator[BinaryIO]:
+        """A file that is an object at its end, of a name that nobody uses: on a local folder half of it may be seen.
+
+        Raises:
+            RetryLater: the store does not take it.
+        """
+        if not self.is_local:
+            content = io.BytesIO()
+            yield content
+            self.put(path, content.getbuffer())
+            return
+        place = Path(self.uri(path))
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with place.open("wb") as file:  # a copy less than by memory, of all rows
+                yield file
+        except OSError as error:
+            raise self._refused(path, error) from error
 
     def put_new(self, path: str, content: bytes) -> bool:
         """Writes an object where there is none of that name. Returns whether it did; of several at once one does.
@@ -166,10 +190,12 @@ class Store:
         try:
             yield
         except FAILURES as error:
-            why = str(error).partition("\n\tat ")[0].partition(r"\n\tat ")[0]  # without the name node's stack
-            why = " ".join(why.split())[:500]
-            msg = f"the store {self.url} did not take or give {path}: {why}"
-            raise RetryLater(msg) from error
+            raise self._refused(path, error) from error
+
+    def _refused(self, path: str, error: Exception) -> RetryLater:
+        why = str(error).partition("\n\tat ")[0].partition(r"\n\tat ")[0]  # without the name node's stack
+        why = " ".join(why.split())[:500]
+        return RetryLater(f"the store {self.url} did not take or give {path}: {why}")
 
 
 class _Objects:
@@ -179,7 +205,7 @@ class _Objects:
         self._store, self._is_local = from_url(url), url.startswith("file://")
 
     def put(self, path: str, content: bytes | memoryview) -> None:
-        obstore.put(self._store, path, content)
+        obstore.put(self._store, path, content, chunk_size=IN_ONE_REQUEST)
 
     def put_new(self, path: str, content: bytes) -> bool:
         try:

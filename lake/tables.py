@@ -98,12 +98,13 @@ def put_part(table: str, rows: pl.DataFrame, name: str, partition: str | None) -
         name: what the file's name begins with; it gets one that is not there.
         partition: of the rows.
     """
-    content, column = io.BytesIO(), partition_column(table)
-    rows.write_parquet(content, compression=COMPRESSION)
+    column = partition_column(table)
     value = NO_DATE if partition is None else partition
     path = f"{column}={value}/{name}-{uuid.uuid4().hex[:12]}.parquet"
-    store().put(f"{folder_of(table)}/{path}", content.getbuffer())
-    return Part(table, path, content.tell(), len(rows), partition)
+    with store().writing(f"{folder_of(table)}/{path}") as file:
+        rows.write_parquet(file, compression=COMPRESSION)
+        size = file.seek(0, io.SEEK_END)
+    return Part(table, path, size, len(rows), partition)
 
 
 def read_parts(table: str, parts: Iterable[Part]) -> pl.DataFrame:

@@ -7,7 +7,7 @@ import pytest
 
 from lake.spark import hadoop_options, uri
 from lake.store import AWS_VARIABLES, Store, aws_variables, store, used
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, RetryLater
 from settings import OWN_STORE, load, own_credentials
 from stack.parts import s3_keys, store_variables
 from stack.settings import StackSettings, remember, store_of
@@ -128,3 +128,14 @@ def test_spark_is_told_where_a_store_is_and_reads_it_by_its_own_name(monkeypatch
     assert options["spark.hadoop.fs.s3a.connection.ssl.enabled"] == "false"
     assert hadoop_options("file:///srv/meters") == {}
     assert uri("s3://meters/grid/x") == "s3a://meters/grid/x"
+
+
+def test_a_file_is_an_object_at_its_end_or_refused(home: Path) -> None:
+    with store().writing("state/a/rows") as file:
+        file.write(b"rows")
+    assert store().get("state/a/rows") == b"rows"
+    with pytest.raises(RetryLater, match="state/a"), store().writing("state/a"):  # a folder
+        pass
+    with pytest.raises(ValueError, match="of its own"), store().writing("state/b"):
+        msg = "of its own"
+        raise ValueError(msg)

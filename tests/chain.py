@@ -5,6 +5,7 @@ One suite for every kind of stack: `tests/wire` runs it on native processes, `te
 
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,9 @@ def in_kafka(bootstrap: str) -> int:
     return received(bootstrap, INGESTED)
 
 
+Kill = Callable[[Stack, str], object]
+
+
 def kill(stack: Stack, name: str) -> None:
     """Kills a process; the supervisor starts it again, or, as the engine leaves a killed container dead, we do."""
     if isinstance(stack, ContainerStack):
@@ -92,7 +96,7 @@ def play(stack: Stack, home: Path) -> None:
 
 
 def run_chain(
-    kind: type[Stack], home: Path, monkeypatch: pytest.MonkeyPatch, killed: str | None = None, store: str = ""
+    kind: type[Stack], home: Path, monkeypatch: pytest.MonkeyPatch, store: str, killed: str = "", kill: Kill = kill
 ) -> Result:
     """One run; with `killed`, that process is killed once Kafka has three records in ten."""
     settings = own_settings(home, store)
@@ -156,7 +160,16 @@ class WholeChain:
     """What holds on every stack; a subclass says on which, and which of its processes are killed."""
 
     kind: type[Stack]
-    store = ""
+
+    @pytest.fixture(scope="class")
+    def store_of(self) -> Callable[[Path], str]:
+        """Where a home's lake lies, as `StackSettings.store`; in the home, unless the subclass has another place."""
+        return lambda _: ""
+
+    @pytest.fixture
+    def kill(self) -> Kill:
+        """How it is killed."""
+        return kill
 
     @pytest.fixture
     def killed(self) -> str:
@@ -164,9 +177,10 @@ class WholeChain:
         raise NotImplementedError
 
     @pytest.fixture(scope="class")
-    def clean(self, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    def clean(self, store_of: Callable[[Path], str], tmp_path_factory: pytest.TempPathFactory) -> Result:
+        home = tmp_path_factory.mktemp("clean")
         with pytest.MonkeyPatch.context() as monkeypatch:
-            return run_chain(self.kind, tmp_path_factory.mktemp("clean"), monkeypatch, store=self.store)
+            return run_chain(self.kind, home, monkeypatch, store_of(home))
 
     def test_everything_that_was_sent_is_accounted_for(self, clean: Result) -> None:
         assert clean.problems == []
@@ -186,9 +200,15 @@ class WholeChain:
 
     @pytest.mark.long
     def test_a_kill_in_the_middle_changes_nothing_that_is_stored(
-        self, clean: Result, killed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        clean: Result,
+        killed: str,
+        kill: Kill,
+        store_of: Callable[[Path], str],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        after = run_chain(self.kind, tmp_path, monkeypatch, killed, self.store)
+        after = run_chain(self.kind, tmp_path, monkeypatch, store_of(tmp_path), killed, kill)
         assert after.problems == []
         assert after.energy_wh == clean.energy_wh
         for table, rows in clean.rows.items():

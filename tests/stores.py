@@ -17,8 +17,8 @@ from stack.parts import S3, S3_SERVER
 from stack.settings import ROOT
 from tests.hdfs_server import hdfs
 
-AS_FILES = ("home", "s3")
-"""Kinds of stores whose objects are files under their names, for whoever looks at them from outside."""
+KINDS = ("home", "s3", "hdfs")
+"""Kinds of stores; the last two are there for whoever asks from another machine, the last for long tests."""
 
 
 @dataclass
@@ -27,23 +27,17 @@ class Place:
 
     Attributes:
         url: of them all; empty: each is in its own home.
-        folder: where the S3 server keeps its objects, each a file under its name.
         variables: of the environment, by which they are opened.
         stack: that has the server.
     """
 
     url: str = ""
-    folder: Path | None = None
     variables: dict[str, str] = field(default_factory=dict)
     stack: NativeStack | None = None
 
     def store(self, home: Path) -> str:
         """URL of a store that nobody else has."""
         return f"{self.url}/{home.name}" if self.url else f"file://{home}"
-
-    def files(self, home: Path) -> Path:
-        """The folder in which the objects of that store are files."""
-        return self.folder / home.name if self.folder else home
 
 
 @contextlib.contextmanager
@@ -58,8 +52,8 @@ def place(kind: str, folder: Path) -> Iterator[Place]:
         yield Place()
         return
     if kind == "hdfs":
-        with hdfs(folder) as url:
-            yield Place(url)
+        with hdfs(folder) as nodes:
+            yield Place(nodes.url)
         return
     if not S3_SERVER.exists():
         subprocess.run([sys.executable, ROOT / "tools" / "setup.py", "s3"], check=True)
@@ -72,6 +66,6 @@ def place(kind: str, folder: Path) -> Iterator[Place]:
             patch.undo()
             for name, value in variables.items():
                 patch.setenv(name, value)
-            yield Place(OWN_STORE, folder / "s3" / "buckets" / OWN_STORE.removeprefix("s3://"), variables, stack)
+            yield Place(OWN_STORE, variables, stack)
         finally:
             stack.stop()

@@ -21,12 +21,12 @@ from lake.upkeep import Upkeep
 from schemas.errors import ConfigError, RetryLater
 from schemas.tables import ACCOUNTING, TABLES, polars_schema
 from tests.lake_by_hand import add as add_by_hand
-from tests.stores import AS_FILES, Place, place
+from tests.stores import KINDS, Place, place
 
 TABLE, DAY = "accounting", "2024-03-31"
 
 
-@pytest.fixture(scope="module", params=[*AS_FILES, pytest.param("hdfs", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[*KINDS[:2], pytest.param("hdfs", marks=pytest.mark.long)])
 def stores(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with place(str(request.param), tmp_path_factory.mktemp("server")) as made:
         yield made

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, Producer
+from confluent_kafka import Consumer, Producer, TopicPartition
 from typer.testing import CliRunner
 
 from lake.store import used
@@ -41,12 +41,14 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeStack]:
 
 
 class Reader:
-    """Everything in the topic so far."""
+    """Everything that comes to the topic from now on."""
 
     def __init__(self, bootstrap: str) -> None:
-        group = f"{uuid.uuid4()}"  # its own, else it shares the partitions with one before it that is not collected yet
-        self.consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": group, "auto.offset.reset": "earliest"})
-        self.consumer.subscribe([CRITICAL_EVENTS.name])
+        self.consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": f"{uuid.uuid4()}"})
+        partitions = [TopicPartition(CRITICAL_EVENTS.name, number) for number in range(CRITICAL_EVENTS.partitions)]
+        for each in partitions:
+            each.offset = self.consumer.get_watermark_offsets(each, 30)[1]
+        self.consumer.assign(partitions)
         self.records: list[dict[str, Any]] = []
 
     def ids(self) -> set[str]:
@@ -89,19 +91,19 @@ def running(kafka: NativeStack) -> Iterator[Callable[..., subprocess.Popen[bytes
             process.wait()
 
 
-@pytest.fixture
-def on_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Variables by which the job keeps its checkpoint on S3."""
-    with place("s3", tmp_path_factory.mktemp("server")) as stores:
+@pytest.fixture(params=["s3", pytest.param("hdfs", marks=pytest.mark.long)])
+def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Variables by which the job keeps its checkpoint in a store that is not its home."""
+    with place(str(request.param), tmp_path_factory.mktemp("server")) as stores:
         yield {"METERSTREAM_STORE": stores.store(Path("critical")), **stores.variables}
 
 
 def test_what_is_sent_while_it_runs_or_lies_dead_is_told_with_one_id_each(
-    kafka: NativeStack, running: Callable[..., subprocess.Popen[bytes]], on_s3: dict[str, str]
+    kafka: NativeStack, running: Callable[..., subprocess.Popen[bytes]], elsewhere: dict[str, str]
 ) -> None:
     bootstrap = kafka.settings.kafka_bootstrap
     reader = Reader(bootstrap)
-    process = running(**on_s3)
+    process = running(**elsewhere)
     failures(bootstrap, range(0, 1))  # what comes from "ready" on is told
     eventually(reader.ids, 30)
     began = time.monotonic()
@@ -111,7 +113,7 @@ def test_what_is_sent_while_it_runs_or_lies_dead_is_told_with_one_id_each(
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     failures(bootstrap, range(101, 201))
-    process = running(**on_s3)
+    process = running(**elsewhere)
     failures(bootstrap, range(201, 301))
     ids = {(record["meter_id"], record["event_id"]) for record in eventually(lambda: whole(reader), 120)}
     assert len({event_id for _, event_id in ids}) == len(ids), "an id is one meter's"

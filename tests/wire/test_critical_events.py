@@ -102,8 +102,8 @@ def test_what_is_sent_while_it_runs_or_lies_dead_is_told_with_one_id_each(
     kafka: NativeStack, running: Callable[..., subprocess.Popen[bytes]], elsewhere: dict[str, str]
 ) -> None:
     bootstrap = kafka.settings.kafka_bootstrap
-    reader = Reader(bootstrap)
     process = running(**elsewhere)
+    reader = Reader(bootstrap)  # the job has made the topic
     failures(bootstrap, range(0, 1))  # what comes from "ready" on is told
     eventually(reader.ids, 30)
     began = time.monotonic()
@@ -135,13 +135,12 @@ def test_a_nominal_voltage_that_becomes_known_counts_from_then_on(
         producer.produce(READINGS.name, encode("reading", {**record, "voltage_l1_mv": voltage_mv}), meter_id)
         assert producer.flush(30) == 0
 
-    reader = Reader(kafka.settings.kafka_bootstrap)
-
     def far_out() -> set[tuple[str, int]]:
         reader.ids()
         return {(one["meter_id"], one["voltage_mv"]) for one in reader.records if one["kind"] == "voltage_far_out"}
 
     process = running()
+    reader = Reader(kafka.settings.kafka_bootstrap)
     with used(f"file://{kafka.home}"):
         add_rows("registry", [{"meter_id": "american", "nominal_mv": 120_000}], "2024-01-01")
     log = kafka.home / "logs" / "critical.log"

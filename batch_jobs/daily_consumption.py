@@ -32,8 +32,9 @@ import pyarrow as pa
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from engine.night import BatchJob, command, day_s, per_shard, with_local_day, with_silent
-from metering.clocks import is_read_in_day, utc_days
+from engine.day_readings import DAYS_BEFORE, REGISTERS_WH, VALUES, readings_around
+from engine.night import BatchJob, command, day_s, per_shard, with_silent
+from metering.clocks import is_read_in_day
 from metering.deduplication import with_seen
 from metering.energy import delta_engine
 from metering.energy.agreement import agreed
@@ -42,14 +43,6 @@ from schemas import tables
 from schemas.closed_lists import ACCEPTED_DELTAS, DeltaReason
 from schemas.codec import TIMESTAMP
 
-KNOWN = ["phases", "nominal_mv", "fuse_a", "default_fuse_a", "jurisdiction", "is_unlimited", "wraps_wh", "interval_s"]
-REGISTERS_WH = [f"{register}_wh" for register in tables.REGISTERS]
-VALUES = [*REGISTERS_WH, "equipment_id"]
-DAYS_BEFORE = 7
-"""How far back readings are looked for; of a meter that was silent for longer the stream's step knows the value."""
-EDGE_S, EDGE_INTERVALS, LONGEST_EDGE_S = 2 * 3600, 4, 12 * 3600
-"""Before and after the day so many seconds and expected intervals are read whole, so that a wild value at midnight is
-seen from both sides."""
 COUNTS = {
     "gaps": DeltaReason.GAP,
     "resets": DeltaReason.RESET,
@@ -145,28 +138,8 @@ def days(readings: pl.DataFrame) -> pl.DataFrame:
 
 def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date) -> DataFrame:
     """A day's energy; see the module."""
-    columns = ["meter_id", "observed_at", "run_id", "dialect", "topic", "partition", "offset", *VALUES]
-    readings = with_local_day(lake["readings"], registry, date, *KNOWN).select(*columns, *KNOWN, "day_start", "day_end")
-    intervals_s = F.coalesce(F.col("interval_s") * EDGE_INTERVALS, F.lit(0))
-    edge_s = F.least(F.greatest(F.lit(EDGE_S), intervals_s), F.lit(LONGEST_EDGE_S))
-    edge = F.make_dt_interval(secs=edge_s.cast("decimal(18,6)"))
-    evening, morning = F.col("day_start") - edge, F.col("day_end") + edge
-    before = utc_days(date)[0] - datetime.timedelta(days=1)  # no local evening is earlier: files are skipped
-    earliest = F.lit(before.isoformat()).cast("timestamp")
-    near = readings.where(F.col("observed_at") >= earliest).where(
-        (F.col("observed_at") > evening) & (F.col("observed_at") <= morning)
-    )
-    older = _last_of_each_day(readings.where(F.col("observed_at") <= evening))
-    known = older.groupBy("meter_id").agg(*[F.max(name).isNotNull().alias(f"has_{name}") for name in REGISTERS_WH])
-    oldest = with_local_day(_from_long_ago(lake["consumption_deltas"]), registry, date, *KNOWN)
-    unknown = {name: F.when(~F.coalesce(f"has_{name}", F.lit(False)), F.col(name)) for name in REGISTERS_WH}
-    long_ago = (
-        oldest.where(F.col("observed_at") <= F.col("day_start") - edge)
-        .join(known, "meter_id", "left")
-        .withColumns(unknown)
-        .where(F.coalesce(*REGISTERS_WH).isNotNull())
-    )
-    results = per_shard(near.unionByName(older).unionByName(long_ago.select(*near.columns)), days, DAYS)
+    readings = readings_around(lake, registry, date)
+    results = per_shard(readings, days, DAYS)
     imports, exports = _sum(tables.IMPORTS), _sum(tables.EXPORTS)
     is_known = F.coalesce(*REGISTERS_WH).isNotNull()
     quality = (
@@ -199,30 +172,6 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
             quality.alias("quality"),
         )
     )
-
-
-def _last_of_each_day(readings: DataFrame) -> DataFrame:
-    """The last reading with each register per meter and UTC day: enough for a baseline, also where one is wild."""
-    newest = F.struct("observed_at", -F.col("partition"), -F.col("offset"))  # of duplicates the first received
-    last = [F.max_by(F.struct(*readings.columns), F.when(F.col(name).isNotNull(), newest)) for name in REGISTERS_WH]
-    return (
-        readings.where(F.coalesce(*REGISTERS_WH).isNotNull())
-        .groupBy("meter_id", F.to_date("observed_at"))
-        .agg(F.array_distinct(F.array_compact(F.array(*last))).alias("last"))
-        .select(F.explode("last").alias("last"))
-        .select("last.*")
-    )
-
-
-def _from_long_ago(steps: DataFrame) -> DataFrame:
-    """Where the steps of a day began, as readings: the last accepted values of registers, however old."""
-    goes_on = [DeltaReason.OK.value, DeltaReason.GAP.value, DeltaReason.ROLLOVER.value]
-    values = {f"{register}_wh": F.max(F.when(F.col("register") == register, F.col("previous_wh")))
-              for register in tables.REGISTERS}  # fmt: skip
-    began = steps.where(F.col("reason").isin(goes_on)).groupBy("meter_id", F.col("previous_at").alias("observed_at"))
-    nothing = {name: F.lit(None).cast("string") for name in ("run_id", "dialect", "equipment_id")}
-    place = {"topic": F.lit(""), "partition": F.lit(-1).cast("long"), "offset": F.lit(-1).cast("long")}
-    return began.agg(*[value.alias(name) for name, value in values.items()]).withColumns({**nothing, **place})
 
 
 def _sum(registers: Sequence[str]) -> Column:

@@ -14,7 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 from graphlib import CycleError, TopologicalSorter
 from typing import Annotated
 from zoneinfo import available_timezones
@@ -60,6 +61,7 @@ class BatchJob:
         version: raised when columns of the report change their meaning; part of the report's name.
         reads: lake table or report → how many days before the local day it needs. Of a table the UTC days that these
             local days can touch are read, of a report the days themselves. None: the whole of a small table.
+        reads_after: lake table in `reads` → how many days after the local day it needs, too.
         transform: (tables by name, registry, local day) → the report's rows, columns `schemas.tables.REPORTS`; pure,
             runs on static frames too.
         refuses_impossible_clocks: lake tables of which it is not handed the rows whose clock cannot be right.
@@ -73,6 +75,7 @@ class BatchJob:
     transform: Transform
     refuses_impossible_clocks: tuple[str, ...] = ()
     by_arrival: tuple[str, ...] = ()
+    reads_after: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def report(self) -> str:
@@ -210,30 +213,37 @@ def with_silent(
     )
 
 
-def per_shard(rows: DataFrame, engine: Callable[[pl.DataFrame], pl.DataFrame], output: pa.Schema) -> DataFrame:
+def per_shard(rows: DataFrame, engine: Callable[..., pl.DataFrame], output: pa.Schema, *others: DataFrame) -> DataFrame:
     """Runs a Polars function over each group of meters.
 
     Args:
         rows: has meter_id.
-        engine: all rows of some meters → rows with the columns of `output`.
+        engine: all rows of some meters, and those of each of the others → rows with the columns of `output`.
         output: names and types of what it gives.
+        others: have meter_id, too; meters that `rows` does not have may be left out.
     """
+    frames = [rows, *others]
+    columns = [frame.columns for frame in frames]
 
     def run(shard: pa.Table) -> pa.Table:
-        frame = pl.from_arrow(shard.drop_columns(["shard"]))
-        if not isinstance(frame, pl.DataFrame):
+        both = pl.from_arrow(shard)
+        if not isinstance(both, pl.DataFrame):
             msg = "an Arrow table gave no frame"
             raise ContractBroken(msg)
-        return engine(frame).select(output.names).to_arrow().cast(output)
+        given = [both.filter(pl.col("frame") == number).select(names) for number, names in enumerate(columns)]
+        return engine(*given).select(output.names).to_arrow().cast(output)
 
-    sharded = rows.withColumn("shard", F.crc32(F.col("meter_id").cast("binary")) % SHARDS)
+    numbered = [frame.withColumn("frame", F.lit(number)) for number, frame in enumerate(frames)]
+    together = reduce(lambda one, other: one.unionByName(other, allowMissingColumns=True), numbered)
+    sharded = together.withColumn("shard", F.crc32(F.col("meter_id").cast("binary")) % SHARDS)
     return sharded.groupBy("shard").applyInArrow(run, spark_schema(output))
 
 
-def _read(session: SparkSession, lake: Lake, name: str, date: datetime.date, days_before: int | None) -> DataFrame:
+def _read(session: SparkSession, lake: Lake, job: BatchJob, name: str, date: datetime.date) -> DataFrame:
+    days_before = job.reads[name]
     if days_before is None:
         return read_table(session, lake, name)
-    days = [date - datetime.timedelta(days=back) for back in range(days_before, -1, -1)]
+    days = [date + datetime.timedelta(days=shift) for shift in range(-days_before, job.reads_after.get(name, 0) + 1)]
     if name in TABLES:
         return read_table(session, lake, name, sorted({each for day in days for each in utc_days(day)}))
     files = files_of(name, [day.isoformat() for day in days])
@@ -275,7 +285,7 @@ def publish(session: SparkSession, lake: Lake, job: BatchJob, date: datetime.dat
     if unknown := sorted(zones.keys() - {None} - available_timezones()):
         msg = f"registry: no such time zone: {', '.join(unknown)}"
         raise ConfigError(msg)
-    tables = {name: _read(session, lake, name, date, days) for name, days in job.reads.items()}
+    tables = {name: _read(session, lake, job, name, date) for name in job.reads}
     tables |= {arrived(name): _arrived(session, lake, name, date, limits) for name in job.by_arrival}
     rows = rows_of(job, tables, registry, date, limits)
     return publish_report(rows, job.report, date.isoformat(), sum(zones.values()))

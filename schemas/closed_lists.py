@@ -74,6 +74,27 @@ class IntervalQuality(StrEnum):
     ESTIMATED = "estimated"
     INCOMPLETE = "incomplete"
     POWER_FAIL = "power_fail"
+    MISSING = "missing"
+
+
+class EstimationMethod(StrEnum):
+    """How the energy of a validated interval is known."""
+
+    REGISTER = "register"
+    LINEAR = "linear"
+    LIKE_DAY = "like_day"
+    EVEN = "even"
+    ZERO = "zero"
+
+
+class ValidationRule(StrEnum):
+    """What a validated interval is measured by."""
+
+    GAP = "gap"
+    LIMIT = "limit"
+    SPIKE = "spike"
+    FROZEN = "frozen"
+    ZERO = "zero"
 
 
 class Band(StrEnum):

@@ -48,12 +48,12 @@ REGISTRY = _columns(
     meter_id=STRING, usage_point_id=STRING, equipment_id=STRING, valid_from=TIMESTAMP, valid_to=TIMESTAMP,
     phases=STRING, nominal_mv=LONG, fuse_a=LONG, transformer_id=STRING, feeder_id=STRING, community_id=STRING,
     time_zone=STRING, jurisdiction=STRING, interval_s=LONG, is_unlimited=pa.bool_(),
-    wraps_wh=LONG,
+    wraps_wh=LONG, market=STRING,
 )  # fmt: skip
 """One row per meter and usage point; `phases` is `L1` or `L1,L2,L3`, `interval_s` the expected seconds between
 readings; null is unknown, and then no rule that needs it applies, but the plausible maximum takes three phases of a
 setting (100 A). `is_unlimited`: no fuse bounds what it takes, such as behind current transformers. `wraps_wh`: where
-its registers begin again at 0; null is at a power of ten."""
+its registers begin again at 0; null is at a power of ten. `market`: whose rules of validation apply."""
 REGISTERED = pa.schema([*REGISTRY, pa.field("registered_by", STRING)])
 """The lake's table, with the run of a replay that a row came with, or `import` and the file that put it right."""
 BY_IMPORT = "import"
@@ -208,6 +208,15 @@ REPORTS = {
     "load_profile_v1": _columns(
         meter_id=STRING, usage_point_id=STRING, hour_of_day=HOUR_OF_DAY, window_start=TIMESTAMP, window_end=TIMESTAMP,
         hours=LONG, mean_wh=DOUBLE, min_wh=LONG, max_wh=LONG, stddev_wh=DOUBLE,
+    ),
+    "peaks_v1": _columns(
+        meter_id=STRING, usage_point_id=STRING, **DAY, month_start=TIMESTAMP, day_peak_w=LONG, day_peak_at=TIMESTAMP,
+        day_peak_quality=STRING, month_peak_w=LONG, month_peak_at=TIMESTAMP, month_peak_quality=STRING,
+        month_intervals=LONG, month_expected=LONG,
+    ),
+    "validated_intervals_v1": _columns(
+        meter_id=STRING, usage_point_id=STRING, register=STRING, interval_start=TIMESTAMP, interval_end=TIMESTAMP,
+        energy_wh=LONG, quality=STRING, method=STRING, rule=STRING, is_reconciled=pa.bool_(), not_run=pa.list_(STRING),
     ),
     "voltage_compliance_v1": _columns(
         meter_id=STRING, phase=STRING, transformer_id=STRING, feeder_id=STRING, jurisdiction=STRING, nominal_mv=LONG,

@@ -45,11 +45,14 @@ def place(kind: str, folder: Path) -> Iterator[Place]:
     """A place of a kind, while it holds; this process opens its stores, too.
 
     Args:
-        kind: home, s3 or hdfs.
+        kind: home, folder (beside the homes), s3 or hdfs.
         folder: of the server, where there is one.
     """
     if kind == "home":
         yield Place()
+        return
+    if kind == "folder":
+        yield Place(f"file://{folder}")
         return
     if kind == "hdfs":
         with hdfs(folder) as nodes:

@@ -76,10 +76,9 @@ def quarter_hours(
     # after an exchange the old equipment may come back, and its next step begins where it was last
     newest = pl.when(pl.col("held_segment").is_not_null()).then("held_at").otherwise("previous_at")
     before = open_intervals.join(baseline.select(*KEY, "series"), on=KEY, how="left")
-    shares = ["series", "interval_start", "energy_wh", "covered_us", "powered_us", "rank", "run_id"]
-    new = _shares(steps, power_fails).select(shares)
+    new = shares(pieces(steps, power_fails, pl.lit(INTERVAL_US), LONGEST_STEP_US))
     known = (
-        pl.concat([before.filter(pl.col("series").is_not_null()).select(shares), new])
+        pl.concat([before.filter(pl.col("series").is_not_null()).select(new.columns), new])
         .group_by("series", "interval_start", maintain_order=True)
         .agg(pl.col("energy_wh", "covered_us", "powered_us").sum(), pl.col("rank").max(), pl.col("run_id").last())
         .join(baseline.select("series", *KEY, newest_at=newest), on="series", how="left", maintain_order="left")
@@ -102,32 +101,49 @@ def quarter_hours(
     )
 
 
-def _shares(steps: pl.DataFrame, power_fails: pl.DataFrame) -> pl.DataFrame:
-    """What each step gives to each quarter hour that it touches: `OPEN`, with the number of its register."""
+def pieces(
+    steps: pl.DataFrame, power_fails: pl.DataFrame, length_us: pl.Expr, longest_us: int, *kept: str
+) -> pl.DataFrame:
+    """Steps, cut at the edges of intervals.
+
+    Args:
+        steps: of `delta_engine.steps`, of any reason.
+        power_fails: see `quarter_hours`.
+        length_us: of an interval, microseconds.
+        longest_us: steps with more time with power are left out.
+        kept: further columns of the steps.
+
+    Returns:
+        A row per step and interval that it touches: `step`, its columns, `number` of the interval since 1970, `from_us`
+        and `to_us`; `powered_before` and `powered_until`, how much of the step's time with power, `powered_us`, there
+        is before and up to the piece's end; and `rank`, what the piece is worth (`RANKS`).
+    """
     spread = [reason.value for reason in ACCEPTED_DELTAS if reason is not DeltaReason.METER_EXCHANGE]
     begin, end, number = pl.col("begin_us"), pl.col("end_us"), pl.col("number")
     whole = (
         steps.filter(pl.col("reason").is_in(spread) & pl.col("previous_at").is_not_null())
         .select(
-            "meter_id", "series", "previous_wh", "wh", "delta_wh", "reason", "run_id",
+            "meter_id", "series", "previous_wh", "wh", "delta_wh", "reason", "run_id", *kept,
             begin_us=pl.col("previous_at").dt.epoch("us"), end_us=pl.col("observed_at").dt.epoch("us"),
+            length_us=length_us,
         )
         .with_row_index("step")
     )  # fmt: skip
+    length = pl.col("length_us")
     unpowered = _unpowered(whole, power_fails)
     touched = (
         _with_unpowered(whole, unpowered, end, "unpowered_us")
         .with_columns(powered_us=end - begin - pl.col("unpowered_us"))
         .filter(
-            (pl.col("powered_us") <= LONGEST_STEP_US)
+            (pl.col("powered_us") <= longest_us)
             & (pl.col("unpowered_us") <= LONGEST_FAIL_US)
             & (pl.col("delta_wh") <= LARGEST_STEP_WH)
         )
-        .with_columns(number=pl.int_ranges(begin // INTERVAL_US, (end - 1) // INTERVAL_US + 1))
+        .with_columns(number=pl.int_ranges(begin // length, (end - 1) // length + 1))
         .explode("number")
         .with_columns(
-            from_us=pl.max_horizontal(begin, number * INTERVAL_US),
-            to_us=pl.min_horizontal(end, (number + 1) * INTERVAL_US),
+            from_us=pl.max_horizontal(begin, number * length),
+            to_us=pl.min_horizontal(end, (number + 1) * length),
         )
     )
     cut = touched
@@ -135,21 +151,30 @@ def _shares(steps: pl.DataFrame, power_fails: pl.DataFrame) -> pl.DataFrame:
         cut = _with_unpowered(cut, unpowered, pl.col(f"{edge}_us"), f"unpowered_{edge}_us")
     before, to = (pl.col(f"{edge}_us") - begin - pl.col(f"unpowered_{edge}_us") for edge in ("from", "to"))
     is_cut = (to < pl.col("powered_us")) | (before > 0)
-    is_explained = pl.col("powered_us") <= pl.min_horizontal(pl.col("unpowered_us"), INTERVAL_US)
+    is_explained = pl.col("powered_us") <= pl.min_horizontal(pl.col("unpowered_us"), length)
     is_gap = (pl.col("reason") == DeltaReason.GAP.value) & ~is_explained
     endless = unpowered.filter(~pl.col("is_over")).get_column("step").unique()
     is_guess = (
         (pl.col("reason") == DeltaReason.RESET.value) | (is_cut & is_gap) | pl.col("step").is_in(endless.implode())
     )
     rank = pl.when(to == before).then(0).when(is_guess).then(2).when(is_cut).then(1).otherwise(0)
-    until = [pl.col("delta_wh") * powered // pl.col("powered_us") for powered in (to, before)]
-    return cut.select(
+    return cut.with_columns(powered_before=before, powered_until=to, rank=rank.cast(pl.Int64))
+
+
+def shares(pieces: pl.DataFrame) -> pl.DataFrame:
+    """What steps give to the intervals that they touch, even over their time with power: a row a piece.
+
+    Args:
+        pieces: of `pieces`.
+    """
+    until = [pl.col("delta_wh") * pl.col(name) // pl.col("powered_us") for name in ("powered_until", "powered_before")]
+    return pieces.select(
         series="series",
-        interval_start=pl.from_epoch(number * INTERVAL_US, "us").dt.replace_time_zone("UTC"),
+        interval_start=pl.from_epoch(pl.col("number") * pl.col("length_us"), "us").dt.replace_time_zone("UTC"),
         energy_wh=until[0] - until[1],
         covered_us=pl.col("to_us") - pl.col("from_us"),
-        powered_us=to - before,
-        rank=rank.cast(pl.Int64),
+        powered_us=pl.col("powered_until") - pl.col("powered_before"),
+        rank="rank",
         run_id="run_id",
     )
 

@@ -2,7 +2,7 @@
 
 `when/<entity>.csv` has columns of the entity; a column `batch` cuts it into micro-batches (state goes from one to the
 next), a column `payload` stands for bytes that are none of ours. `when/registry.csv` and, for a night job,
-`when/<table>.csv` are tables. `when/settings.csv` has name,value. `then/<table>.csv` names the columns it speaks of;
+`when/<table>.csv` are tables, `when/<report>_v<N>.csv` reports. `when/settings.csv` has name,value. `then/<table>.csv` names the columns it speaks of;
 its rows are all the rows, in any order. A column `#` holds prose. `about.md` says in a sentence what is given, what
 happens, and what must follow. A file or a column that nobody reads is refused; a streaming job's scenario says in
 `then/accounting.csv` where every record went.
@@ -26,7 +26,7 @@ from engine.settings import JudgeSettings, StreamSettings
 from kafka_io.ranges import KAFKA
 from lake.spark import spark_schema
 from schemas.codec import arrow_schema, decode, encode
-from schemas.tables import TABLES
+from schemas.tables import REPORTS, TABLES
 from schemas.topics import CRITICAL_EVENTS, EVENTS, READINGS, Topic
 from settings import load
 from streaming_jobs import critical_events
@@ -177,7 +177,7 @@ def night(session: SparkSession, job: BatchJob, folder: Path) -> dict[str, list[
     registry = session.createDataFrame(table("registry", folder / "when" / "registry.csv"))
     lake = {}
     for name in job.reads:
-        schema, rows = TABLES[name], []
+        schema, rows = (TABLES | REPORTS)[name], []
         for offset, row in enumerate(read(folder / "when" / f"{name}.csv")):
             arrival = row.get("arrival_at") or row.get("received_at") or row.get("observed_at")
             filled = {"topic": name, "partition": "0", "offset": str(offset)} | row | {"arrival_at": arrival}

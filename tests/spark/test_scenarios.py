@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
-from schemas.tables import TABLES
+from schemas.tables import REPORTS, TABLES
 from schemas.topics import EVENTS, READINGS
 from streaming_jobs import critical_events
 from tests.spark import scenario
@@ -29,7 +29,7 @@ def test_what_comes_gives_what_must_be_there(request: pytest.FixtureRequest, fol
         found = scenario.stream(job, folder)
     else:
         job = import_module(f"batch_jobs.{name}").JOB
-        tables = {table: TABLES[table].names for table in [*job.reads, "registry"]}
+        tables = {table: (TABLES | REPORTS)[table].names for table in [*job.reads, "registry"]}
         assert scenario.problems(folder, tables | {"settings": ["name", "value"]}, [name], [name]) == []
         found = scenario.night(spark(), job, folder)
     scenario.check(found, folder)

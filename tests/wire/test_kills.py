@@ -335,18 +335,18 @@ def test_meters_with_wrong_clocks_change_nothing_of_the_others(clean: Driver) ->
 
 @pytest.mark.long
 @pytest.mark.timeout(7_200)
-@pytest.mark.parametrize(("kind", "times"), [("home", 2), ("s3", 1), ("hdfs", 1)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_kills_at_each_phase_of_a_batch_and_of_a_flush_change_no_row(
-    clean: Driver, kafka: str, tmp_path: Path, kind: str, times: int, tmp_path_factory: pytest.TempPathFactory
+    clean: Driver, kafka: str, tmp_path: Path, kind: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     with place(kind, tmp_path_factory.mktemp("server")) as stores:
-        _killed(clean, Driver(tmp_path, kafka, stores), times)
+        _killed(clean, Driver(tmp_path, kafka, stores))
 
 
-def _killed(clean: Driver, driver: Driver, times: int) -> None:
+def _killed(clean: Driver, driver: Driver) -> None:
     hit: list[str | None] = []
     for phase in PHASES:
-        while hit.count(phase) < times:  # a kill may come too late for it
+        while phase not in hit:  # a kill may come too late for it
             assert len(hit) < 4 * len(PHASES), f"kills came at {hit}"
             job = min(WATCHED, key=driver.committed)  # whose topic is not at its end yet
             with driver.running() as process:
@@ -355,12 +355,11 @@ def _killed(clean: Driver, driver: Driver, times: int) -> None:
                 assert watch(process, lambda: driver.phase(job, batch) in wanted)  # noqa: B023
                 kill(process)
             hit.append(driver.phase(job, batch))
-    for least in range(1, times + 1):
-        with driver.running() as process:
-            driver.ask_to_end(process)
-            assert watch(process, lambda: driver.flushed() >= least)  # noqa: B023
-            kill(process)
-        hit.append(f"{driver.flushed()} flushed")
+    with driver.running() as process:
+        driver.ask_to_end(process)
+        assert watch(process, lambda: driver.flushed() >= 1)
+        kill(process)
+    hit.append(f"{driver.flushed()} flushed")
     assert driver.to_the_end() == 0
     expected = clean.rows()
     found = driver.rows()
@@ -370,7 +369,7 @@ def _killed(clean: Driver, driver: Driver, times: int) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", ["folder", "s3", "hdfs"])
 def test_a_driver_whose_machine_stands_still_or_is_lost_and_one_with_the_store_alone_change_no_row(
     clean: Driver, kafka: str, kind: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

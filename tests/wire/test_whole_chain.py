@@ -8,15 +8,14 @@ import pytest
 from settings import OWN_STORE
 from stack.isolated import Stack
 from stack.native import NativeStack
-from stack.parts import CLUSTER
-from tests.chain import Kill, WholeChain, kill
+from tests.chain import Kill, WholeChain
 from tests.hdfs_server import Nodes, hdfs
 
 
 class TestNativeProcesses(WholeChain):
     kind = NativeStack
 
-    @pytest.fixture(params=["ingest", "streaming", "spark-worker-1"])
+    @pytest.fixture(params=["ingest", "streaming"])
     def killed(self, request: pytest.FixtureRequest) -> str:
         return str(request.param)
 
@@ -46,16 +45,13 @@ class TestNativeProcessesAndHdfs(WholeChain):
     def store_of(self, nodes: Nodes) -> Callable[[Path], str]:
         return lambda home: f"{nodes.url}/{home.name}"
 
-    @pytest.fixture(params=["hdfs", "spark-worker-1"])
+    @pytest.fixture(params=["hdfs"])
     def killed(self, request: pytest.FixtureRequest) -> str:
         return str(request.param)
 
     @pytest.fixture
     def kill(self, nodes: Nodes) -> Kill:
-        def killed(stack: Stack, name: str) -> None:
-            if name in CLUSTER:
-                kill(stack, name)
-                return
+        def killed(_: Stack, __: str) -> None:
             nodes.kill()
             nodes.start()
 

@@ -1,0 +1,1 @@
+"""Validation, estimation and checks of intervals: the night."""

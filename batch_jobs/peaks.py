@@ -7,7 +7,7 @@ Power: the energy of all import registers over their interval, a quarter hour or
 down. An interval that was estimated or is known in part only counts as well, and `day_peak_quality` or
 `month_peak_quality` says so of the highest; of equal ones the first counts.
 `month_intervals` of `month_expected` are known: a month whose days are not all there has a peak of those that are.
-Belgium's capacity tariff bills the mean of the last twelve months' peaks, each 2.5 kW at least (docs/cookbook.md).
+Belgium's capacity tariff bills the mean of the last twelve months' peaks, each 2.5 kW at least (docs/domain.md, Peaks).
 Lateness: run the date again after its validated intervals; the days after it, of the same month, too.
 Duplicates: validated intervals have none.
 Restart: run it again; the date is replaced as a whole.

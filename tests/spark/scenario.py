@@ -2,10 +2,10 @@
 
 `when/<entity>.csv` has columns of the entity; a column `batch` cuts it into micro-batches (state goes from one to the
 next), a column `payload` stands for bytes that are none of ours. `when/registry.csv` and, for a night job,
-`when/<table>.csv` are tables, `when/<report>_v<N>.csv` reports. `when/settings.csv` has name,value. `then/<table>.csv` names the columns it speaks of;
-its rows are all the rows, in any order. A column `#` holds prose. `about.md` says in a sentence what is given, what
-happens, and what must follow. A file or a column that nobody reads is refused; a streaming job's scenario says in
-`then/accounting.csv` where every record went.
+`when/<table>.csv` are tables, `when/<report>_v<N>.csv` reports. `when/settings.csv` has name,value. `then/<table>.csv`
+names the columns it speaks of; its rows are all the rows, in any order. A column `#` holds prose. `about.md` says in a
+sentence what is given, what happens, and what must follow. A file or a column that nobody reads is refused; a streaming
+job's scenario says in `then/accounting.csv` where every record went.
 """
 
 import csv

@@ -275,7 +275,12 @@ def _checked(rows: pl.DataFrame) -> pl.DataFrame:
         & (highest > pl.col("spike_floor_quanta") * pl.col("quantum_wh"))
         & (highest - third > pl.col("spike_factor") * third)
     )
-    run = pl.len().over("series", (wh.ne_missing(wh.shift(1)) | ~is_read).cum_sum().over("series"))
+    imported_wh = wh.filter(pl.col("register").is_in(tables.IMPORTS)).sum().over("meter_id", "interval_start")
+    run, dead = (
+        pl.len().over("series", (value.ne_missing(value.shift(1)) | ~is_read).cum_sum().over("series"))
+        for value in (wh, imported_wh)
+    )
+    is_dead = pl.col("register").is_in(tables.IMPORTS) & (imported_wh == 0) & (dead >= pl.col("zero_run"))
     is_frozen = (wh > pl.col("quantum_wh") * pl.col("spike_floor_quanta")) & (run >= pl.col("frozen_run"))
     lacking = quality.is_in([IntervalQuality.ESTIMATED.value, IntervalQuality.INCOMPLETE.value])
     rule = (
@@ -287,7 +292,7 @@ def _checked(rows: pl.DataFrame) -> pl.DataFrame:
         .then(pl.lit(ValidationRule.SPIKE.value))
         .when(is_read & is_frozen)
         .then(pl.lit(ValidationRule.FROZEN.value))
-        .when(is_read & (wh == 0) & (run >= pl.col("zero_run")))
+        .when(is_read & is_dead)
         .then(pl.lit(ValidationRule.ZERO.value))
     )
     not_run = pl.concat_list(

@@ -159,7 +159,7 @@ def test_a_long_gap_has_the_shape_of_like_days_and_the_registers_energy() -> Non
     values = without(quarter_by_quarter([10] * 96), *range(41, 60))
     saturday, sunday, workdays = date(2024, 6, 8), date(2024, 6, 9), [date(2024, 6, day) for day in (11, 10, 7, 6)]
     shape = {day: 100 * number for number, day in enumerate(workdays)} | {saturday: 10_000, sunday: 10_000}
-    rows = done(given_readings(values), like_days(shape))[40:60]
+    rows = done(given_readings(values, market="DE"), like_days(shape))[40:60]
     means = [number + 100 for number in range(40, 60)]  # of the three nearest workdays: 0, 100 and 200
     expected = [200 * mean / sum(means) for mean in means]
     assert all(abs(wh - exact) < 1 for wh, exact in zip(energies(rows), expected, strict=True))  # type: ignore[operator]
@@ -219,6 +219,16 @@ def test_a_spike_is_one_by_the_third_highest_of_its_day(highest: int, third: int
     rows = done(given_readings(values, is_unlimited=True))
     assert (rows.get_column("rule").to_list()[-1] == "spike") is is_spike
     assert rows.get_column("not_run").to_list()[0] == ["limit"]  # without a fuse nobody can say what is too much
+
+
+def test_a_day_without_import_is_asked_for_and_one_register_without_is_not() -> None:
+    still = given_readings(quarter_by_quarter([0] * 96))
+    assert set(done(still).get_column("rule")) == {"zero"}
+    low = [70_000 + 10 * number for number in range(97)]
+    both = still.with_columns(import_t2_wh=pl.Series(low), export_t1_wh=pl.lit(5, pl.Int64))
+    rows = done(both).filter(pl.col("register") != "import_t2")
+    assert set(rows.get_column("register")) == {"import_t1", "export_t1"}
+    assert set(rows.get_column("rule")) == {None}
 
 
 def test_half_hours_are_those_of_who_reads_each_half_hour() -> None:

@@ -39,9 +39,9 @@ demo: setup  ## The whole chain, once, checked: METERS=1000 SPEED=720, or LOG=fi
 	  $(if $(MODE),--mode "$(MODE)") $(if $(filter-out 0 false,$(CLUSTER)),--cluster) \
 	  $(if $(STORE),--store "$(STORE)")
 
-nightly: setup  ## The night's reports of a day: DATE=2026-01-31
-	@$(if $(DATE),,echo "Which day? make nightly DATE=2026-01-31" >&2; exit 2)
-	@$(PYTHON) -m stack once nightly --date "$(DATE)"
+nightly: setup  ## The night's reports of a day: DATE=2026-01-31, or of several: FROM=2026-01-01 TO=2026-01-31
+	@$(if $(DATE)$(FROM),,echo "Which day? make nightly DATE=2026-01-31, or FROM=2026-01-01 TO=2026-01-31" >&2; exit 2)
+	@$(PYTHON) -m stack once nightly $(if $(DATE),--date "$(DATE)") $(if $(FROM),--from "$(FROM)") $(if $(TO),--to "$(TO)")
 
 replay: setup  ## Replay: ARGS="run --tape … --meters 1000", ARGS=--help
 	@$(PYTHON) -m stack once replay $(if $(ARGS),$(ARGS),--help)

@@ -12,10 +12,10 @@ import datetime
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from graphlib import CycleError, TopologicalSorter
 from typing import Annotated
 from zoneinfo import available_timezones
@@ -302,18 +302,18 @@ def silent(lake: Lake, date: datetime.date) -> str | None:
 
 def run(
     jobs: Iterable[BatchJob],
-    date: datetime.date,
+    dates: Sequence[datetime.date],
     limits: JudgeSettings,
     as_json: bool = False,
     as_of: datetime.datetime | None = None,
 ) -> None:
-    """Runs the jobs, some at once, each after those whose reports it reads, and says rows and seconds of each.
+    """Runs the jobs for each date, some at once, each after those whose reports it reads, and says rows and seconds.
 
-    A report that cannot be read or written stops those that read it, and no other.
+    A report that cannot be read or written stops those of its date that read it, and no other.
 
     Args:
         jobs: which.
-        date: the local day.
+        dates: local days, in order.
         limits: which clocks cannot be right.
         as_json: a line of JSON each instead.
         as_of: the tables are read as they were then; None: as they are now.
@@ -322,60 +322,95 @@ def run(
         ConfigError: see `publish`.
         RetryLater: reports are missing; it names them, and why.
     """
-    ordered = in_order(jobs)
-    left = graph(ordered)
-    left.prepare()
+    ordered, lake = in_order(jobs), Lake(as_of)
     console = Console(stderr=as_json, highlight=False)
-    day, lake = date.isoformat(), Lake(as_of)
     for table in {"registry", *(name for job in ordered for name in job.reads)} & set(TABLES):
         lake.version(table)  # all jobs read the tables as they are now
-    if silence := silent(lake, date):
-        Console(stderr=True, highlight=False).print(silence, soft_wrap=True)
+    for date in dates:
+        if silence := silent(lake, date):
+            Console(stderr=True, highlight=False).print(silence, soft_wrap=True)
     if not as_json and len(ordered) > 1:
-        console.print(f"{len(ordered)} reports of {day}, {AT_ONCE} at a time", soft_wrap=True)
-    columns = (TextColumn(f"  {day}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[doing]} · left"))
+        span = " to ".join(day.isoformat() for day in dict.fromkeys((dates[0], dates[-1])))
+        console.print(f"{len(ordered)} reports of {span}, {AT_ONCE} at a time", soft_wrap=True)
+    columns = (TextColumn("  {task.fields[day]}"), BarColumn(), MofNCompleteColumn())
+    doing = TextColumn("{task.fields[doing]} · left")
     with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+        *columns, doing, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task("night", total=len(ordered), doing="starting Spark")
+        task = bar.add_task("night", total=len(ordered) * len(dates), day="", doing="starting Spark")
+
+        def say(job: BatchJob, date: datetime.date, rows: int, took_s: float) -> None:
+            bar.advance(task)
+            day = date.isoformat()
+            if as_json:
+                line = {"report": job.report, "date": day, "rows": rows, "seconds": round(took_s, 3)}
+                sys.stdout.write(json.dumps(line) + "\n")
+            else:
+                console.print(f"{day}  {job.report:<24} {rows:>10,} rows {took_s:>7.1f} s")
+
         session = spark_session("meterstream-night-" + "-".join(job.name for job in ordered))
         try:
-            with ThreadPoolExecutor(AT_ONCE) as pool:
-                running: dict[Future[tuple[int, float]], BatchJob] = {}
-                failed: dict[str, str] = {}
-                try:
-                    while True:
-                        for job in sorted(left.get_ready(), key=lambda job: job.name):
-                            running[pool.submit(_timed, session, lake, job, date, limits)] = job
-                        if not running:
-                            break
-                        bar.update(task, doing=", ".join(job.name for job in list(running.values())[:AT_ONCE]))
-                        for done in wait(running, return_when=FIRST_COMPLETED).done:
-                            job = running.pop(done)
-                            try:
-                                rows, took_s = done.result()
-                            except (OSError, PySparkException, Py4JError, ArrowException) as error:
-                                failed[job.report] = reason(error)
-                                continue
-                            left.done(job)
-                            bar.advance(task)
-                            if as_json:
-                                line = {"report": job.report, "date": day, "rows": rows, "seconds": round(took_s, 3)}
-                                sys.stdout.write(json.dumps(line) + "\n")
-                            else:
-                                console.print(f"{day}  {job.report:<24} {rows:>10,} rows {took_s:>7.1f} s")
-                except BaseException:  # Ctrl-C too: what has not begun does not begin, what has is cancelled
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    session.sparkContext.cancelAllJobs()
-                    raise
-            if failed:
-                skipped = sorted({job.report for job in ordered if set(job.reads) & set(failed)} - set(failed))
-                then = f"; not run, since they read it: {', '.join(skipped)}" if skipped else ""
-                msg = f"reports of {day} are missing: "
-                raise RetryLater(msg + "; ".join(f"{name}: {why}" for name, why in failed.items()) + then)
-            console.print(f"In {store().uri(folder_of('<report>', day))}/*.parquet", markup=False, soft_wrap=True)
+            missing = []
+            for date in dates:
+                day = date.isoformat()
+                failed = _night(session, lake, ordered, date, limits, say, partial(bar.update, task, day=day))
+                if failed:
+                    skipped = sorted({job.report for job in ordered if set(job.reads) & set(failed)} - set(failed))
+                    then = f"; not run, since they read it: {', '.join(skipped)}" if skipped else ""
+                    missing.append("; ".join(f"{name} of {day}: {why}" for name, why in failed.items()) + then)
+            if missing:
+                raise RetryLater("reports are missing: " + "; ".join(missing))
+            where = store().uri(folder_of("<report>", dates[0].isoformat() if len(dates) == 1 else "<date>"))
+            console.print(f"In {where}/*.parquet", markup=False, soft_wrap=True)
         finally:
             session.stop()
+
+
+def _night(
+    session: SparkSession,
+    lake: Lake,
+    ordered: list[BatchJob],
+    date: datetime.date,
+    limits: JudgeSettings,
+    say: Callable[[BatchJob, datetime.date, int, float], None],
+    show: Callable[..., None],
+) -> dict[str, str]:
+    """Runs the jobs for one date. Returns which reports failed, and why.
+
+    Args:
+        session: Spark's.
+        lake: what they are made of.
+        ordered: the jobs.
+        date: the local day.
+        limits: which clocks cannot be right.
+        say: called with each that is done, its rows and seconds.
+        show: called with `doing`, what runs.
+    """
+    left = graph(ordered)
+    left.prepare()
+    running: dict[Future[tuple[int, float]], BatchJob] = {}
+    failed: dict[str, str] = {}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        try:
+            while True:
+                for job in sorted(left.get_ready(), key=lambda job: job.name):
+                    running[pool.submit(_timed, session, lake, job, date, limits)] = job
+                if not running:
+                    return failed
+                show(doing=", ".join(job.name for job in list(running.values())[:AT_ONCE]))
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    job = running.pop(done)
+                    try:
+                        rows, took_s = done.result()
+                    except (OSError, PySparkException, Py4JError, ArrowException) as error:
+                        failed[job.report] = reason(error)
+                        continue
+                    left.done(job)
+                    say(job, date, rows, took_s)
+        except BaseException:  # Ctrl-C too: what has not begun does not begin, what has is cancelled
+            pool.shutdown(wait=False, cancel_futures=True)
+            session.sparkContext.cancelAllJobs()
+            raise
 
 
 def reason(error: Exception) -> str:
@@ -404,11 +439,46 @@ def _time(text: str) -> datetime.datetime:
     return found
 
 
+def _days(date: str | None, first: str | None, last: str | None) -> list[datetime.date]:
+    """The local days that a command line names: `--date`, or `--from` and `--to`.
+
+    Raises:
+        ConfigError: they are none.
+    """
+    given = {"--date": date, "--from": first, "--to": last}
+    found = {}
+    for option, text in given.items():
+        if text is None:
+            continue
+        try:
+            found[option] = datetime.date.fromisoformat(text)
+        except ValueError as error:
+            msg = f"{option} is a day like 2016-06-15, not {text}"
+            raise ConfigError(msg) from error
+        if found[option].year not in YEARS:
+            msg = f"{option} is a day of the years {YEARS.start} to {YEARS.stop - 1}, not {text}"
+            raise ConfigError(msg)
+    if set(found) == {"--date"}:
+        return [found["--date"]]
+    if set(found) != {"--from", "--to"}:
+        msg = f"which days? --date, or --from and --to; found {', '.join(found) or 'none of them'}"
+        raise ConfigError(msg)
+    count = (found["--to"] - found["--from"]).days + 1
+    if count < 1:
+        msg = f"--from {first} is after --to {last}"
+        raise ConfigError(msg)
+    return [found["--from"] + datetime.timedelta(days=number) for number in range(count)]
+
+
 def command(jobs: list[BatchJob]) -> None:
     """The command line of one job, or of all in one session."""
 
     def main(
-        date: Annotated[str, typer.Option(metavar="YYYY-MM-DD", help="Local day of the report.")],
+        date: Annotated[str | None, typer.Option(metavar="YYYY-MM-DD", help="Local day of the report.")] = None,
+        first: Annotated[
+            str | None, typer.Option("--from", metavar="YYYY-MM-DD", help="First of several days, with --to.")
+        ] = None,
+        last: Annotated[str | None, typer.Option("--to", metavar="YYYY-MM-DD", help="Last of them.")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="One JSON object per job on standard output.")] = False,
         as_of: Annotated[
             str | None,
@@ -416,17 +486,13 @@ def command(jobs: list[BatchJob]) -> None:
         ] = None,
     ) -> None:
         with exits():
-            try:
-                day = datetime.date.fromisoformat(date)
-            except ValueError as error:
-                msg = f"--date is a day like 2016-06-15, not {date}"
-                raise ConfigError(msg) from error
-            if day.year not in YEARS:
-                msg = f"--date is a day of the years {YEARS.start} to {YEARS.stop - 1}, not {date}"
-                raise ConfigError(msg)
-            run(jobs, day, load(JudgeSettings), as_json, _time(as_of) if as_of else None)
+            days = _days(date, first, last)
+            run(jobs, days, load(JudgeSettings), as_json, _time(as_of) if as_of else None)
 
-    main.__doc__ = f"Writes the reports of one local day: {', '.join(job.name for job in jobs)}."
+    main.__doc__ = (
+        f"Writes the reports of one local day, or of several: {', '.join(job.name for job in jobs)}.\n\n"
+        "Examples: --date 2016-06-15 · --from 2016-06-01 --to 2016-06-30"
+    )
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     app()

@@ -1,4 +1,5 @@
 import datetime
+import json
 import os
 import subprocess
 import sys
@@ -195,13 +196,35 @@ def test_jobs_that_read_each_other_in_a_circle_are_refused() -> None:
         in_order([one, other])
 
 
-@pytest.mark.parametrize("arguments", [[], ["--date", "yesterday"], ["--date", "2024-02-30"]])
-def test_a_date_that_is_none_is_an_error_of_use(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "--date, or --from and --to; found none"), (["--date", "yesterday"], "--date is a day"),
+        (["--date", "2024-02-30"], "--date is a day"), (["--from", "2024-02-01"], "found --from"),
+        (["--from", "2024-02-02", "--to", "2024-02-01"], "is after"),
+        (["--from", "2024-02-02", "--to", "x"], "--to is"),
+        (["--date", "2024-02-02", "--to", "2024-02-03"], "found --date, --to"),
+    ],
+)  # fmt: skip
+def test_a_date_that_is_none_is_an_error_of_use(arguments: list[str], named: str) -> None:
     command = [sys.executable, "-m", "batch_jobs", *arguments]
     environment = {**os.environ, "PYTHONPATH": "."}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    assert "--date" in ended.stderr
+    assert named in ended.stderr
+
+
+def test_several_days_are_written_one_after_the_other(lake: Path) -> None:
+    order = [sys.executable, "-m", "batch_jobs.alarm_report", "--from", "2024-06-09", "--to", "2024-06-11", "--json"]
+    environment = {**os.environ, "PYTHONPATH": ".", "METERSTREAM_HOME": str(lake)}
+    ended = subprocess.run(order, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [(line["date"], line["rows"]) for line in lines] == [
+        (f"2024-06-{day}", day == "10") for day in ("09", "10", "11")
+    ]
+    assert len(files_of("alarm_report_v1", ["2024-06-09", "2024-06-10", "2024-06-11"])) == 3 * len(
+        files_of("alarm_report_v1", ["2024-06-10"])
+    )
 
 
 def test_a_report_that_cannot_be_made_is_named_and_the_others_are_there(lake: Path) -> None:
@@ -212,7 +235,7 @@ def test_a_report_that_cannot_be_made_is_named_and_the_others_are_there(lake: Pa
     ended = subprocess.run(order, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     last = ended.stderr.splitlines()[-1]
-    assert last.startswith("error: reports of 2024-06-10 are missing: alarm_report_v1: ")
+    assert last.startswith("error: reports are missing: alarm_report_v1 of 2024-06-10: ")
     assert file.name in last
     written = {path.parent.name for path in (lake / "reports").glob("*/date=2024-06-10")}
     assert written == {job.report for job in discovered()} - {"alarm_report_v1"}

@@ -167,6 +167,59 @@ class AlarmSource(StrEnum):
     DERIVED = "derived"
 
 
+class SharingModel(StrEnum):
+    """How a community shares a slot's surplus (docs/domain.md, Energy sharing)."""
+
+    FLANDERS_FIXED = "flanders_fixed"
+    FLANDERS_RELATIVE = "flanders_relative"
+    FLANDERS_OPTIMAL = "flanders_optimal"
+    AUSTRIA_STATIC = "austria_static"
+    AUSTRIA_DYNAMIC = "austria_dynamic"
+    GERMANY_STATIC = "germany_static"
+    GERMANY_CASCADE = "germany_cascade"
+    GERMANY_PROPORTIONAL = "germany_proportional"
+    WALLONIA_ROUNDS = "wallonia_rounds"
+    BRUSSELS_STATIC = "brussels_static"
+    BRUSSELS_ROUNDS = "brussels_rounds"
+    BRUSSELS_PRO_RATA = "brussels_pro_rata"
+    FRANCE_STATIC = "france_static"
+    FRANCE_DYNAMIC = "france_dynamic"
+    FRANCE_PAIR = "france_pair"
+    LUXEMBOURG = "luxembourg"
+    PRIORITY = "priority"
+    SPAIN_HOURLY = "spain_hourly"
+    PORTUGAL_FIXED = "portugal_fixed"
+    PORTUGAL_PROPORTIONAL = "portugal_proportional"
+    PORTUGAL_HIERARCHICAL = "portugal_hierarchical"
+    ITALY_HOURLY = "italy_hourly"
+
+
+class SharingSide(StrEnum):
+    """How Luxembourg shares among the points of one side, consumption or production."""
+
+    PRO_RATA = "pro_rata"
+    PRIORITY = "priority"
+    PERCENTAGE = "percentage"
+
+
+class EnergyFlow(StrEnum):
+    """What of a member's energy has a price of its own in a community."""
+
+    COVERED = "covered"
+    RESIDUAL = "residual"
+    SOLD = "sold"
+    FEED_IN = "feed_in"
+
+
+class SharingQuality(StrEnum):
+    """What a member's energy of a slot is known by."""
+
+    MEASURED = "measured"
+    ESTIMATED = "estimated"
+    INCOMPLETE = "incomplete"
+    MISSING = "missing"
+
+
 class FaultKind(StrEnum):
     """Faults that a replay injects; docs/replay.md says what can be decided about each, and by whom."""
 

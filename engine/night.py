@@ -239,6 +239,30 @@ def per_shard(rows: DataFrame, engine: Callable[..., pl.DataFrame], output: pa.S
     return sharded.groupBy("shard").applyInArrow(run, spark_schema(output))
 
 
+def per_community(
+    rows: DataFrame,
+    declared: DataFrame,
+    engine: Callable[[pl.DataFrame, pl.DataFrame], pl.DataFrame],
+    output: pa.Schema,
+) -> DataFrame:
+    """Runs a Polars function over each community.
+
+    Args:
+        rows: has community_id.
+        declared: has community_id; a community that it does not have is left out, one without rows is not.
+        engine: rows and declared of one community → rows with the columns of `output`.
+        output: names and types of what it gives.
+    """
+
+    def run(mine: pa.Table, of_community: pa.Table) -> pa.Table:
+        frames = [pl.DataFrame(table) for table in (mine, of_community)]
+        given = engine(*frames) if len(of_community) else pl.DataFrame(schema=pl.Schema(output))
+        return given.select(output.names).to_arrow().cast(output)
+
+    both = rows.groupBy("community_id").cogroup(declared.groupBy("community_id"))
+    return both.applyInArrow(run, spark_schema(output))
+
+
 def _read(session: SparkSession, lake: Lake, job: BatchJob, name: str, date: datetime.date) -> DataFrame:
     days_before = job.reads[name]
     if days_before is None:

@@ -130,6 +130,34 @@ LATEST_READINGS = _columns(
     meter_id=STRING, observed_at=TIMESTAMP, **{f"{register}_wh": LONG for register in REGISTERS},
     equipment_id=STRING, run_id=STRING,
 )  # fmt: skip
+COMMUNITIES = _columns(
+    community_id=STRING, valid_from=TIMESTAMP, valid_to=TIMESTAMP, model=STRING, time_zone=STRING, currency=STRING,
+    consumption_side=STRING, production_side=STRING,
+)  # fmt: skip
+"""How a community shares (`SharingModel`), the zone of its days, and how each side does in Luxembourg (`SharingSide`).
+Of all four tables of communities: null in `valid_from` is always, in `valid_to` for ever, and of several rows of the
+same at a time the one that began last counts."""
+COMMUNITY_MEMBERS = _columns(
+    community_id=STRING, meter_id=STRING, valid_from=TIMESTAMP, valid_to=TIMESTAMP, factor_pct=LONG,
+)  # fmt: skip
+"""Meters that take part, with which percentage of their energy; null is all of it."""
+COMMUNITY_KEYS = _columns(
+    community_id=STRING, meter_id=STRING, producer_id=STRING, round=LONG, tier=LONG, hour=LONG, key_ppm=LONG,
+    valid_from=TIMESTAMP, valid_to=TIMESTAMP,
+)  # fmt: skip
+"""Parts of a surplus, millionths: whose; of which producer, null: of all; in which round and tier, null: the first; in
+which local hour of the day, null: in all. A null key is pro rata of consumption. Without meter: the part of a round, or
+of a production point."""
+COMMUNITY_PRICES = _columns(
+    community_id=STRING, flow=STRING, tariff=LONG, price_micro_per_kwh=LONG, valid_from=TIMESTAMP, valid_to=TIMESTAMP,
+)  # fmt: skip
+"""Millionths of the currency per kWh of a flow (`EnergyFlow`); a tariff's own price goes before that without tariff."""
+COMMUNITY_TABLES = {
+    "communities": COMMUNITIES,
+    "community_members": COMMUNITY_MEMBERS,
+    "community_keys": COMMUNITY_KEYS,
+    "community_prices": COMMUNITY_PRICES,
+}
 
 TABLES = {
     "readings": READINGS,
@@ -154,6 +182,7 @@ TABLES = {
     "late_events": LATE_EVENTS,
     "accounting": ACCOUNTING,
     "latest_readings": LATEST_READINGS,
+    **COMMUNITY_TABLES,
 }
 
 CURRENT = {"latest_readings": "partition"}
@@ -184,6 +213,9 @@ DATED_BY = {
 """Table that the stream adds to → the column whose UTC day dates a row."""
 
 HOUR_OF_DAY, MILLI = pa.int32(), 3
+MICRO_KWH = pa.decimal128(18, 6)
+SOURCES = pa.list_(pa.struct([pa.field("producer_id", STRING), pa.field("wh", LONG)]))
+FLOWS = ("covered", "residual", "sold", "feed_in")
 DAY = {"day_start": TIMESTAMP, "day_end": TIMESTAMP}
 SPANS = {f"{register}_{end}_wh": LONG for register in REGISTERS for end in ("from", "to")}
 REPORTS = {
@@ -192,6 +224,11 @@ REPORTS = {
         alarm_type=STRING, severity=STRING, state=STRING, raised_at=TIMESTAMP, cleared_at=TIMESTAMP, duration_s=LONG,
         repeat_count=LONG, source=STRING, run_id=STRING, updated_at=TIMESTAMP, acknowledged_at=TIMESTAMP,
         acknowledged_by=STRING, note=STRING,
+    ),
+    "community_bills_v1": _columns(
+        community_id=STRING, meter_id=STRING, **DAY, currency=STRING, slots=LONG, missing_slots=LONG,
+        **{f"{flow}_wh": LONG for flow in FLOWS}, own_coverage_wh=LONG, sources=SOURCES,
+        **{f"{flow}_cents": LONG for flow in FLOWS}, balance_cents=LONG,
     ),
     "daily_consumption_v1": _columns(
         meter_id=STRING, usage_point_id=STRING, **DAY, **{f"{register}_wh": LONG for register in REGISTERS},
@@ -204,6 +241,13 @@ REPORTS = {
         missing=LONG, completeness_pct=DOUBLE, longest_gap_s=LONG, max_clock_ahead_s=LONG, max_delay_s=LONG, late=LONG,
         quarantined=LONG, quarantined_impossible_clock=LONG, quarantined_conflict=LONG, quarantined_implausible=LONG,
         dead_letters=LONG, arrived=LONG, of_other_days=LONG, furthest_s=LONG,
+    ),
+    "energy_sharing_v1": _columns(
+        community_id=STRING, meter_id=STRING, slot_start=TIMESTAMP, slot_end=TIMESTAMP, **DAY, model=STRING,
+        tariff=LONG, metered_wh=LONG, consumption_wh=LONG, own_coverage_wh=LONG, ideal_share_wh=LONG, covered_wh=LONG,
+        sources=SOURCES, residual_wh=LONG, surplus_wh=LONG, sold_wh=LONG, feed_in_wh=LONG,
+        operator_share_kwh=MICRO_KWH, operator_covered_kwh=MICRO_KWH, operator_feed_in_kwh=MICRO_KWH,
+        missing_members=LONG, quality=STRING,
     ),
     "load_profile_v1": _columns(
         meter_id=STRING, usage_point_id=STRING, hour_of_day=HOUR_OF_DAY, window_start=TIMESTAMP, window_end=TIMESTAMP,

@@ -8,7 +8,7 @@ a meter that the registry has not is added. Either all rows of a file are taken 
 import csv
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -24,7 +24,7 @@ from lake.tables import Commit, Writer, put_part
 from metering.registry import MOST
 from metering.voltage.windows import JURISDICTIONS
 from schemas.errors import ConfigError, exits
-from schemas.tables import BY_IMPORT, PHASES, REGISTERED, REGISTRY, polars_schema
+from schemas.tables import BY_IMPORT, COMMUNITY_TABLES, PHASES, REGISTERED, REGISTRY, polars_schema
 from schemas.topics import METER_ID
 
 UNKNOWN = "null"
@@ -131,12 +131,7 @@ def _rows(file: Path) -> list[tuple[int, dict[str, Any]]]:
     Raises:
         ConfigError: see `correct`.
     """
-    try:
-        lines = list(csv.reader(file.read_text(encoding="utf-8-sig").splitlines(), strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        msg = f"cannot read {file}: {getattr(error, 'strerror', None) or error}"
-        raise ConfigError(msg) from error
-    header = [name.strip() for name in lines[0]] if lines else []
+    header, lines = lines_of(file)
     unknown = sorted(set(header) - set(ROWS))
     if unknown or "meter_id" not in header or len(set(header)) < len(header):
         wrong = f"no such column: {', '.join(unknown)}" if unknown else f"the header is {','.join(header)!r}"
@@ -145,31 +140,54 @@ def _rows(file: Path) -> list[tuple[int, dict[str, Any]]]:
     problems: list[str] = []
     rows: list[tuple[int, dict[str, Any]]] = []
     seen: dict[tuple[Any, Any], int] = {}
-    for number, fields in enumerate(lines[1:], 2):
-        if not any(field.strip() for field in fields):
-            continue
+    for number, fields in lines:
         if len(fields) != len(header):
             problems.append(f"{file}:{number}: {len(fields)} fields, expected {len(header)}")
             continue
         row: dict[str, Any] = {}
-        for name, text in zip(header, (field.strip() for field in fields), strict=True):
+        for name, text in zip(header, fields, strict=True):
             try:
                 if text:
                     row[name] = None if text == UNKNOWN and name != "meter_id" else _value(name, text)
             except (ValueError, OverflowError):
                 problems.append(f"{file}:{number}: {name} is {text!r}, expected {_expected(name)}")
         if not row.get("meter_id"):
-            problems += [] if fields[header.index("meter_id")].strip() else [f"{file}:{number}: meter_id is empty"]
+            problems += [] if fields[header.index("meter_id")] else [f"{file}:{number}: meter_id is empty"]
             continue
         key = row["meter_id"], row.get("valid_from")
         if key in seen:
             problems.append(f"{file}:{number}: {row['meter_id']} has a row in line {seen[key]} already")
         seen.setdefault(key, number)
         rows.append((number, row))
-    if problems or not rows:
-        more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        raise ConfigError("; ".join(problems[:NAMED]) + more if problems else f"{file} has no row below its header")
+    refused(problems if problems or rows else [f"{file} has no row below its header"])
     return rows
+
+
+def lines_of(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Header of a CSV, and number and fields of each line below it that is not empty.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        lines = list(csv.reader(file.read_text(encoding="utf-8-sig").splitlines(), strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        msg = f"cannot read {file}: {getattr(error, 'strerror', None) or error}"
+        raise ConfigError(msg) from error
+    stripped = [[field.strip() for field in fields] for fields in lines]
+    return (stripped[0] if stripped else []), [each for each in enumerate(stripped[1:], 2) if any(each[1])]
+
+
+def refused(problems: Iterable[str]) -> None:
+    """Refuses a file that has problems.
+
+    Raises:
+        ConfigError: there are some; it names the first.
+    """
+    found = list(problems)
+    if found:
+        more = f"; and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        raise ConfigError("; ".join(found[:NAMED]) + more)
 
 
 def _expected(name: str) -> str:
@@ -219,8 +237,11 @@ def _registry() -> None:
 def import_(
     files: Annotated[list[Path], typer.Argument(help="CSV files, each with a header of the registry's columns.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per file on standard output.")] = False,
+    table: Annotated[
+        str, typer.Option(help=f"What the files are of: registry, or of communities: {', '.join(COMMUNITY_TABLES)}.")
+    ] = "registry",
 ) -> None:
-    """Put right what the registry knows of meters, and add meters.
+    """Put right what the registry knows of meters, and add meters; or take what communities agreed on.
 
     A row names a meter and what is to be put right. An empty field stays as it was, null makes it unknown.
 
@@ -236,6 +257,9 @@ def import_(
     """
     console = Console(highlight=False)
     with exits():
+        if table != "registry":
+            _of_communities(files, table, as_json, console)
+            return
         for file, done in _done(files):
             if as_json:
                 typer.echo(json.dumps({"file": str(file), **done._asdict()}))
@@ -244,6 +268,21 @@ def import_(
             console.print(line, markup=False, soft_wrap=True)
             for note in done.notes:
                 console.print(f"  {note}", markup=False, soft_wrap=True)
+
+
+def _of_communities(files: list[Path], table: str, as_json: bool, console: Console) -> None:
+    from stack.communities import take
+
+    if table not in COMMUNITY_TABLES:
+        msg = f"--table is registry, {', '.join(COMMUNITY_TABLES)}; not {table}"
+        raise ConfigError(msg)
+    for file in files:
+        done = take(file, table)
+        if as_json:
+            typer.echo(json.dumps({"file": str(file), **done._asdict()}))
+        else:
+            line = f"{file}: {done.added:,} added, {done.replaced:,} replaced"
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def _done(files: list[Path]) -> Iterator[tuple[Path, Corrected]]:

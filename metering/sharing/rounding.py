@@ -74,10 +74,14 @@ def by_source(taken: Mapping[str, int], sold: Mapping[str, int], may: Callable[[
         if wh := min(need[member], left[producer]):
             give(member, producer, wh)
     stuck = [(member, producer) for member in need if need[member] for producer in left if left[producer]]
-    for member, producer in stuck:
-        for other, source in sorted(cells):
-            wh = min(need[member], left[producer], cells[other, source])
-            if wh and may(member, source) and may(other, producer):  # the other takes this producer's instead
+    for member, producer in stuck:  # others take this producer's instead, pro rata of what they have of the rest
+        swaps = [pair for pair in sorted(cells) if cells[pair] and may(member, pair[1]) and may(pair[0], producer)]
+        had = {pair: cells[pair] for pair in swaps}
+        wanted, total = min(need[member], left[producer]), sum(had.values())
+        parts = {pair: -(-wh * wanted // total) for pair, wh in had.items()}
+        for most in (parts, had):
+            for (other, source), share in most.items():
+                wh = min(share, need[member], left[producer], cells[other, source])
                 give(other, source, -wh)
                 give(other, producer, wh)
                 give(member, source, wh)

@@ -205,6 +205,8 @@ def text(value: Any) -> str:
         return value.isoformat()
     if isinstance(value, float):
         return f"{value:.4f}".rstrip("0").rstrip(".")
+    if isinstance(value, list) and all(isinstance(each, dict) for each in value):
+        return " ".join(":".join(map(text, each.values())) for each in value)
     if isinstance(value, Decimal):
         return f"{value:f}"
     if isinstance(value, bool):

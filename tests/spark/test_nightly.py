@@ -65,6 +65,8 @@ def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     quarters: list[dict[str, Any]] = [{"interval_start": noon + datetime.timedelta(minutes=15 * n)} for n in range(4)]
     known = {"meter_id": "a", "register": "import_t1", "energy_wh": 25, "covered_s": 900, "quality": "measured"}
     keep("interval_readings", DAY, [quarter | known for quarter in quarters])
+    keep("communities", DAY, [{"community_id": "c", "model": "austria_dynamic", "time_zone": "UTC"}])
+    keep("community_members", DAY, [{"community_id": "c", "meter_id": "a"}])
     letter = {"payload": b"x", "reason": "bad_topic", "detail": "", "received_at": noon}
     keep("dead_letters", DAY, [letter])
     return tmp_path

@@ -152,7 +152,7 @@ COMMUNITY_PRICES = _columns(
     community_id=STRING, flow=STRING, tariff=LONG, price_micro_per_kwh=LONG, valid_from=TIMESTAMP, valid_to=TIMESTAMP,
 )  # fmt: skip
 """Millionths of the currency per kWh of a flow (`EnergyFlow`); a tariff's own price goes before that without tariff."""
-COMMUNITY_TABLES = {
+OF_COMMUNITIES = {
     "communities": COMMUNITIES,
     "community_members": COMMUNITY_MEMBERS,
     "community_keys": COMMUNITY_KEYS,
@@ -182,7 +182,7 @@ TABLES = {
     "late_events": LATE_EVENTS,
     "accounting": ACCOUNTING,
     "latest_readings": LATEST_READINGS,
-    **COMMUNITY_TABLES,
+    **OF_COMMUNITIES,
 }
 
 CURRENT = {"latest_readings": "partition"}

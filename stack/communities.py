@@ -21,7 +21,7 @@ from lake.tables import Commit, Writer, put_part
 from metering.sharing.settlement import ALL_PCT, KEY, PPM, of_hour, valid
 from schemas.closed_lists import EnergyFlow, SharingModel, SharingSide
 from schemas.errors import ConfigError
-from schemas.tables import COMMUNITY_TABLES, TARIFFS, polars_schema
+from schemas.tables import OF_COMMUNITIES, TARIFFS, polars_schema
 from schemas.topics import METER_ID
 from stack.registry import lines_of, refused
 
@@ -75,7 +75,7 @@ def take(file: Path, table: str) -> Taken:
     """Takes the rows of a CSV into a table of communities.
 
     Args:
-        file: with a header of columns of `schemas.tables.COMMUNITY_TABLES`.
+        file: with a header of columns of `schemas.tables.OF_COMMUNITIES`.
         table: which of them.
 
     Raises:
@@ -89,7 +89,7 @@ def take(file: Path, table: str) -> Taken:
     known |= {_key(row, table): row for _, row in given}
     lines = {_key(row, table): number for number, row in given}
     refused([f"{file}:{lines[_key(row, table)]}: {words}" for row, words in _unfit(table, known, lines)])
-    rows = pl.DataFrame(list(known.values()), schema=polars_schema(COMMUNITY_TABLES[table]))
+    rows = pl.DataFrame(list(known.values()), schema=polars_schema(OF_COMMUNITIES[table]))
     Writer().replace(table, [put_part(table, rows, "import", WHOLE)], Commit(f"import-{uuid.uuid4()}", 0))
     return Taken(len(set(known) - before), len(before & set(lines)))
 
@@ -104,7 +104,7 @@ def _rows(file: Path, table: str) -> list[tuple[int, Row]]:
     Raises:
         ConfigError: see `take`.
     """
-    schema, needed = COMMUNITY_TABLES[table], NEEDED[table]
+    schema, needed = OF_COMMUNITIES[table], NEEDED[table]
     header, lines = lines_of(file)
     unknown = sorted(set(header) - set(schema.names))
     if unknown or set(needed) - set(header) or len(set(header)) < len(header):

@@ -24,7 +24,7 @@ from lake.tables import Commit, Writer, put_part
 from metering.registry import MOST
 from metering.voltage.windows import JURISDICTIONS
 from schemas.errors import ConfigError, exits
-from schemas.tables import BY_IMPORT, COMMUNITY_TABLES, PHASES, REGISTERED, REGISTRY, polars_schema
+from schemas.tables import BY_IMPORT, OF_COMMUNITIES, PHASES, REGISTERED, REGISTRY, polars_schema
 from schemas.topics import METER_ID
 
 UNKNOWN = "null"
@@ -238,7 +238,7 @@ def import_(
     files: Annotated[list[Path], typer.Argument(help="CSV files, each with a header of the registry's columns.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per file on standard output.")] = False,
     table: Annotated[
-        str, typer.Option(help=f"What the files are of: registry, or of communities: {', '.join(COMMUNITY_TABLES)}.")
+        str, typer.Option(help=f"What the files are of: registry, or of communities: {', '.join(OF_COMMUNITIES)}.")
     ] = "registry",
 ) -> None:
     """Put right what the registry knows of meters, and add meters; or take what communities agreed on.
@@ -273,8 +273,8 @@ def import_(
 def _of_communities(files: list[Path], table: str, as_json: bool, console: Console) -> None:
     from stack.communities import take
 
-    if table not in COMMUNITY_TABLES:
-        msg = f"--table is registry, {', '.join(COMMUNITY_TABLES)}; not {table}"
+    if table not in OF_COMMUNITIES:
+        msg = f"--table is registry, {', '.join(OF_COMMUNITIES)}; not {table}"
         raise ConfigError(msg)
     for file in files:
         done = take(file, table)

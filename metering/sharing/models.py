@@ -332,7 +332,7 @@ def _of_injectors(model: Model, slot: Slot) -> Exactly:
         if key.member_id in need and key.key:
             keys[key.member_id] = key.key
     offers: list[Exact] = []
-    while True:
+    for _ in range(len(keys) + 1):  # each time nothing was cut, or one more has enough
         total = sum(keys.values(), Fraction(0))
         units: Exact = {}
         for j, wh in net.items():
@@ -360,7 +360,9 @@ def _returned(cut: Fraction, injection: Exact, room: Exact) -> Exact:
     That limit is a convention: the protocol's own examples do not reach it.
     """
     back = dict.fromkeys(injection, Fraction(0))
-    while cut:
+    for _ in injection:  # each time all of it returns, or one more is full
+        if not cut:
+            break
         left = {j: room[j] - back[j] for j in injection}
         total = sum((injection[j] for j in injection if left[j]), Fraction(0))
         given = {j: min(cut * injection[j] / total, wh) for j, wh in left.items() if wh}

@@ -49,15 +49,14 @@ def bills(shared: pl.DataFrame, prices: Sequence[Row], currency: str | None, day
         Columns of `community_bills_v1`, by meter.
     """
     at_time: dict[datetime, dict[tuple[str, int | None], int]] = {}
-    found: dict[str, dict[datetime, list[Row]]] = {}
-    for row in shared.sort("meter_id", "slot_start").iter_rows(named=True):
-        found.setdefault(row["meter_id"], {}).setdefault(row["day_start"], []).append(row)
-        at = row["slot_start"]
-        if at not in at_time:
-            rows = valid(prices, at, PRICE)
-            at_time[at] = {(price["flow"], price["tariff"]): price["price_micro_per_kwh"] for price in rows}
+    for at in shared["slot_start"].unique():
+        rows = valid(prices, at, PRICE)
+        at_time[at] = {(price["flow"], price["tariff"]): price["price_micro_per_kwh"] for price in rows}
     given = []
-    for meter_id, days in found.items():
+    for (meter_id,), mine in shared.sort("meter_id", "slot_start").partition_by("meter_id", as_dict=True).items():
+        days: dict[datetime, list[Row]] = {}
+        for row in mine.iter_rows(named=True):
+            days.setdefault(row["day_start"], []).append(row)
         if day_start not in days:
             continue
         bill: dict[str, Any] = _energy(days[day_start]) | {

@@ -57,6 +57,14 @@ def test_every_row_adds_up_and_the_order_of_what_comes_is_nothing(model: Sharing
         & (pl.col("consumption_wh") <= pl.col("metered_wh"))
     )
     assert known.filter(~adds_up).is_empty()
+    factors = pl.DataFrame(members, schema_overrides={"factor_pct": pl.Int64}).select("meter_id", "factor_pct")
+    takes_part = pl.col("metered_wh") * pl.col("factor_pct").fill_null(100) // 100
+    assert found.join(factors, on="meter_id").filter(pl.col("consumption_wh") != takes_part).is_empty()
+    register = intervals.filter(pl.col("register").str.starts_with("import")).group_by("meter_id", "interval_start")
+    halved = register.len().filter(pl.col("len") == 1).select("meter_id", pl.col("interval_start").alias("slot_start"))
+    of_quarters = found.join(halved, on=["meter_id", "slot_start"])
+    assert MODELS[model].slot_s == 3600 or len(of_quarters)
+    assert set(of_quarters["quality"]) <= {"incomplete", "missing"}
     assert (found["operator_share_kwh"].null_count() < len(found)) == (model is SharingModel.AUSTRIA_DYNAMIC)
     chance = random.Random(2)
     mixed = intervals.sample(fraction=1, shuffle=True, seed=3)
@@ -72,6 +80,7 @@ def test_of_several_rows_of_the_same_the_one_that_began_last_counts() -> None:
         assert [row["n"] for row in valid(order, BEGIN - timedelta(seconds=1), ["a"])] == [0]
         assert [row["n"] for row in valid(order, BEGIN, ["a"])] == [1]
         assert [row["n"] for row in valid(order, later, ["a"])] == [2]
+    assert valid(rows[1:2], later, ["a"]) == []
     hours = [dict.fromkeys(("meter_id", "producer_id", "round")) | {"hour": hour} for hour in (12, None)]
     assert [row["hour"] for row in of_hour(hours, 12)] == [12]
     assert [row["hour"] for row in of_hour(hours, 11)] == [None]

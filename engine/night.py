@@ -213,7 +213,9 @@ def with_silent(
     )
 
 
-def per_shard(rows: DataFrame, engine: Callable[..., pl.DataFrame], output: pa.Schema, *others: DataFrame) -> DataFrame:
+def per_shard(
+    rows: DataFrame, engine: Callable[..., pl.DataFrame], output: pa.Schema, *others: DataFrame, shards: int = SHARDS
+) -> DataFrame:
     """Runs a Polars function over each group of meters.
 
     Args:
@@ -221,6 +223,7 @@ def per_shard(rows: DataFrame, engine: Callable[..., pl.DataFrame], output: pa.S
         engine: all rows of some meters, and those of each of the others → rows with the columns of `output`.
         output: names and types of what it gives.
         others: have meter_id, too; meters that `rows` does not have may be left out.
+        shards: how many groups: more where a job reads many days.
     """
     frames = [rows, *others]
     columns = [frame.columns for frame in frames]
@@ -235,7 +238,7 @@ def per_shard(rows: DataFrame, engine: Callable[..., pl.DataFrame], output: pa.S
 
     numbered = [frame.withColumn("frame", F.lit(number)) for number, frame in enumerate(frames)]
     together = reduce(lambda one, other: one.unionByName(other, allowMissingColumns=True), numbered)
-    sharded = together.withColumn("shard", F.crc32(F.col("meter_id").cast("binary")) % SHARDS)
+    sharded = together.withColumn("shard", F.crc32(F.col("meter_id").cast("binary")) % shards)
     return sharded.groupBy("shard").applyInArrow(run, spark_schema(output))
 
 

@@ -114,6 +114,22 @@ class GridLevel(StrEnum):
     FEEDER = "feeder"
 
 
+class ComplianceLevel(StrEnum):
+    """What a verdict on voltage is of."""
+
+    PHASE = "phase"
+    METER = "meter"
+    TRANSFORMER = "transformer"
+    FEEDER = "feeder"
+
+
+class Period(StrEnum):
+    """What a verdict on voltage is over: a local day, or the seven that end with it."""
+
+    DAY = "day"
+    WEEK = "week"
+
+
 class VoltageEvent(StrEnum):
     """What a meter's own counters tell of voltages that no reading shows."""
 

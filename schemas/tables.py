@@ -262,12 +262,18 @@ REPORTS = {
         meter_id=STRING, usage_point_id=STRING, register=STRING, interval_start=TIMESTAMP, interval_end=TIMESTAMP,
         energy_wh=LONG, quality=STRING, method=STRING, rule=STRING, is_reconciled=pa.bool_(), not_run=pa.list_(STRING),
     ),
-    "voltage_compliance_v1": _columns(
-        meter_id=STRING, phase=STRING, transformer_id=STRING, feeder_id=STRING, jurisdiction=STRING, nominal_mv=LONG,
-        **DAY, windows=LONG, valid_windows=LONG, expected_windows=LONG, week_windows=LONG, low_windows=LONG,
-        high_windows=LONG, very_low_windows=LONG, very_high_windows=LONG, min_mv=LONG, max_mv=LONG, mean_mv=LONG,
+    "voltage_compliance_v2": _columns(
+        meter_id=STRING, level=STRING, phase=STRING, transformer_id=STRING, feeder_id=STRING, period=STRING,
+        norm=STRING, jurisdiction=STRING, nominal_mv=LONG, period_start=TIMESTAMP, **DAY, windows=LONG,
+        valid_windows=LONG, expected_windows=LONG, is_complete=pa.bool_(), low_windows=LONG, high_windows=LONG,
+        very_low_windows=LONG, very_high_windows=LONG, min_mv=LONG, max_mv=LONG, mean_mv=LONG,
         min_v=pa.decimal128(12, MILLI), max_v=pa.decimal128(12, MILLI), mean_v=pa.decimal128(12, MILLI),
-        within_10pct_pct=DOUBLE, en50160_day_compliant=pa.bool_(), sags=LONG, swells=LONG,
+        within_10pct_pct=DOUBLE, p1_mv=DOUBLE, p5_mv=DOUBLE, p50_mv=DOUBLE, p95_mv=DOUBLE, p99_mv=DOUBLE,
+        judged_windows=LONG, outside_windows=LONG,
+        beyond_windows=LONG, outside_pct=DOUBLE, beyond_pct=DOUBLE, complies=pa.bool_(), worst_phase=STRING,
+        sags=LONG, swells=LONG, meters=LONG, judged_meters=LONG, complying_meters=LONG, complying_pct=DOUBLE,
+        worst_meter_id=STRING,
     ),
 }  # fmt: skip
-"""Report with its version → its columns; what each means is in the docstring of its job in `batch_jobs/`."""
+"""Report with its version → its columns; what each means is in the docstring of its job in `batch_jobs/`. A percentile
+(`p1_mv`: the 1st) is linear between ranks: of n sorted values the p-th lies at rank p / 100 × (n − 1), from 0 on."""

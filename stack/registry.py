@@ -22,7 +22,7 @@ from rich.console import Console
 from lake.reading import Lake, all_registered
 from lake.tables import Commit, Writer, put_part
 from metering.registry import MOST
-from metering.voltage.windows import JURISDICTIONS
+from metering.voltage.norms import NORMS_OF
 from schemas.errors import ConfigError, exits
 from schemas.tables import BY_IMPORT, OF_COMMUNITIES, PHASES, REGISTERED, REGISTRY, polars_schema
 from schemas.topics import METER_ID
@@ -90,7 +90,7 @@ def correct(file: Path, today: date) -> Corrected:
             replaced.setdefault(same["date"], {})[same["key"]] = whole
             same |= whole
     _write(replaced, new, today, file.name)
-    places = sorted({row["jurisdiction"] for _, row in given if row.get("jurisdiction")} - set(JURISDICTIONS))
+    places = sorted({row["jurisdiction"] for _, row in given if row.get("jurisdiction")} - set(NORMS_OF))
     notes = [f"jurisdiction {', '.join(places)}: no limits are known, voltages are not judged"] if places else []
     return Corrected(**counts, notes=notes)
 

@@ -157,7 +157,7 @@ def test_a_night_passes_over_what_no_registry_and_no_meter_can_mean(spark: Spark
 
     assert said("daily_consumption_v1", "import_wh, expected_readings") == [("a", 2_400, None), ("b", 2_400, 0)]
     assert said("data_quality_v1", "expected, missing, completeness_pct") == [("a", *[None] * 3), ("b", 0, None, None)]
-    assert said("voltage_compliance_v1", "max_mv, max_v")[0] == ("a", 2 * 10**12, None)
+    assert said("voltage_compliance_v2", "max_mv, max_v")[0] == ("a", 2 * 10**12, None)
 
 
 def test_a_profile_has_the_first_hour_of_its_four_weeks_which_is_of_an_earlier_utc_day(

@@ -214,16 +214,22 @@ def with_silent(
 
 
 def per_shard(
-    rows: DataFrame, engine: Callable[..., pl.DataFrame], output: pa.Schema, *others: DataFrame, shards: int = SHARDS
+    rows: DataFrame,
+    engine: Callable[..., pl.DataFrame],
+    output: pa.Schema,
+    *others: DataFrame,
+    shards: int = SHARDS,
+    by: str = "meter_id",
 ) -> DataFrame:
     """Runs a Polars function over each group of meters.
 
     Args:
-        rows: has meter_id.
+        rows: has the column `by`.
         engine: all rows of some meters, and those of each of the others → rows with the columns of `output`.
         output: names and types of what it gives.
-        others: have meter_id, too; meters that `rows` does not have may be left out.
+        others: have it, too; what `rows` does not have may be left out.
         shards: how many groups: more where a job reads many days.
+        by: the column whose equal values are in one group.
     """
     frames = [rows, *others]
     columns = [frame.columns for frame in frames]
@@ -238,7 +244,7 @@ def per_shard(
 
     numbered = [frame.withColumn("frame", F.lit(number)) for number, frame in enumerate(frames)]
     together = reduce(lambda one, other: one.unionByName(other, allowMissingColumns=True), numbered)
-    sharded = together.withColumn("shard", F.crc32(F.col("meter_id").cast("binary")) % shards)
+    sharded = together.withColumn("shard", F.crc32(F.col(by).cast("binary")) % shards)
     return sharded.groupBy("shard").applyInArrow(run, spark_schema(output))
 
 

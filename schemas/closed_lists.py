@@ -176,6 +176,14 @@ class OutageKind(StrEnum):
     SUSTAINED = "sustained"
 
 
+class ReliabilityLevel(StrEnum):
+    """What customers are summed up by for SAIFI and SAIDI."""
+
+    TRANSFORMER = "transformer"
+    FEEDER = "feeder"
+    FLEET = "fleet"
+
+
 class AlarmSource(StrEnum):
     """What an alarm was made from."""
 

@@ -262,6 +262,12 @@ REPORTS = {
         meter_id=STRING, usage_point_id=STRING, register=STRING, interval_start=TIMESTAMP, interval_end=TIMESTAMP,
         energy_wh=LONG, quality=STRING, method=STRING, rule=STRING, is_reconciled=pa.bool_(), not_run=pa.list_(STRING),
     ),
+    "outage_report_v1": _columns(
+        group_id=STRING, level=STRING, customers_served=LONG, interruptions=LONG, momentary_interruptions=LONG,
+        open_interruptions=LONG, customer_minutes=DOUBLE, momentary_limit_s=LONG, saifi=DOUBLE, saidi_min=DOUBLE,
+        caidi_min=DOUBLE, maifi=DOUBLE, history_days=LONG, t_med_min=DOUBLE, is_provisional=pa.bool_(),
+        is_major_event_day=pa.bool_(),
+    ),
     "voltage_compliance_v2": _columns(
         meter_id=STRING, level=STRING, phase=STRING, transformer_id=STRING, feeder_id=STRING, period=STRING,
         norm=STRING, jurisdiction=STRING, nominal_mv=LONG, period_start=TIMESTAMP, **DAY, windows=LONG,

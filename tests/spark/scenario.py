@@ -96,6 +96,8 @@ def typed(text: str | None, kind: pa.DataType) -> Any:
         return float(text)
     if pa.types.is_boolean(kind):
         return text == "true"
+    if pa.types.is_list(kind):
+        return text.split(" ")
     return text
 
 

@@ -37,7 +37,7 @@ from pyspark.sql import functions as F
 
 from engine.night import SHARDS, BatchJob, command, midnight, per_shard, with_local_day, with_silent
 from metering.deduplication import with_seen
-from metering.voltage.norms import ALL_PHASES, JUDGED, NO_NORM, NORMS_OF, OF_PHASE, judged, norm_names
+from metering.voltage.norms import ALL_PHASES, JUDGED, NO_NORM, NORMS_OF, OF_PHASE, WINDOW_COLUMNS, judged, norm_names
 from metering.voltage.windows import (
     A_VOLTAGE_MV,
     JURISDICTIONS,
@@ -99,6 +99,7 @@ def found(readings: pl.DataFrame) -> pl.DataFrame:
             is_valid=pl.col("has_failed").is_null() & (pl.col("min_mv") >= pl.col("floor_mv")),
             exact_mv=pl.coalesce(exact_mv, pl.col("mean_mv").cast(pl.Float64)),
         )
+        .select(*WINDOW_COLUMNS, "deviation_pct", "band")
     )
     periods = _periods(readings)
     in_period = marks.join(periods, on="meter_id").filter(
@@ -130,18 +131,21 @@ def _periods(readings: pl.DataFrame) -> pl.DataFrame:
 
 def _counted(originals: pl.DataFrame, periods: pl.DataFrame) -> pl.DataFrame:
     """Sags and swells of each meter, phase and period; null where a phase's counter says nothing."""
+    is_read = (pl.col("observed_at") > pl.col("period_start")) & (pl.col("observed_at") <= pl.col("period_end"))
     counted = [
         _rises(originals, f"{counter}_{phase.lower()}")
-        .select("meter_id", "observed_at", "rise", phase=pl.lit(phase), kind=pl.lit(name))
+        .join(periods, on="meter_id")
+        .filter(is_read)
+        .group_by("meter_id", "period")
+        .agg(pl.col("rise").sum(), phase=pl.lit(phase), kind=pl.lit(name))
         for name, counter in COUNTERS.items()
         for phase in tables.PHASES
-    ]  # fmt: skip
+    ]
     of_kind = [
         pl.when((pl.col("kind") == name).any()).then(pl.col("rise").filter(pl.col("kind") == name).sum()).alias(name)
         for name in COUNTERS
     ]
-    is_read = (pl.col("observed_at") > pl.col("period_start")) & (pl.col("observed_at") <= pl.col("period_end"))
-    return pl.concat(counted).join(periods, on="meter_id").filter(is_read).group_by(OF_PHASE).agg(of_kind)
+    return pl.concat(counted).group_by(OF_PHASE).agg(of_kind)
 
 
 def _rises(readings: pl.DataFrame, counter: str) -> pl.DataFrame:
@@ -149,7 +153,8 @@ def _rises(readings: pl.DataFrame, counter: str) -> pl.DataFrame:
     value, equipment = pl.col(counter), pl.col("equipment_id")
     rise = value.diff().over("meter_id")
     is_rise = (rise > 0) & equipment.eq_missing(equipment.shift(1).over("meter_id"))
-    return readings.filter(value.is_not_null()).with_columns(
+    counted = readings.select("meter_id", "observed_at", "equipment_id", counter)
+    return counted.filter(value.is_not_null()).with_columns(
         before_at=pl.col("observed_at").shift(1).over("meter_id"), rise=pl.when(is_rise).then(rise).otherwise(0)
     )
 

@@ -107,6 +107,10 @@ JUDGED = pl.Schema(
     }
 )
 OF_PHASE = ["meter_id", "phase", "period"]
+RULES = NORMS.select("norm", "most_outside_pct", "most_beyond_pct", "by_percentiles", "set_windows").unique("norm")
+WINDOW_COLUMNS = [
+    "meter_id", "phase", "window_start", "min_mv", "max_mv", "exact_mv", "is_valid", "nominal_mv", "jurisdiction",
+]  # fmt: skip
 
 
 def judged(
@@ -131,27 +135,15 @@ def judged(
     Returns:
         Columns `JUDGED`, a row per meter, phase, period and norm, and `of_meters` of them.
     """
-    ordered = windows.join(periods, on="meter_id").sort("meter_id", "phase", "window_start")
-    ordered = ordered.filter(pl.col("window_start") < pl.col("period_end"))
-    inside = ordered.filter(pl.col("window_start") >= pl.col("period_start"))
-    facts = inside.group_by(OF_PHASE, maintain_order=True).agg(
-        windows=pl.len(),
-        valid_windows=pl.col("is_valid").sum(),
-        min_mv=pl.col("min_mv").filter("is_valid").min(),
-        max_mv=pl.col("max_mv").filter("is_valid").max(),
-        mean_mv=pl.col("exact_mv").filter("is_valid").mean().round(0).cast(pl.Int64),
-        **{
-            name: pl.col("exact_mv").filter("is_valid").quantile(share, "linear").round(3)
-            for name, share in PERCENTILES.items()
-        },
-        expected=(pl.col("period_end").first() - pl.col("period_start").first()) / WINDOW,
-    )
+    ordered = windows.select(WINDOW_COLUMNS).sort("meter_id", "phase", "window_start")
+    names = norm_names(windows, norms_of)
+    each = [_of_period(ordered, names, periods.filter(period=period.value)) for period in Period]
+    facts, counts = pl.concat([facts for facts, _ in each]), pl.concat([counts for _, counts in each])
     dark = _windows_without_power(failures, periods)
     known = pl.col("windows") + pl.col("dark_windows").fill_null(0)
     is_complete = known * 100 >= pl.col("expected") * ENOUGH_PCT
     facts = facts.join(dark, on=["meter_id", "period"], how="left").with_columns(is_complete=is_complete)
-    names = norm_names(windows, norms_of)
-    phases = facts.join(names, on="meter_id").join(_counts(ordered, names), on=[*OF_PHASE, "norm"], how="left")
+    phases = facts.join(names, on="meter_id").join(counts, on=[*OF_PHASE, "norm"], how="left")
     phases = phases.with_columns(pl.col("judged_windows").fill_null(0))
     outside, beyond, judged_windows = (pl.col(f"{name}_windows") for name in ("outside", "beyond", "judged"))
     is_full = (judged_windows > 0) & (judged_windows >= pl.col("set_windows").fill_null(0))
@@ -228,27 +220,52 @@ def norm_names(meters: pl.DataFrame, norms_of: Mapping[str, tuple[str, ...]] = N
     return each.select("meter_id", pl.col("norm").fill_null(NO_NORM))
 
 
+def _of_period(ordered: pl.DataFrame, names: pl.DataFrame, periods: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Facts and counts of one period: it is taken alone, since a week of windows is large."""
+    first = pl.col("period_start") - REPLACED_WITHIN
+    at = pl.col("window_start")
+    near = ordered.join(periods, on="meter_id", maintain_order="left").filter(
+        (at >= first) & (at < pl.col("period_end"))
+    )
+    valid = pl.col("is_valid")
+    facts = near.filter(at >= pl.col("period_start")).group_by(OF_PHASE, maintain_order=True).agg(
+        windows=pl.len(),
+        valid_windows=valid.sum(),
+        min_mv=pl.col("min_mv").filter(valid).min(),
+        max_mv=pl.col("max_mv").filter(valid).max(),
+        mean_mv=pl.col("exact_mv").filter(valid).mean().round(0).cast(pl.Int64),
+        **{
+            name: pl.col("exact_mv").filter(valid).quantile(share, "linear").round(3)
+            for name, share in PERCENTILES.items()
+        },
+        expected=(pl.col("period_end").first() - pl.col("period_start").first()) / WINDOW,
+    )  # fmt: skip
+    return facts, _counts(near.filter(valid).drop("min_mv", "max_mv", "jurisdiction", "period_end"), names)
+
+
 def _counts(ordered: pl.DataFrame, names: pl.DataFrame) -> pl.DataFrame:
     """N, windows outside and beyond of each phase, period and norm, of the windows that the norm judges.
 
     Args:
-        ordered: windows with their period, those of the day before it too, in the order of time.
+        ordered: valid windows with their period, those of the day before it too, in the order of time.
         names: meter_id, norm.
 
     Returns:
         Their counts, with the rule and the limits in mV of the norm.
     """
     of_norm, nominal = [*OF_PHASE, "norm"], pl.col("of_nominal_mv")
-    each = ordered.join(names, on="meter_id", maintain_order="left")
     is_back = pl.col("set_windows").is_not_null() & (pl.col("period") == Period.WEEK.value)
     first = pl.col("period_start") - pl.when(is_back).then(REPLACED_WITHIN).otherwise(timedelta())
     is_of = (nominal.is_null() | (nominal == pl.col("nominal_mv"))) & pl.col("nominal_mv").is_not_null()
-    valid = each.join(NORMS, on="norm", maintain_order="left").filter(
-        pl.col("is_valid") & is_of & (pl.col("window_start") >= first)
+    limits = ["low", "high", "very_low", "very_high"]
+    needed = NORMS.select("norm", "of_nominal_mv", "set_windows", "is_nested", *limits)
+    valid = (
+        ordered.join(names, on="meter_id", maintain_order="left")
+        .join(needed, on="norm", maintain_order="left")
+        .filter(is_of & (pl.col("window_start") >= first))
     )
     age = pl.len().over(of_norm) - pl.int_range(pl.len()).over(of_norm)
     in_set = valid.filter((age <= pl.col("set_windows")).fill_null(True))
-    limits = ["low", "high", "very_low", "very_high"]
     share_mv = [pl.col("nominal_mv") * (100 + pl.col(name)) / 100 for name in limits]
     limit_mv = [
         pl.when(nominal.is_null()).then(share).otherwise(name).round(6).alias(f"{name}_mv")
@@ -261,11 +278,12 @@ def _counts(ordered: pl.DataFrame, names: pl.DataFrame) -> pl.DataFrame:
         in_set.with_columns(limit_mv)
         .group_by(of_norm)
         .agg(
-            pl.col("most_outside_pct", "most_beyond_pct", "by_percentiles", "set_windows", "low_mv", "high_mv").first(),
+            pl.col("low_mv", "high_mv").first(),
             judged_windows=pl.len(),
             outside_windows=is_outside.sum(),
             beyond_windows=is_beyond.sum(),
         )
+        .join(RULES, on="norm")
     )
 
 

@@ -282,3 +282,7 @@ def our_own() -> list[tuple[Any, ...]]:
         percentiles = [mv[low] + part * (mv[low + 1] - mv[low]) for low, part in ranks]
         found.append((len(mv), 0, 0, True, sum(mv) / len(mv), *percentiles))
     return found
+
+
+def test_without_windows_there_is_no_row() -> None:
+    assert judged(windows([230.0]).clear(), FAILURES.to_frame(), PERIODS.to_frame()).is_empty()

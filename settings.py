@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -14,9 +15,30 @@ from schemas.errors import ConfigError
 PREFIX = "METERSTREAM_"
 
 
+UNLIKE = re.compile(r"[^A-Za-z0-9/._~+@,:&'-]")
+"""What some reader of a store takes for a pattern, a partition or an escape, or drops with all that comes after it."""
+
+
+def require_plain(name: str, place: str) -> None:
+    """Refuses a place that not every library takes as it is written.
+
+    Raises:
+        ConfigError: it names the characters.
+    """
+    if wrong := sorted(set(UNLIKE.findall(place))):
+        msg = f"{name} is {place}, which has {' '.join(map(repr, wrong))}: only letters from A to Z, digits and "
+        raise ConfigError(msg + "/ . _ ~ + @ , : & ' - are taken by all that reads and writes there")
+
+
 def home() -> Path:
-    """Root of all data: `METERSTREAM_HOME`, else `data/` in the checkout."""
-    return Path(os.environ.get("METERSTREAM_HOME") or Path(__file__).parent / "data").resolve()
+    """Root of all data: `METERSTREAM_HOME`, else `data/` in the checkout.
+
+    Raises:
+        ConfigError: see `require_plain`.
+    """
+    found = Path(os.environ.get("METERSTREAM_HOME") or Path(__file__).parent / "data").resolve()
+    require_plain("METERSTREAM_HOME", str(found))
+    return found
 
 
 OWN_STORE = "s3://meterstream-local"

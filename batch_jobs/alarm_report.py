@@ -20,7 +20,8 @@ from pathlib import Path
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from engine.night import BatchJob, command, is_begun_in_day, with_local_day
+from engine.night import BatchJob, is_begun_in_day, with_local_day
+from engine.night_run import command
 from schemas import tables
 from schemas.closed_lists import AlarmState
 

@@ -21,7 +21,8 @@ import polars as pl
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from engine.night import BatchJob, command, midnight, per_community
+from engine.night import BatchJob, midnight, per_community
+from engine.night_run import command
 from metering.sharing.money import bills
 from schemas.tables import REPORTS
 

@@ -33,7 +33,8 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from engine.day_readings import DAYS_BEFORE, REGISTERS_WH, VALUES, readings_around
-from engine.night import BatchJob, command, day_s, per_shard, with_silent
+from engine.night import BatchJob, day_s, per_shard, with_silent
+from engine.night_run import command
 from metering.clocks import is_read_in_day
 from metering.deduplication import with_seen
 from metering.energy import delta_engine

@@ -33,16 +33,8 @@ import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from engine.night import (
-    BatchJob,
-    arrived,
-    command,
-    day_s,
-    is_read_in_day,
-    per_shard,
-    with_local_day,
-    with_silent,
-)
+from engine.night import BatchJob, arrived, day_s, is_read_in_day, per_shard, with_local_day, with_silent
+from engine.night_run import command
 from metering.deduplication import with_seen
 from schemas import tables
 from schemas.closed_lists import DeltaReason, QuarantineReason

@@ -1,7 +1,7 @@
 """What each member of a community took, gave and got of the others, slot by slot: a row that explains itself.
 
-Reads: interval_readings of the UTC days that the local day can touch; communities, community_members and
-community_keys, whole. The day is of the community's time zone.
+Reads: validated_intervals_v1 of the day and the one before, whose end a community east of a member's zone needs;
+communities, community_members and community_keys, whole. The day is of the community's time zone.
 Writes: energy_sharing_v1, a row per community, member and slot (a quarter hour; an hour in Spain and Italy). A member
 that joins in mid-day has rows from then on.
 Key: community_id, meter_id, slot_start, date.
@@ -14,8 +14,8 @@ surplus = sold + feed-in. `operator_…_kwh` are the values as Austria's operato
 Quality: `missing`, an energy that the meter has on the day is not known in the slot: null, it takes part with nothing,
 and `missing_members` counts those, since all shares of the slot depend on them · `incomplete`, a part of it is not
 there · `estimated`, a part of it is interpolated or estimated · `measured`.
-Lateness: run the date again when readings of it came after its night.
-Duplicates: the stream gives each quarter hour once.
+Lateness: run the date again after its validated intervals.
+Duplicates: validated intervals have none.
 Restart: run it again; the date is replaced as a whole.
 """
 
@@ -27,13 +27,15 @@ import polars as pl
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from engine.night import BatchJob, command, is_begun_in_day, midnight, per_community
+from engine.night import BatchJob, is_begun_in_day, midnight, per_community
+from engine.night_run import command
 from metering.sharing.settlement import settle
+from schemas.closed_lists import IntervalQuality
 from schemas.tables import REPORTS
 
-SOURCE = "interval_readings"
-"""Where quarter hours come from: validated ones will have the same columns."""
+INTERVALS = "validated_intervals_v1"
 REPORT = "energy_sharing_v1"
+QUARTER_S = 900
 
 
 def shared(intervals: pl.DataFrame, declared: pl.DataFrame) -> pl.DataFrame:
@@ -64,7 +66,7 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
     days = communities.select("community_id", "day_start", "day_end")
     meters = lake["community_members"].select("community_id", "meter_id").distinct().join(days, "community_id")
     intervals = (
-        lake[SOURCE]
+        _quarters(lake[INTERVALS])
         .join(F.broadcast(meters), "meter_id")
         .where(is_begun_in_day("interval_start"))
         .select("community_id", "meter_id", "register", "interval_start", "energy_wh", "quality")
@@ -72,10 +74,30 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
     return per_community(intervals, declared, shared, REPORTS[REPORT])
 
 
+def _quarters(intervals: DataFrame) -> DataFrame:
+    """Quarter hours whose energy is known: a half hour is two, of which each has half of it, interpolated."""
+    seconds = F.unix_seconds("interval_end") - F.unix_seconds("interval_start")
+    count, part, wh = F.col("count"), F.col("part"), F.col("energy_wh")
+    is_cut = (count > 1) & (F.col("quality") == IntervalQuality.MEASURED.value)
+    return (
+        intervals.where(wh.isNotNull())
+        .withColumn("count", F.floor(seconds / QUARTER_S).cast("int"))
+        .withColumn("part", F.explode(F.sequence(F.lit(0), count - 1)))
+        .withColumns(
+            {
+                "interval_start": F.col("interval_start")
+                + F.make_dt_interval(secs=(part * QUARTER_S).cast("decimal(18,6)")),
+                "energy_wh": F.floor(wh * (part + 1) / count) - F.floor(wh * part / count),
+                "quality": F.when(is_cut, IntervalQuality.INTERPOLATED.value).otherwise(F.col("quality")),
+            }
+        )
+    )
+
+
 JOB = BatchJob(
     name=Path(__file__).stem,
     version=1,
-    reads={SOURCE: 0, "communities": None, "community_members": None, "community_keys": None},
+    reads={INTERVALS: 1, "communities": None, "community_members": None, "community_keys": None},
     transform=transform,
 )
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from engine.night import DEFAULT_ZONE, BatchJob, command, midnight, with_local_day
+from engine.night import DEFAULT_ZONE, BatchJob, midnight, with_local_day
+from engine.night_run import command
 from schemas.closed_lists import IntervalQuality
 from schemas.tables import IMPORTS
 

@@ -26,7 +26,8 @@ import polars as pl
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from engine.night import DEFAULT_ZONE, BatchJob, command, per_shard
+from engine.night import DEFAULT_ZONE, BatchJob, per_shard
+from engine.night_run import command
 from metering.alarms.outages import POWER_FAILURE
 from metering.alarms.reliability import COUNTS, GROUP, HISTORY_DAYS, MOMENTARY, ROWS, SUMS, momentary_of, of_day, sums
 from schemas.closed_lists import ReliabilityLevel

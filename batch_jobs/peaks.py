@@ -20,7 +20,8 @@ from pathlib import Path
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from engine.night import BatchJob, command, midnight, with_local_day
+from engine.night import BatchJob, midnight, with_local_day
+from engine.night_run import command
 from schemas.tables import IMPORTS
 
 DAYS_BEFORE = 30

@@ -27,7 +27,8 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from engine.day_readings import DAYS_BEFORE, readings_around
-from engine.night import BatchJob, command, per_shard
+from engine.night import BatchJob, per_shard
+from engine.night_run import command
 from metering.alarms import power_fails
 from metering.alarms.outages import POWER_FAILURE
 from metering.validation.intervals import ROWS, validated

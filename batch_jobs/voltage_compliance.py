@@ -35,7 +35,8 @@ import polars as pl
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from engine.night import SHARDS, BatchJob, command, midnight, per_shard, with_local_day, with_silent
+from engine.night import SHARDS, BatchJob, midnight, per_shard, with_local_day, with_silent
+from engine.night_run import command
 from metering.deduplication import with_seen
 from metering.voltage.norms import ALL_PHASES, JUDGED, NO_NORM, NORMS_OF, OF_PHASE, WINDOW_COLUMNS, judged, norm_names
 from metering.voltage.windows import (
@@ -169,7 +170,7 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
         .where(F.col("observed_at") < F.col("day_end") + F.expr(f"interval {WINDOW_S} seconds"))
         .select(*columns, *VOLTAGES, *COUNTER_COLUMNS, "power_failure_count", *KNOWN, "day_start", "day_end", *STARTS)
     )
-    results = per_shard(readings, found, FOUND, SHARDS * (DAYS_BEFORE + 1))
+    results = per_shard(readings, found, FOUND, shards=SHARDS * (DAYS_BEFORE + 1))
     has_nominal = F.col("nominal_mv").isNotNull()
     has_bands = has_nominal & F.col("jurisdiction").isin(JURISDICTIONS)
     is_phase, has_norm = F.col("level") == ComplianceLevel.PHASE.value, F.col("norm") != NO_NORM

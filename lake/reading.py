@@ -84,6 +84,8 @@ class Lake:
             msg = f"table {table} has no version {version} any more: {error}"
             raise ConfigError(msg) from error
         if isinstance(version, datetime) and at_ms > version.timestamp() * 1000:
+            if found.version() == 0:
+                return None  # nobody had written to it then
             oldest = datetime.fromtimestamp(at_ms / 1000, UTC)
             msg = f"table {table} has no version of {version} any more: its oldest one is of {oldest}"
             raise ConfigError(msg)
@@ -124,7 +126,7 @@ class Lake:
         found = self._table(table)
         if found is None:
             return ds.dataset(columns_of(table).empty_table())
-        return found.to_pyarrow_dataset()
+        return found.to_pyarrow_dataset(filesystem=self._store.arrow(folder_of(table)))
 
     def pandas(self, table: str, dates: Iterable[date] | None = None) -> "pd.DataFrame":
         """A table's rows for pandas."""
@@ -226,7 +228,7 @@ def over(files: Sequence[str], partition: str | None, columns: pa.Schema) -> ds.
         columns: that they have; where none are known each file is asked.
     """
     place, options = store(), ds.FileSystemFactoryOptions()
-    system = PyFileSystem(DeltaStorageHandler(place.url))
+    system = place.arrow("") or PyFileSystem(DeltaStorageHandler(place.url))
     if partition:
         kind = pa.date32() if partition == DATE else pa.int64()
         options.partitioning = ds.partitioning(pa.schema({partition: kind}), flavor="hive")

@@ -18,10 +18,11 @@ from typing import BinaryIO
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import from_url
+from pyarrow.fs import FileSystem, S3FileSystem, SubTreeFileSystem
 
 from lake.hdfs import Hdfs
 from schemas.errors import ConfigError, RetryLater
-from settings import OWN_STORE, home, own_credentials, store_url
+from settings import OWN_STORE, home, own_credentials, require_plain, store_url
 
 SCHEMES = ("file", "s3", "gs", "az", "hdfs")
 DEFAULT_REGION = "us-east-1"
@@ -30,6 +31,14 @@ AWS_FILES = (("AWS_CONFIG_FILE", "config"), ("AWS_SHARED_CREDENTIALS_FILE", "cre
 AWS_KEYS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 AWS_NAMES = {**{name: name.upper() for name in AWS_KEYS}, "region": "AWS_REGION", "endpoint_url": "AWS_ENDPOINT_URL"}
 """What a profile says, and the variable that says the same."""
+ARROW_NAMES = {
+    "access_key": "ACCESS_KEY_ID",
+    "secret_key": "SECRET_ACCESS_KEY",
+    "session_token": "SESSION_TOKEN",
+    "region": "REGION",
+    "endpoint_override": "ENDPOINT_URL",
+}
+"""What Arrow's client calls what AWS's variables say."""
 AWS_KEYS_AND_SERVER = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL")
 AWS_VARIABLES = (*AWS_NAMES.values(), "AWS_ALLOW_HTTP")
 IN_ONE_REQUEST = 64 * 2**20
@@ -56,6 +65,7 @@ class Store:
         if scheme not in SCHEMES or not rest:
             msg = f"METERSTREAM_STORE is {url}, expected {', '.join(f'{each}://…' for each in SCHEMES)}"
             raise ConfigError(msg)
+        require_plain("METERSTREAM_STORE", url)
         self.is_local = scheme == "file"
         self._variables = aws_variables(self.url) if scheme == "s3" else {}
         self.use()
@@ -88,6 +98,17 @@ class Store:
     def uri(self, path: str) -> str:
         """An object or folder as other libraries take it: a path where the store is a local folder, else a URL."""
         return f"{self.url}/{path}".removeprefix("file://")
+
+    def arrow(self, folder: str) -> FileSystem | None:
+        """A folder as Arrow's own client of S3 has it; None elsewhere: `deltalake` has one of its own for each store.
+
+        That one calls Python from threads of others: with it a process may hang or abort where a file is gone.
+        """
+        if not self._variables:
+            return None
+        said = {name: self._variables.get(f"AWS_{variable}") for name, variable in ARROW_NAMES.items()}
+        client = S3FileSystem(**{name: value for name, value in said.items() if value})
+        return SubTreeFileSystem(f"{self.url.removeprefix('s3://')}/{folder}", client)
 
     def put(self, path: str, content: bytes | memoryview) -> None:
         """Writes an object; one of that name is replaced, in one step.
@@ -195,7 +216,8 @@ class Store:
     def _refused(self, path: str, error: Exception) -> RetryLater:
         why = str(error).partition("\n\tat ")[0].partition(r"\n\tat ")[0]  # without the name node's stack
         why = " ".join(why.split())[:500]
-        return RetryLater(f"the store {self.url} did not take or give {path}: {why}")
+        hint = " Its server is the stack's own: .venv/bin/stack up s3 starts it." if self.url == OWN_STORE else ""
+        return RetryLater(f"the store {self.url} did not take or give {path}: {why}{hint}")
 
 
 class _Objects:
@@ -250,7 +272,11 @@ def aws_variables(url: str) -> dict[str, str]:
     files = [own] if is_own else [os.environ.get(name) or Path.home() / ".aws" / file for name, file in AWS_FILES]
     profile = "default" if is_own else (os.environ.get("AWS_PROFILE") or "default")
     sections = configparser.RawConfigParser()
-    sections.read(files)
+    try:
+        sections.read(files)
+    except configparser.Error as error:
+        msg = f"keys of {url} cannot be read: {' '.join(str(error).split())}"
+        raise ConfigError(msg) from error
     said: dict[str, str] = {}
     for section in (f"profile {profile}", profile):
         said |= dict(sections[section]) if sections.has_section(section) else {}

@@ -79,7 +79,8 @@ from pathlib import Path
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from engine.night import BatchJob, command, is_read_in_day, with_local_day
+from engine.night import BatchJob, is_read_in_day, with_local_day
+from engine.night_run import command
 
 
 def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date) -> DataFrame:

@@ -14,7 +14,8 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from batch_jobs import discovered
-from engine.night import BatchJob, in_order, publish, silent
+from engine.night import BatchJob, in_order
+from engine.night_run import publish, silent
 from engine.settings import JudgeSettings
 from lake import reports
 from lake.reading import Lake, newest_registry, registry_files

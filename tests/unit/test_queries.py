@@ -5,9 +5,11 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from deltalake import DeltaTable
 
 import lake
 from lake.reading import newest_registry, registered, registry_files
+from lake.store import store
 from schemas.errors import ConfigError
 from schemas.tables import CURRENT, TABLES, polars_schema
 from tests.lake_by_hand import add
@@ -63,8 +65,14 @@ def test_an_older_version_and_a_time_are_read_as_they_were() -> None:
     assert first.polars("alarms").select("alarm_id").collect().rows() == [("old",)]
     assert first.duckdb().sql("SELECT alarm_id FROM alarms").fetchall() == [("old",)]
     assert lake.open(then).polars("alarms").select("alarm_id").collect().rows() == [("old",)]
+    long_ago = datetime(2001, 1, 1, tzinfo=UTC)
+    assert lake.open(long_ago).files("alarms") == []  # nobody had written to it
+    assert lake.open(long_ago).duckdb().sql("SELECT * FROM alarms").fetchall() == []
+    DeltaTable(store().uri("lake/alarms")).create_checkpoint()
+    for commit in ("0", "1"):
+        store().delete([f"lake/alarms/_delta_log/{commit:0>20}.json"])  # as the log is cleaned
     with pytest.raises(ConfigError, match="alarms has no version of 2001-01-01 .* any more: its oldest one is of"):
-        lake.open(datetime(2001, 1, 1, tzinfo=UTC)).files("alarms")
+        lake.open(long_ago).files("alarms")
     with pytest.raises(ConfigError, match="table alarms has no version 77"):
         lake.open({"alarms": 77}).files("alarms")
     with pytest.raises(ConfigError, match="the lake has no table alarm; it has readings, events"):

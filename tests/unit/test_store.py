@@ -40,6 +40,24 @@ def test_what_is_no_store_is_told(home: Path) -> None:
         Store("s3:")
 
 
+@pytest.mark.parametrize("name", ["a b", "ü", "a#1", "a?x=1", "[1]", "a*", "a=b", "a%20b", "a;b", "(x)"])
+def test_a_name_that_some_reader_takes_for_another_is_refused(
+    name: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for url in (f"s3://bucket/{name}", f"file://{home}/{name}"):
+        with pytest.raises(ConfigError, match="only letters from A to Z, digits"):
+            Store(url)
+    monkeypatch.setenv("METERSTREAM_HOME", str(home / name))
+    with pytest.raises(ConfigError, match="METERSTREAM_HOME is"):
+        store()
+
+
+def test_keys_that_nobody_can_read_are_an_error_of_use(home: Path) -> None:
+    (home / "credentials").write_text("no section\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Store("s3://bucket/prefix")
+
+
 def test_keys_are_those_of_the_variables_else_of_the_profile(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "config").write_text("[default]\nregion = eu-central-1\n[profile grid]\nregion = eu-west-3\n")
     (home / "credentials").write_text(
@@ -92,7 +110,7 @@ def test_the_stacks_own_server_hears_nothing_of_an_account_in_the_shell(
     assert aws_variables(OWN_STORE) == expected | {"AWS_ALLOW_HTTP": "true"}
     for name, value in store_variables(settings).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("METERSTREAM_HOME", str(home / "a worker's"))
+    monkeypatch.setenv("METERSTREAM_HOME", str(home / "a-worker's"))
     assert aws_variables(OWN_STORE) == expected | {"AWS_ALLOW_HTTP": "true"}
 
 

@@ -27,15 +27,13 @@ import polars as pl
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from engine.night import BatchJob, is_begun_in_day, midnight, per_community
+from engine.night import BatchJob, is_begun_in_day, midnight, per_community, quarters
 from engine.night_run import command
 from metering.sharing.settlement import settle
-from schemas.closed_lists import IntervalQuality
 from schemas.tables import REPORTS
 
 INTERVALS = "validated_intervals_v1"
 REPORT = "energy_sharing_v1"
-QUARTER_S = 900
 
 
 def shared(intervals: pl.DataFrame, declared: pl.DataFrame) -> pl.DataFrame:
@@ -66,32 +64,12 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
     days = communities.select("community_id", "day_start", "day_end")
     meters = lake["community_members"].select("community_id", "meter_id").distinct().join(days, "community_id")
     intervals = (
-        _quarters(lake[INTERVALS])
+        quarters(lake[INTERVALS])
         .join(F.broadcast(meters), "meter_id")
         .where(is_begun_in_day("interval_start"))
         .select("community_id", "meter_id", "register", "interval_start", "energy_wh", "quality")
     )
     return per_community(intervals, declared, shared, REPORTS[REPORT])
-
-
-def _quarters(intervals: DataFrame) -> DataFrame:
-    """Quarter hours whose energy is known: a half hour is two, of which each has half of it, interpolated."""
-    seconds = F.unix_seconds("interval_end") - F.unix_seconds("interval_start")
-    count, part, wh = F.col("count"), F.col("part"), F.col("energy_wh")
-    is_cut = (count > 1) & (F.col("quality") == IntervalQuality.MEASURED.value)
-    return (
-        intervals.where(wh.isNotNull())
-        .withColumn("count", F.floor(seconds / QUARTER_S).cast("int"))
-        .withColumn("part", F.explode(F.sequence(F.lit(0), count - 1)))
-        .withColumns(
-            {
-                "interval_start": F.col("interval_start")
-                + F.make_dt_interval(secs=(part * QUARTER_S).cast("decimal(18,6)")),
-                "energy_wh": F.floor(wh * (part + 1) / count) - F.floor(wh * part / count),
-                "quality": F.when(is_cut, IntervalQuality.INTERPOLATED.value).otherwise(F.col("quality")),
-            }
-        )
-    )
 
 
 JOB = BatchJob(

@@ -21,12 +21,14 @@ from pyspark.sql import functions as F
 
 from engine.settings import JudgeSettings
 from lake.spark import spark_schema
+from schemas.closed_lists import IntervalQuality
 from schemas.errors import ContractBroken
 from schemas.tables import REPORTS
 
 SHARDS = 32
 """Groups of meters a night is cut into: one must fit into a task's memory, and each costs some milliseconds."""
 DEFAULT_ZONE = "UTC"
+QUARTER_S = 900
 
 Transform = Callable[[Mapping[str, DataFrame], DataFrame, datetime.date], DataFrame]
 
@@ -249,3 +251,30 @@ def per_community(
 
     both = rows.groupBy("community_id").cogroup(declared.groupBy("community_id"))
     return both.applyInArrow(run, spark_schema(output))
+
+
+def quarters(intervals: DataFrame) -> DataFrame:
+    """Quarter hours whose energy is known, of validated intervals: a half hour is two, interpolated.
+
+    Args:
+        intervals: interval_start, interval_end, energy_wh, quality, and others that stay.
+
+    Returns:
+        The same, with `count` and `part` of the interval; interval_end stays that of the interval.
+    """
+    seconds = F.unix_seconds("interval_end") - F.unix_seconds("interval_start")
+    count, part, wh = F.col("count"), F.col("part"), F.col("energy_wh")
+    is_cut = (count > 1) & (F.col("quality") == IntervalQuality.MEASURED.value)
+    return (
+        intervals.where(wh.isNotNull())
+        .withColumn("count", F.floor(seconds / QUARTER_S).cast("int"))
+        .withColumn("part", F.explode(F.sequence(F.lit(0), count - 1)))
+        .withColumns(
+            {
+                "interval_start": F.col("interval_start")
+                + F.make_dt_interval(secs=(part * QUARTER_S).cast("decimal(18,6)")),
+                "energy_wh": F.floor(wh * (part + 1) / count) - F.floor(wh * part / count),
+                "quality": F.when(is_cut, IntervalQuality.INTERPOLATED.value).otherwise(F.col("quality")),
+            }
+        )
+    )

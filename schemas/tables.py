@@ -253,6 +253,14 @@ REPORTS = {
         meter_id=STRING, usage_point_id=STRING, hour_of_day=HOUR_OF_DAY, window_start=TIMESTAMP, window_end=TIMESTAMP,
         hours=LONG, mean_wh=DOUBLE, min_wh=LONG, max_wh=LONG, stddev_wh=DOUBLE,
     ),
+    "anomalies_v1": _columns(
+        meter_id=STRING, usage_point_id=STRING, **DAY, way=STRING, wh=LONG, expected_wh=DOUBLE, sigma_wh=DOUBLE,
+        score=DOUBLE, days=LONG, is_anomaly=pa.bool_(),
+    ),
+    "forecast_v1": _columns(
+        level=STRING, group_id=STRING, interval_start=TIMESTAMP, interval_end=TIMESTAMP, import_wh=DOUBLE,
+        export_wh=DOUBLE, days=LONG,
+    ),
     "peaks_v1": _columns(
         meter_id=STRING, usage_point_id=STRING, **DAY, month_start=TIMESTAMP, day_peak_w=LONG, day_peak_at=TIMESTAMP,
         day_peak_quality=STRING, month_peak_w=LONG, month_peak_at=TIMESTAMP, month_peak_quality=STRING,

@@ -44,6 +44,7 @@ from settings import OWN_STORE, home
 from stack import proof
 from stack.backlog import left_on_the_way
 from stack.containers import ContainerStack
+from stack.demo_communities import take_communities
 from stack.isolated import Stack, drain, environment, own_settings
 from stack.jobs import jobs, metrics_text
 from stack.native import NativeStack
@@ -155,6 +156,10 @@ def _demo(
         with _step("Spark takes what is left and closes its windows"):
             drain(stack, lambda: _lag_shown(stack))
         day = busiest_day(tape.readings.column("observed_at"), tape.info.time_zone)
+        if isinstance(stack, NativeStack) and not log:
+            with _step("Two energy communities come into the registry"):
+                members = take_communities(stack.home / "communities", tape.info.time_zone)
+                console.print(f"  {members} members, in {stack.home / 'communities'}/*.csv", markup=False)
         with _step(f"Nightly batch of {day}"):
             _nightly(stack, day)
         if settings.has_own_store:

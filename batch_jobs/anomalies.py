@@ -1,11 +1,11 @@
 """Days on which a meter imported or exported far more, or far less, than it used to.
 
 Reads: daily_consumption_v1 of the day and the 28 days before it, as far as they are there; registry (time zone).
-Writes: anomalies_v1, a row per meter and way of the day that is measured, where a week before it has a measured day.
+Writes: anomalies_v1, a row per meter and way of the day that is measured.
 Key: meter_id, way, date.
 Expected is the median of the seven days before; a robust sigma is 1.4826 times the median distance of the 28 days
 before from their own median, and never less than 1 Wh; `score` is the deviation in sigmas, `is_anomaly` beyond 6 on
-either side, and null with fewer than 14 days before (docs/domain.md, Forecast and anomalies). Days that are not
+either side, null with fewer than 14 days before (docs/domain.md, Forecast and anomalies). Days that are not
 `measured` are neither judged nor compared with. A lasting drop may be theft or an empty house: this does not say which.
 Lateness: run the date again after its daily consumption; the 28 days after it, too.
 Duplicates: daily consumption has none.
@@ -52,11 +52,15 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
         F.count(F.when(is_before, F.lit(1))).alias("days"),
     )
     distance = F.median(F.when(is_before, F.abs(F.col("wh") - F.col("middle_wh"))))
-    sigmas = days.join(usual, key).groupBy(key).agg(F.greatest(SIGMA * distance, F.lit(FLOOR_WH)).alias("sigma_wh"))
+    sigmas = (
+        days.join(usual, key)
+        .groupBy(key)
+        .agg(F.when(distance.isNotNull(), F.greatest(SIGMA * distance, F.lit(FLOOR_WH))).alias("sigma_wh"))
+    )
     score = (F.col("wh") - F.col("expected_wh")) / F.col("sigma_wh")
     return (
         days.where(F.col("back") == 0)
-        .join(usual.where(F.col("expected_wh").isNotNull()), key)
+        .join(usual, key)
         .join(sigmas, key)
         .select(
             "meter_id", "usage_point_id", "day_start", "day_end", "way", "wh", "expected_wh", "sigma_wh",

@@ -1,7 +1,8 @@
 """What each member of a community took, gave and got of the others, slot by slot: a row that explains itself.
 
-Reads: validated_intervals_v1 of the day and the one before, whose end a community east of a member's zone needs;
-communities, community_members and community_keys, whole. The day is of the community's time zone.
+Reads: validated_intervals_v1 of the day, and of those before and after it where a community and a member are of other
+zones: then a date is whole when it is run again a night later; communities, community_members and community_keys,
+whole. The day is of the community's time zone.
 Writes: energy_sharing_v1, a row per community, member and slot (a quarter hour; an hour in Spain and Italy). A member
 that joins in mid-day has rows from then on.
 Key: community_id, meter_id, slot_start, date.
@@ -77,6 +78,7 @@ JOB = BatchJob(
     version=1,
     reads={INTERVALS: 1, "communities": None, "community_members": None, "community_keys": None},
     transform=transform,
+    reads_after={INTERVALS: 1},
 )
 
 

@@ -45,8 +45,11 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
     of_meter = known.select(F.lit("meter").alias("level"), F.col("meter_id").alias("group_id"), *_rest(known))
     usual = _usual(of_meter, F.median)
     for level, column in LEVELS.items():
-        of_group = known.where(F.col(column).isNotNull()).select(
-            F.lit(level).alias("level"), F.col(column).alias("group_id"), *_rest(known)
+        zones = fleet.groupBy(column).agg(F.max("time_zone").alias("time_zone"))  # a group has one
+        of_group = (
+            known.drop("time_zone")
+            .join(F.broadcast(zones), column)
+            .withColumns({"level": F.lit(level), "group_id": F.col(column)})
         )
         sums = of_group.groupBy(*KEY, "interval_start").agg(
             F.sum("import_wh").alias("import_wh"), F.sum("export_wh").alias("export_wh")

@@ -4,8 +4,8 @@ Reads: validated_intervals_v1 of the day and the 30 days before it, as far as th
 Writes: peaks_v1, a row for each meter of which an interval of the day is known.
 Key: meter_id, date.
 Power: the energy of all import registers over their interval, a quarter hour or half an hour, as a mean, W, rounded
-down. An interval that was estimated or is known in part only counts as well, and `day_peak_quality` or
-`month_peak_quality` says so of the highest; of equal ones the first counts.
+down. An interval that was estimated, or is known in part or of some registers only, counts as well, and
+`day_peak_quality` or `month_peak_quality` says so of the highest; of equal ones the first counts.
 `month_intervals` of `month_expected` are known: a month whose days are not all there has a peak of those that are.
 Belgium's capacity tariff bills the mean of the last twelve months' peaks, each 2.5 kW at least (docs/domain.md, Peaks).
 Lateness: run the date again after its validated intervals; the days after it, of the same month, too.
@@ -28,6 +28,9 @@ DAYS_BEFORE = 30
 """With the day itself the longest month."""
 HOUR_S = 3600
 INTERVALS = "validated_intervals_v1"
+DOUBT = ["measured", "power_fail", "interpolated", "estimated", "incomplete"]
+MISSING = "missing"
+"""Of one register: what is known of the others is a part."""
 
 
 def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime.date) -> DataFrame:
@@ -35,7 +38,7 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
     month_start = midnight(date.replace(day=1), F.col("time_zone"))
     start, length_s = F.col("interval_start"), F.unix_seconds("interval_end") - F.unix_seconds("interval_start")
     known = with_local_day(
-        lake[INTERVALS].where(F.col("register").isin(*IMPORTS) & F.col("energy_wh").isNotNull()),
+        lake[INTERVALS].where(F.col("register").isin(*IMPORTS)),
         registry,
         date,
         "time_zone",
@@ -46,8 +49,10 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
         .agg(
             F.sum("energy_wh").alias("wh"),
             F.max(length_s).alias("length_s"),
-            F.max_by("quality", _doubt("quality")).alias("quality"),
+            F.max_by("quality", _doubt("quality")).alias("worst"),
         )
+        .withColumn("quality", F.when(F.col("worst") == MISSING, DOUBT[-1]).otherwise(F.col("worst")))
+        .where(F.col("wh").isNotNull())
         .withColumn("power_w", F.floor(F.col("wh") * HOUR_S / F.col("length_s")))
     )
     in_day = start >= F.col("day_start")
@@ -65,8 +70,7 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
 
 def _doubt(quality: str) -> Column:
     """How far an interval's energy is from being read: of several registers the worst counts."""
-    order = ["measured", "power_fail", "interpolated", "estimated", "incomplete"]
-    return F.array_position(F.array(*[F.lit(each) for each in order]), F.col(quality))
+    return F.array_position(F.array(*[F.lit(each) for each in (*DOUBT, MISSING)]), F.col(quality))
 
 
 def _peak(name: str, highest: Column, is_counted: Column) -> list[Column]:

@@ -3,8 +3,8 @@
 Reads: readings of the UTC days that the local day can touch, of the week before and after it the last and the first of
 each; consumption_deltas of the day, for what a register stood at longer ago; events of these days, for power failures;
 interval_readings of the 35 days before, for like days; registry (fuse, phases, interval, market, time zone).
-Writes: validated_intervals_v1, a row per register and quarter hour of each meter that had a reading before the day's
-end; half hours where the registry expects readings each half hour; 92, 96 or 100 a day.
+Writes: validated_intervals_v1, a row per register and quarter hour of each meter that had a reading in the week before
+the day's end; half hours where the registry expects readings each half hour; 92, 96 or 100 a day.
 Key: meter_id, register, interval_start.
 Energy: steps are judged from both sides, cut at the edges of intervals and even over their time with power; a gap is
 filled by a straight line between its neighbours, by like days, or evenly, as the market wants (docs/domain.md,
@@ -27,7 +27,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from engine.day_readings import DAYS_BEFORE, readings_around
-from engine.night import BatchJob, per_shard
+from engine.night import SHARDS, BatchJob, per_shard
 from engine.night_run import command
 from metering.alarms import power_fails
 from metering.alarms.outages import POWER_FAILURE
@@ -67,7 +67,7 @@ def transform(lake: Mapping[str, DataFrame], registry: DataFrame, date: datetime
         .where(F.col("interval_start") < F.lit((date + datetime.timedelta(days=1)).isoformat()).cast("timestamp"))
         .select("meter_id", "register", "interval_start", "energy_wh")
     )
-    rows = per_shard(readings, intervals, COLUMNS, events, references)
+    rows = per_shard(readings, intervals, COLUMNS, events, references, shards=SHARDS * 4)
     return rows.join(F.broadcast(registry.select("meter_id", "usage_point_id")), "meter_id", "left")
 
 
@@ -80,7 +80,7 @@ JOB = BatchJob(
         "events": DAYS_BEFORE,
         "interval_readings": REFERENCE_DAYS,
     },
-    reads_after={"readings": DAYS_BEFORE, "events": 1},
+    reads_after={"readings": DAYS_BEFORE, "events": DAYS_BEFORE},
     transform=transform,
     refuses_impossible_clocks=("readings",),
 )

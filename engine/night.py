@@ -42,7 +42,7 @@ class BatchJob:
         version: raised when columns of the report change their meaning; part of the report's name.
         reads: lake table or report → how many days before the local day it needs. Of a table the UTC days that these
             local days can touch are read, of a report the days themselves. None: the whole of a small table.
-        reads_after: lake table in `reads` → how many days after the local day it needs, too.
+        reads_after: table or report in `reads` → how many days after the local day it takes, as far as they are there.
         transform: (tables by name, registry, local day) → the report's rows, columns `schemas.tables.REPORTS`; pure,
             runs on static frames too.
         refuses_impossible_clocks: lake tables of which it is not handed the rows whose clock cannot be right.

@@ -44,7 +44,7 @@ def _read(session: SparkSession, lake: Lake, job: BatchJob, name: str, date: dat
     if name in TABLES:
         return read_table(session, lake, name, sorted({each for day in days for each in utc_days(day)}))
     files = files_of(name, [day.isoformat() for day in days])
-    if not files:
+    if not files_of(name, [date.isoformat()]):
         msg = f"report {name} has nothing for {date.isoformat()}: run its job for that date first"
         raise ConfigError(msg)
     return frame_of(session, files, REPORTS[name])
@@ -152,7 +152,7 @@ def run(
                 day = date.isoformat()
                 failed = _night(session, lake, ordered, date, limits, say, partial(bar.update, task, day=day))
                 if failed:
-                    skipped = sorted({job.report for job in ordered if set(job.reads) & set(failed)} - set(failed))
+                    skipped = sorted(_readers(ordered, failed))
                     then = f"; not run, since they read it: {', '.join(skipped)}" if skipped else ""
                     missing.append("; ".join(f"{name} of {day}: {why}" for name, why in failed.items()) + then)
             if missing:
@@ -199,7 +199,7 @@ def _night(
                     job = running.pop(done)
                     try:
                         rows, took_s = done.result()
-                    except (OSError, PySparkException, Py4JError, ArrowException) as error:
+                    except (RetryLater, OSError, PySparkException, Py4JError, ArrowException) as error:
                         failed[job.report] = reason(error)
                         continue
                     left.done(job)
@@ -208,6 +208,16 @@ def _night(
             pool.shutdown(wait=False, cancel_futures=True)
             session.sparkContext.cancelAllJobs()
             raise
+
+
+def _readers(ordered: Iterable[BatchJob], failed: Iterable[str]) -> list[str]:
+    """Reports that are made of these, or of such that are."""
+    lost, found = set(failed), []
+    for job in ordered:
+        if set(job.reads) & lost:
+            lost.add(job.report)
+            found.append(job.report)
+    return found
 
 
 def reason(error: Exception) -> str:

@@ -107,7 +107,11 @@ class Store:
         if not self._variables:
             return None
         said = {name: self._variables.get(f"AWS_{variable}") for name, variable in ARROW_NAMES.items()}
-        client = S3FileSystem(**{name: value for name, value in said.items() if value})
+        try:
+            client = S3FileSystem(**{name: value for name, value in said.items() if value})
+        except ValueError as error:
+            msg = f"{self.url} cannot be opened: {error}"
+            raise ConfigError(msg) from error
         return SubTreeFileSystem(f"{self.url.removeprefix('s3://')}/{folder}", client)
 
     def put(self, path: str, content: bytes | memoryview) -> None:
@@ -136,8 +140,12 @@ class Store:
             place.parent.mkdir(parents=True, exist_ok=True)
             with place.open("wb") as file:  # a copy less than by memory, of all rows
                 yield file
-        except OSError as error:
-            raise self._refused(path, error) from error
+        except BaseException as error:
+            with suppress(OSError):
+                place.unlink(missing_ok=True)  # of a full disk
+            if isinstance(error, OSError):
+                raise self._refused(path, error) from error
+            raise
 
     def put_new(self, path: str, content: bytes) -> bool:
         """Writes an object where there is none of that name. Returns whether it did; of several at once one does.

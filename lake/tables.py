@@ -102,7 +102,11 @@ def put_part(table: str, rows: pl.DataFrame, name: str, partition: str | None) -
     value = NO_DATE if partition is None else partition
     path = f"{column}={value}/{name}-{uuid.uuid4().hex[:12]}.parquet"
     with store().writing(f"{folder_of(table)}/{path}") as file:
-        rows.write_parquet(file, compression=COMPRESSION)
+        try:
+            rows.write_parquet(file, compression=COMPRESSION)
+        except pl.exceptions.ComputeError as error:  # what Polars makes of a full disk
+            msg = f"a file of {table} could not be written: {error}"
+            raise RetryLater(msg) from error
         size = file.seek(0, io.SEEK_END)
     return Part(table, path, size, len(rows), partition)
 

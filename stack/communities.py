@@ -205,12 +205,13 @@ def _unfit(table: str, known: dict[tuple[Any, ...], Row], mine: Iterable[tuple[A
     for row in known.values():
         groups.setdefault(row[of_whole], []).append(row)
     for name, rows in given.items():
-        for at in sorted({row["valid_from"] or ALWAYS for row in groups[name]}):
+        ends = {row["valid_to"] for row in groups[name] if row["valid_to"]}  # then an older row may count again
+        for at in sorted({row["valid_from"] or ALWAYS for row in groups[name]} | ends):
             now = valid(groups[name], at, same)
             words = _too_much_of_keys(now) if is_keys else _too_much_of_a_meter(now)
             blamed = [row for row in rows if any(row is each for each in now)]
-            if words and blamed:
-                yield blamed[-1], words + ("" if at == ALWAYS else f" from {at.isoformat()}")
+            if words:
+                yield (blamed or rows)[-1], words + ("" if at == ALWAYS else f" from {at.isoformat()}")
                 break
 
 

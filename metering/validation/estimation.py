@@ -15,7 +15,7 @@ SLOT = ["series", "interval_start"]
 REFERENCE_DAYS = 28
 """So far before a gap's first day like days are looked for: the same for all its intervals, whichever night asks."""
 REFERENCES = pl.Schema({"series": pl.UInt32(), "local": pl.Datetime("us"), "energy_wh": pl.Int64()})
-"""Intervals of which the energy was read, of days on which the meter had power: by the local time of their begin."""
+"""Intervals of which the energy was read, by the local time of their begin."""
 
 
 def like_means(slots: pl.DataFrame, references: pl.DataFrame) -> pl.DataFrame:

@@ -23,8 +23,11 @@ from schemas.markets import markets
 
 QUARTER_S, HALF_HOUR_S = 900, 1_800
 SECOND_US = 1_000_000
-LONGEST_GAP = timedelta(days=35)
-"""A longer step is not spread: what it has is in daily sums alone."""
+LONGEST_GAP = timedelta(days=7)
+"""So far before and after a day a night looks for the ends of a gap: a longer step is not spread, and what it has is in
+daily sums alone."""
+CLOCKS = timedelta(minutes=2)
+"""A meter may have said that its power failed so long before its last reading."""
 LONGEST_FAIL = timedelta(days=7)
 """Nobody heard of a meter for so long after its power failed: then nobody knows."""
 VALUES = [f"{register}_wh" for register in tables.REGISTERS]
@@ -62,7 +65,9 @@ def validated(readings: pl.DataFrame, power_fails: pl.DataFrame, references: pl.
     """
     marked = with_seen(delta_engine.with_limits(readings), readings.clear(), IDENTITY, [*VALUES, "equipment_id"])
     done = delta_engine.steps(marked, pl.DataFrame(schema=delta_engine.BASELINE), agreed).steps
-    length_s = pl.when(pl.col("interval_s") == HALF_HOUR_S).then(HALF_HOUR_S).otherwise(QUARTER_S)
+    begins_on_it = pl.col("day_start").dt.epoch("s") % HALF_HOUR_S == 0  # not so where clocks are 45 minutes off
+    is_half = (pl.col("interval_s") == HALF_HOUR_S) & begins_on_it
+    length_s = pl.when(is_half).then(HALF_HOUR_S).otherwise(QUARTER_S)
     fleet = _with_rules(
         marked.group_by("meter_id").agg(
             pl.col("day_start", "day_end", "interval_s", "market", "time_zone", "max_w", "is_unlimited").first(),
@@ -148,19 +153,19 @@ def _covered(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """What steps give to intervals: those that were read through, and gaps."""
     span = pl.col("observed_at") - pl.col("previous_at")
-    is_near = (pl.col("previous_at") < pl.col("day_end") + LONGEST_GAP) & (
-        pl.col("observed_at") > pl.col("day_start") - LONGEST_GAP
+    is_near = (
+        (span <= LONGEST_GAP)
+        & (pl.col("previous_at") < pl.col("day_end") + LONGEST_GAP)
+        & (pl.col("observed_at") > pl.col("day_start") - LONGEST_GAP)
     )
     longest_s = pl.max_horizontal(LONGEST_STEP_US / SECOND_US, pl.col("interval_s") * GAP_FACTOR)
     is_gap = (pl.col("reason") == DeltaReason.GAP.value) | (span.dt.total_seconds() > longest_s)
     rules = ["length_us", "time_zone", "linear_limit_s", "is_inclusive", "like_day_table", "like_days"]
     steps = accepted.filter(is_near)
+    longest_us = LONGEST_GAP // timedelta(microseconds=1)
     cut = [
         pieces(those, failures, pl.col("length_us"), longest_us, *rules[1:])
-        for those, longest_us in (
-            (steps.filter(~is_gap), LONGEST_STEP_US * 12),
-            (steps.filter(is_gap), LONGEST_GAP // timedelta(microseconds=1)),
-        )
+        for those in (steps.filter(~is_gap), steps.filter(is_gap))
     ]
     read = (
         shares(cut[0])
@@ -237,7 +242,7 @@ def _estimated(
         .join(failures, on="meter_id")
         .filter(
             (down <= start) & (up.is_null() | (up >= start + length)) & (start - down <= LONGEST_FAIL)
-            & (down >= pl.col("before_at"))
+            & (down >= pl.col("before_at") - CLOCKS)
         )
         .select("series", "interval_start", is_dark=pl.lit(True))
         .unique()
@@ -248,15 +253,14 @@ def _estimated(
     is_dark = pl.col("is_dark").fill_null(False)
     left = (pl.col("length_us") - pl.col("covered_us")) / pl.col("length_us")
     guess_wh = (pl.col("like_wh") * left).round().cast(pl.Int64)
-    is_guess = is_open & ~is_dark & guess_wh.is_not_null()
+    is_guess = is_open & ~pl.col("is_known") & ~is_dark & guess_wh.is_not_null()
     return found.with_columns(
         energy_wh=pl.when(is_dark).then(pl.col("energy_wh").fill_null(0))
-        .when(is_guess).then(pl.col("energy_wh").fill_null(0) + guess_wh).otherwise("energy_wh"),
+        .when(is_guess).then(guess_wh).otherwise("energy_wh"),
         quality=pl.when(is_dark).then(pl.lit(IntervalQuality.POWER_FAIL.value))
         .when(is_guess).then(pl.lit(IntervalQuality.ESTIMATED.value)).otherwise("quality"),
         method=pl.when(is_dark).then(pl.lit(EstimationMethod.ZERO.value))
         .when(is_guess).then(pl.lit(EstimationMethod.LIKE_DAY.value)).otherwise("method"),
-        is_reconciled=pl.col("is_reconciled") & ~is_guess,
         has_reference=~is_open | is_dark | guess_wh.is_not_null(),
     ).sort("series", "interval_start")  # fmt: skip
 

@@ -128,6 +128,14 @@ def test_a_wrong_field_is_named_with_its_line_and_nothing_is_taken(
     assert rows(table) == before
 
 
+def test_keys_are_asked_for_at_the_end_of_a_row_that_stood_before_another(home: Path) -> None:
+    july = "2024-07-01T00:00:00+02:00"
+    text = f"community_id,meter_id,key_ppm,valid_from,valid_to\nc1,m1,500000,,\nc1,m1,100000,{MAY},{july}\n"
+    with pytest.raises(ConfigError, match="adds up to 1,100,000, expected 1,000,000 at most from 2024-06-30T22"):
+        take(csv_of(home, f"{text}c1,m2,600000,{MAY},\n"), "community_keys")
+    assert take(csv_of(home, f"{text}c1,m2,600000,{MAY},{july}\n"), "community_keys") == (3, 0)
+
+
 def test_a_meter_is_whole_over_its_communities(home: Path) -> None:
     others = "".join(f"c{n},austria_dynamic,UTC\n" for n in range(2, 8))
     take(csv_of(home, f"community_id,model,time_zone\n{others}"), "communities")

@@ -1,6 +1,8 @@
 """How a store is found and opened: its URL, and what AWS's variables and files say of it."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from lake.store import AWS_VARIABLES, Store, aws_variables, store, used
 from schemas.errors import ConfigError, RetryLater
 from settings import OWN_STORE, load, own_credentials
 from stack.parts import s3_keys, store_variables
-from stack.settings import StackSettings, remember, store_of
+from stack.settings import ROOT, StackSettings, remember, store_of
 
 
 @pytest.fixture(autouse=True)
@@ -157,3 +159,22 @@ def test_a_file_is_an_object_at_its_end_or_refused(home: Path) -> None:
     with pytest.raises(ValueError, match="of its own"), store().writing("state/b"):
         msg = "of its own"
         raise ValueError(msg)
+
+
+def test_a_file_that_a_full_disk_cuts_off_is_no_file_and_is_to_be_tried_again(home: Path) -> None:
+    program = """
+import resource, signal, polars as pl
+from lake.tables import put_part
+from schemas.errors import RetryLater
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
+try:
+    put_part("readings", pl.DataFrame({"meter_id": [f"m{n * 7919}" for n in range(20_000)]}), "rows", "2024-01-01")
+except RetryLater:
+    print("later")
+"""
+    command = [sys.executable, "-c", program]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout == "later\n", said.stderr
+    assert [path for path in (home / "home").rglob("*") if path.is_file()] == []

@@ -17,7 +17,7 @@ FROM machine AS packages
 COPY pyproject.toml requirements.lock ./
 COPY config/ivy.xml config/
 COPY tools/setup.py tools/
-RUN mkdir -p schemas metering/energy metering/voltage metering/alarms kafka_io mqtt_io lake engine ingest streaming_jobs batch_jobs \
+RUN mkdir -p schemas metering/energy metering/voltage metering/alarms metering/sharing metering/validation kafka_io mqtt_io lake engine ingest streaming_jobs batch_jobs \
     replay/dirt replay/fleet replay/importers replay/run replay/simulate replay/verify stack && touch README.md settings.py \
  && python3 tools/setup.py && rm -rf /root/.cache .venv/jars/ivy .venv/tmp
 

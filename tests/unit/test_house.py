@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -429,3 +430,14 @@ def test_the_glossary_is_short_and_says_where_each_word_lives() -> None:
     rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| `[^`]+` \|$", (ROOT / "docs" / "glossary.md").read_text(), re.MULTILINE)
     assert 20 <= len(rows) <= 30
     assert rows == sorted(rows, key=str.lower)
+
+
+def test_every_package_is_named_where_it_is_installed() -> None:
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    tops = {name.partition(".")[0] for name in named}
+    found = {file.parent.relative_to(ROOT) for top in tops for file in (ROOT / top).rglob("__init__.py")}
+    assert {".".join(folder.parts) for folder in found} == set(named)
+    image = re.search(r"RUN mkdir -p ((?:.|\\\n)*?) && touch", (ROOT / "Dockerfile").read_text())
+    assert image
+    made = {Path(each) for each in image[1].replace("\\", " ").split()}
+    assert {parent for folder in made for parent in (folder, *folder.parents)} >= found
